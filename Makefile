@@ -1,0 +1,53 @@
+# One virtual environment, made once: the stamps in it say what was finished, and for which setup.cfg and constraints.txt.
+PYTHON ?= python3
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
+INSTALL_FILES := setup.cfg pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint clean
+
+help: ## list these targets
+	@echo "usage: make TARGET [PYTHON=python3.12] [PIP_ARGS='pip options, such as an index with CPU builds of torch']"
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.setup ## make .venv and install rl_lora with the versions of constraints.txt
+
+demo: setup ## train the default model on arithmetic, evaluate, show what was learned (continues in runs/demo)
+	$(VENV)/bin/python scripts/train.py --run_dir runs/demo --resume true
+
+test: lint ## lint, then run the tests (PYTEST_ARGS='-m slow' for the slow ones)
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.test ## ruff and mypy
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+
+clean: ## remove .venv, caches and build products (runs/ and the model cache stay)
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find rl_lora envs rewards scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# An install that was cut off may leave half a package that pip takes for a whole one: after it, the next call starts over.
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "rl_lora needs Python 3.11 or newer; '$(PYTHON)' is not: name another with make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+define install
+	@if [ -e $(VENV)/.unfinished ]; then \
+		echo "the last install did not finish: starting over"; $(PYTHON) -m venv --clear $(VENV) && touch $(VENV)/.created; fi
+	@rm -f $(VENV)/.setup $(VENV)/.test && touch $(VENV)/.unfinished
+	$(PIP) -e '$(1)'
+	@rm $(VENV)/.unfinished && touch $(VENV)/.setup $@
+endef
+
+$(VENV)/.setup: $(INSTALL_FILES) | $(VENV)/.created
+	$(call install,.)
+
+$(VENV)/.test: $(INSTALL_FILES) | $(VENV)/.setup
+	$(call install,.[test])

@@ -1,0 +1,19 @@
+"""Text environments for gymnasium. Importing this registers their ids.
+
+`gymnasium.make("envs:rl_lora/Arithmetic-v0", digits=3)` imports it first.
+"""
+
+import gymnasium as gym
+
+from envs.text import Problem, SingleTurnEnv, TextEnv, TextSpace, judge
+
+__all__ = ["Problem", "SingleTurnEnv", "TextEnv", "TextSpace", "judge"]
+
+_ENVS = {
+    "rl_lora/Arithmetic-v0": "envs.arithmetic:ArithmeticEnv",
+    "rl_lora/Prompts-v0": "envs.prompts:PromptsEnv",
+}
+
+for _id, _entry_point in _ENVS.items():
+    if _id not in gym.registry:
+        gym.register(id=_id, entry_point=_entry_point)

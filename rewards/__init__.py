@@ -1,0 +1,28 @@
+"""Reward functions: pure functions `(completion, reference) -> float | Score`.
+
+They know neither tokens nor tensors nor environments. `resolve` leads from a configuration to a function.
+"""
+
+from rewards.combine import Part, WeightedSum
+from rewards.format import format_match
+from rewards.length import length_reward
+from rewards.numeric import numeric_match
+from rewards.registry import BUILTINS, RewardSpec, resolve
+from rewards.score import RewardError, RewardFunction, Score, Unscorable, name_of, score
+
+__all__ = [
+    "BUILTINS",
+    "Part",
+    "RewardError",
+    "RewardFunction",
+    "RewardSpec",
+    "Score",
+    "Unscorable",
+    "WeightedSum",
+    "format_match",
+    "length_reward",
+    "name_of",
+    "numeric_match",
+    "resolve",
+    "score",
+]

@@ -1,0 +1,42 @@
+"""A weighted sum of reward functions that reports its parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rewards.score import RewardFunction, Score, score
+
+
+@dataclass(frozen=True)
+class Part:
+    """One summand. A weight of 0 makes it a metric: reported, and worth nothing."""
+
+    name: str
+    function: RewardFunction
+    weight: float
+
+
+@dataclass(frozen=True)
+class WeightedSum:
+    """A reward function: value = sum of weight * part.
+
+    `parts` of its score hold each part's own value, before its weight; what a part itself reports is kept as
+    "part/name". The verdict is that of the first part that has one. One unscorable part, whatever its weight, leaves
+    the whole completion unscorable: a verdict that is missing must not look like one.
+    """
+
+    parts: tuple[Part, ...]
+
+    def __call__(self, completion: str, reference: Any) -> Score:
+        """Raises Unscorable and RewardError as the parts do."""
+        total = 0.0
+        values: dict[str, float] = {}
+        success: bool | None = None
+        for part in self.parts:
+            result = score(part.function, completion, reference, part.name)
+            total += part.weight * result.value
+            values[part.name] = result.value
+            values |= {f"{part.name}/{inner}": value for inner, value in result.parts.items()}
+            success = result.success if success is None else success
+        return Score(total, values, success)

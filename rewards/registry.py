@@ -1,0 +1,110 @@
+"""From what a configuration says of a reward to the function that it means."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import math
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from rewards.combine import Part, WeightedSum
+from rewards.format import format_match
+from rewards.length import length_reward
+from rewards.numeric import numeric_match
+from rewards.score import RewardFunction
+
+BUILTINS: dict[str, RewardFunction] = {"format": format_match, "length": length_reward, "numeric": numeric_match}
+
+RewardSpec = str | Mapping[str, Any] | RewardFunction
+
+
+def resolve(spec: RewardSpec) -> RewardFunction:
+    """The reward function that `spec` means.
+
+    - a built-in: `numeric`, `format`, `length`;
+    - `module:function`, a function of your own. The module is looked for on Python's path, then in the working
+      directory;
+    - a mapping from such names to weights, for a weighted sum that reports its parts (weight 0: only reports). In
+      place of a weight, a mapping gives options too, which are the keyword parameters of the function:
+
+          reward:
+            numeric: 1.0
+            format: {weight: 0.1, pattern: '-?\\d+'}
+            my_rewards:politeness: 0        # a metric
+
+    - a function `(completion, reference) -> float | Score`, as it is.
+
+    Raises:
+        ValueError: a name, option or weight that cannot be; the message says what there is.
+    """
+    if isinstance(spec, str):
+        return _named(spec, {})
+    if isinstance(spec, Mapping):
+        if not spec:
+            raise ValueError("a reward needs at least one part, got an empty mapping")
+        return WeightedSum(tuple(_part(name, setting) for name, setting in spec.items()))
+    if callable(spec):
+        return _with_options(getattr(spec, "__name__", repr(spec)), spec, {})
+    raise ValueError(f"a reward must be a name, 'module:function', a mapping or a function, got {spec!r}")
+
+
+def _part(name: str, setting: Any) -> Part:
+    options = dict(setting) if isinstance(setting, Mapping) else {"weight": setting}
+    weight = options.pop("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+        raise ValueError(f"the weight of reward {name!r} must be a finite number, got {weight!r}")
+    return Part(name, _named(name, options), float(weight))
+
+
+def _named(name: str, options: dict[str, Any]) -> RewardFunction:
+    if name in BUILTINS:
+        function = _with_options(name, BUILTINS[name], options)
+        try:  # built-ins are pure and check their options when called: better now than in the middle of a run
+            function("", 0)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"reward {name!r} with {options}: {error}") from error
+        return function
+    if not isinstance(name, str) or ":" not in name:
+        raise ValueError(f"no reward is called {name!r}; there are {', '.join(BUILTINS)} and 'module:function'")
+    return _with_options(name, _imported(name), options)
+
+
+def _imported(name: str) -> RewardFunction:
+    module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute:
+        raise ValueError(f"a reward of your own is written 'module:function', got {name!r}")
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())  # last, so that it hides nothing
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise ValueError(
+            f"reward {name!r}: cannot import {module_name!r} ({type(error).__name__}: {error}); "
+            f"it must be installed, on PYTHONPATH or in {os.getcwd()}"
+        ) from error
+    function: RewardFunction | None = getattr(module, attribute, None)
+    if not callable(function):
+        there = sorted(key for key, value in vars(module).items() if inspect.isfunction(value) and key[0] != "_")
+        wrong = "nothing called" if function is None else f"no function, but a {type(function).__name__}, called"
+        raise ValueError(f"reward {name!r}: {module_name} has {wrong} {attribute!r}; functions: {', '.join(there)}")
+    return function
+
+
+def _with_options(name: str, function: RewardFunction, options: dict[str, Any]) -> RewardFunction:
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some C functions have none
+        signature = None
+    if signature is not None:
+        try:
+            signature.bind("", None, **options)
+        except TypeError as error:
+            called = ", ".join(["completion", "reference", *(f"{key}=..." for key in options)])
+            raise ValueError(
+                f"reward {name!r} cannot be called with ({called}): {error}; its parameters are {signature}"
+            ) from error
+    return functools.partial(function, **options) if options else function

@@ -1,0 +1,249 @@
+"""Adapters on disk: PEFT directories (`adapter_config.json`, `adapter_model.safetensors`), without importing `peft`.
+
+What is read goes by the tensors: every one of them must find its place, and a setting that would change the result and
+is not understood is an error. Left out on purpose: pickles (`adapter_model.bin`) and every kind but plain LoRA.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rl_lora.lora import Adapter, AdapterBank, Site
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+KEY = re.compile(re.escape(PREFIX) + r"(?P<path>.+?)(?P<nesting>(\.base_layer)*)\.(?P<factor>lora_[AB])\.weight")
+PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+"""PEFT's other `init_lora_weights` (pissa, olora, corda, loftq, ...) also change the base's weights."""
+UNDERSTOOD = """
+    alpha_pattern auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config exclude_modules
+    fan_in_fan_out inference_mode init_lora_weights layers_pattern layers_to_transform loftq_config lora_alpha
+    lora_dropout lora_ga_config megatron_core peft_type peft_version qalora_group_size r rank_pattern revision
+    runtime_config target_modules target_parameters task_type use_rslora""".split()  # noqa: SIM905
+"""Fields that are read here, or change nothing: they steer initialization, training, or which layers PEFT picks."""
+FOREIGN = {"lora_embedding": "an adapter on embeddings", "lora_magnitude": "DoRA", ".bias": "a trained bias"}
+
+Levels = Mapping[int, tuple[str, str]]
+"""The keys of A and B on one module, by depth of nesting: PEFT wraps a module once for each of its parameters."""
+
+
+def save_adapter(adapter: Adapter, folder: str | Path, base_model: str, *, overwrite: bool = False) -> Path:
+    """Write `adapter` so that `PeftModel.from_pretrained(base, folder)` gives the same logits. Returns the folder.
+
+    The folder appears whole or not at all. With `overwrite`, an existing one is moved aside first, then deleted.
+
+    Raises:
+        ValueError: the folder exists, and `overwrite` is not set or it holds no adapter.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (overwrite and (folder / CONFIG).is_file()):
+        raise ValueError(f"{folder} already exists; choose another, or replace an adapter folder with overwrite=True")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft, old = (folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.{mark}") for mark in ("new", "old"))
+    draft.mkdir()
+    try:
+        save_file(_tensors(adapter), draft / WEIGHTS, metadata={"format": "pt"})
+        (draft / CONFIG).write_text(json.dumps(_config(adapter, base_model), indent=2) + "\n", encoding="utf-8")
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(draft, folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def load_adapter(folder: str | Path, bank: AdapterBank, name: str | None = None) -> Adapter:
+    """Read an adapter that PEFT or `save_adapter` wrote and put it into `bank`, as `name` (default: the folder's).
+
+    Tensors of any dtype become float32. `lora_dropout` has no counterpart here and is not taken over.
+
+    Raises:
+        ValueError: what `check_adapter` finds, or the adapter does not fit the bank's model; says which tensor.
+    """
+    folder = Path(folder)
+    config, modules = _read(folder)
+    tensors, weights = load_file(folder / WEIGHTS), dict[str, tuple[Tensor, ...]]()
+    for path, levels in modules.items():
+        for site, depth in _sites_of(path, levels, config, bank):
+            weights[site.name] = tuple(_unflatten(site, tensors[key], key) for key in levels[depth])
+    ranks = {site: _resolve(config.get("rank_pattern"), site, config["r"]) for site in weights}
+    for site_name, (A, B) in weights.items():
+        if {A.shape[-2], B.shape[-1]} != {ranks[site_name]}:
+            found = f"A has rank {A.shape[-2]} and B rank {B.shape[-1]}, but {CONFIG} says {ranks[site_name]}"
+            raise ValueError(f"{folder}: {site_name}: {found}; are the files of one adapter?")
+    adapter = Adapter(
+        name or folder.resolve().name,
+        [site for site in bank.sites.values() if site.name in weights],
+        rank=config["r"],
+        alpha=config["lora_alpha"],
+        ranks=ranks,
+        alphas={site: _resolve(config.get("alpha_pattern"), site, config["lora_alpha"]) for site in ranks},
+        rslora=bool(config.get("use_rslora")),
+        device=bank.device,
+    )
+    with torch.no_grad():
+        for site_name, (A, B) in weights.items():
+            adapter.factors[site_name].A.copy_(A)
+            adapter.factors[site_name].B.copy_(B)
+    return bank.put(adapter)
+
+
+def check_adapter(folder: str | Path) -> dict[str, Any]:
+    """Find what can be known to be wrong with an adapter folder before a model is loaded. Returns its configuration.
+
+    Raises:
+        ValueError: a file is missing or unreadable; not a plain LoRA; a tensor that no linear layer or expert has.
+    """
+    return _read(Path(folder))[0]
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Levels]]:
+    """Configuration, and the keys of the tensors by module path; both checked, no tensor read yet."""
+    if not folder.is_dir():
+        raise ValueError(f"no adapter folder at {folder}")
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            hint = "; save it again with a current peft, pickles are not read" if any(folder.glob("*.bin")) else ""
+            raise ValueError(f"{folder} is not a PEFT adapter folder: {name} is missing{hint}")
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG} is not valid JSON: {error}") from error
+    _check_config(config, folder / CONFIG)
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS} cannot be read: {error}") from error
+    return config, _pair(shapes, folder / WEIGHTS)
+
+
+def _check_config(config: Any, file: Path) -> None:
+    kind = config.get("peft_type") if isinstance(config, dict) else config
+    if kind != "LORA":
+        raise ValueError(f"{file}: peft_type is {kind!r}; only LORA adapters are supported")
+    if (init := config.get("init_lora_weights", True)) not in PLAIN_INITS:
+        raise ValueError(f"{file}: init_lora_weights={init!r} changes the base; convert it to plain LoRA with peft")
+    for field, value in config.items():
+        if field not in UNDERSTOOD and value and value != "none":
+            raise ValueError(f"{file}: {field}={value!r} is not supported; train the adapter as plain LoRA, without it")
+    ranks = {"r": config.get("r"), **(config.get("rank_pattern") or {})}
+    alphas = {"lora_alpha": config.get("lora_alpha"), **(config.get("alpha_pattern") or {})}
+    for field, value in [*ranks.items(), *alphas.items()]:
+        if not isinstance(value, int | float) or not value > 0:
+            raise ValueError(f"{file}: {field} must be a number > 0, got {value!r}")
+
+
+def _pair(shapes: Mapping[str, tuple[int, ...]], file: Path) -> dict[str, Levels]:
+    """Every key must be one of a pair, A and B of one module at one depth."""
+    found: dict[str, dict[int, tuple[str, str]]] = {}
+    for key, shape in shapes.items():
+        if (match := KEY.fullmatch(key)) is None:
+            kind = next((kind for mark, kind in FOREIGN.items() if mark in key), "unknown")
+            raise ValueError(f"{file}: {key} is {kind}; only PEFT's LoRA weights of linear layers and experts are read")
+        if len(shape) != 2 or 0 in shape:
+            raise ValueError(f"{file}: {key} has shape {shape}, expected two dimensions; was a sharded model saved?")
+        stem = key.removesuffix(f"{match['factor']}.weight")
+        pair = (f"{stem}lora_A.weight", f"{stem}lora_B.weight")
+        if missing := set(pair) - set(shapes):
+            raise ValueError(f"{file}: {key} is there, but not {missing.pop()}; the file is incomplete")
+        found.setdefault(match["path"], {})[match["nesting"].count("base_layer")] = pair
+    if not found:
+        raise ValueError(f"{file} holds no tensor")
+    return {**found}
+
+
+def _sites_of(path: str, levels: Levels, config: Mapping[str, Any], bank: AdapterBank) -> Iterable[tuple[Site, int]]:
+    """The sites of one module and how deep PEFT nested each: the parameter that is defined first lies innermost."""
+    if path in bank.sites and set(levels) == {0}:
+        return [(bank.sites[path], 0)]
+    there = [site for site in bank.sites.values() if site.experts and site.module == path]
+    if len(there) != len(levels):
+        names = config.get("target_parameters") or []
+        there = [site for site in there if f".{site.name}".endswith(tuple(f".{name}" for name in names))]
+    if len(there) != len(levels) or set(levels) != set(range(len(levels))):
+        raise ValueError(f"the adapter has weights for {path!r}, but {_why_not(path, bank)}")
+    return zip(there, sorted(levels, reverse=True), strict=True)
+
+
+def _why_not(path: str, bank: AdapterBank) -> str:
+    try:
+        kind = type(bank.model.get_submodule(path)).__name__
+    except AttributeError:
+        some = ", ".join(list(bank.sites)[:3])
+        return f"the model has no such module (it has {some}, ...); the adapter is for another model"
+    return f"that is a {kind} which carries none: adapters stand on linear layers and experts, not on head or router"
+
+
+def _unflatten(site: Site, tensor: Tensor, key: str) -> Tensor:
+    """A (E*r, in) -> (E, r, in) and B (out, r*E) -> (E, out, r) for experts; the shape is checked against the site."""
+    is_A, experts = key.endswith("lora_A.weight"), max(1, site.experts)
+    wide, features = tensor.shape if is_A else reversed(tensor.shape)
+    expected = site.in_features if is_A else site.out_features
+    if features != expected or wide % experts:
+        rank = f"rank * {experts}" if site.experts else "rank"
+        needs = f"({rank}, {expected})" if is_A else f"({expected}, {rank})"
+        raise ValueError(f"{key} has shape {tuple(tensor.shape)}, the model needs {needs}; it is for another model")
+    if not site.experts:
+        return tensor
+    return tensor.reshape(experts, -1, features) if is_A else tensor.reshape(features, -1, experts).permute(2, 0, 1)
+
+
+def _resolve(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    """PEFT's rule: the first pattern that matches the name or a dotted end of it."""
+    return next((v for pattern, v in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", name)), default)
+
+
+def _tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """What goes to disk, as `_sites_of` and `_unflatten` read it."""
+    tensors: dict[str, Tensor] = {}
+    for site in adapter.sites:
+        A, B = (factor.detach().cpu() for factor in (adapter.factors[site.name].A, adapter.factors[site.name].B))
+        key = PREFIX + site.module
+        if site.experts:
+            siblings = [other for other in adapter.sites if other.experts and other.module == site.module]
+            key += ".base_layer" * (len(siblings) - 1 - siblings.index(site))
+            A, B = A.flatten(0, 1), B.permute(1, 2, 0).flatten(1, 2)
+        tensors |= {f"{key}.lora_A.weight": A, f"{key}.lora_B.weight": B}
+    return {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
+
+
+def _config(adapter: Adapter, base_model: str) -> dict[str, Any]:
+    """Targets are full paths: PEFT would also adapt any other module whose path ends in a shorter name."""
+    experts = [site.name for site in adapter.sites if site.experts]
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "r": adapter.rank,
+        "lora_alpha": _number(adapter.alpha),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": any(site.transposed and not site.experts for site in adapter.sites),
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "target_modules": [site.name for site in adapter.sites if not site.experts],
+        "target_parameters": experts or None,
+        "rank_pattern": {name: r for name, r in adapter.ranks.items() if r != adapter.rank},
+        "alpha_pattern": {name: _number(alpha) for name, alpha in adapter.alphas.items() if alpha != adapter.alpha},
+        "use_rslora": adapter.rslora,
+        "use_dora": False,
+    }
+
+
+def _number(alpha: float) -> int | float:
+    return int(alpha) if alpha.is_integer() else alpha

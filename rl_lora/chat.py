@@ -1,0 +1,79 @@
+"""Text to token ids and back: the chat template where the tokenizer has one, plain text where it has none.
+
+A conversation is only ever extended: the prompt of turn 2 is the prompt of turn 1, the tokens that the model wrote, and
+the new message. Nothing that was sampled is tokenized again, so keys, values and log-probabilities stay valid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+REPLY = "\x02reply\x03"
+"""Stands for the model's reply while the template around it is rendered."""
+
+
+class Chat:
+    """How one model's conversations are written.
+
+    Args:
+        stop_tokens: further tokens that end a reply, each a single token of the vocabulary, e.g. a newline for a base
+            model that never learned to end its turn.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        generation_config: GenerationConfig | None = None,
+        stop_tokens: Sequence[str] = (),
+    ):
+        self.tokenizer = tokenizer
+        self.has_template = tokenizer.chat_template is not None
+        stop_ids = {tokenizer.eos_token_id}
+        ends = getattr(generation_config, "eos_token_id", None)
+        stop_ids |= set(ends) if isinstance(ends, list) else {ends}
+        for text in stop_tokens:
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            if len(ids) != 1:
+                raise ValueError(f"stop token {text!r} is {len(ids)} tokens of this model ({ids}); it must be one")
+            stop_ids.add(ids[0])
+        self.stop_ids = frozenset(stop_ids - {None})
+
+    def start(self, observation: str, system_prompt: str | None = None) -> list[int]:
+        """The prompt of the first turn."""
+        messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
+        messages.append({"role": "user", "content": observation})
+        if not self.has_template:
+            return self.tokenizer.encode("\n\n".join(message["content"] for message in messages))
+        return self._encode(self._render(messages))
+
+    def extend(self, prompt_ids: Sequence[int], completion_ids: Sequence[int], observation: str) -> list[int]:
+        """The prompt of the next turn: everything so far, to the token, and the environment's next observation."""
+        if self.has_template:
+            messages = [
+                {"role": "user", "content": "?"},
+                {"role": "assistant", "content": REPLY},
+                {"role": "user", "content": observation},
+            ]
+            behind = self._encode(self._render(messages).partition(REPLY)[2])
+        else:
+            behind = self._encode(f"\n{observation}\n")
+        if completion_ids and behind and completion_ids[-1] == behind[0]:
+            behind = behind[1:]  # the model wrote the end of its turn itself
+        return [*prompt_ids, *completion_ids, *behind]
+
+    def decode(self, completion_ids: Sequence[int]) -> str:
+        """The text of a reply, its stop token apart."""
+        ids = list(completion_ids)
+        if ids and ids[-1] in self.stop_ids:
+            ids.pop()
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _render(self, messages: list[dict[str, str]]) -> str:
+        rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert isinstance(rendered, str)
+        return rendered
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)

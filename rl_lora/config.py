@@ -1,0 +1,262 @@
+"""The configuration of a run: nested dataclasses. The docstring under a field is its help on the command line.
+
+`validate` finds what is wrong with the numbers before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from rl_lora.models import DEFAULT_MODEL
+
+
+@dataclass
+class ModelConfig:
+    """The frozen base."""
+
+    name: str = DEFAULT_MODEL
+    """`smollm2-135m` (embedded: no account, no hub), a local folder, or a Hugging Face hub id."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the base and of the activations; auto is bfloat16 where the device multiplies it natively. Adapters are float32."""
+    stop_tokens: list[str] = field(default_factory=list)
+    """Tokens that end a reply, beside the model's own; for base models that never learned to stop."""
+    trust_remote_code: bool = False
+    """Run code that comes with a model. Off, whatever the model says."""
+
+
+@dataclass
+class AdapterConfig:
+    """The adapter that is trained."""
+
+    rank: int = 1
+    """r of W' = W + (alpha / r) B A. Experts of an MoE model get rank / active experts."""
+    alpha: float = 32.0
+    """Scale of the update. The best learning rate does not depend on rank as long as this stays."""
+    targets: str | list[str] = "all-linear"
+    """Layers to adapt: all linear ones but the head, or names such as [q_proj, v_proj]."""
+    init_from: str | None = None
+    """Start from an adapter folder (PEFT format) instead of a fresh one; its rank and targets then hold."""
+
+
+@dataclass
+class EnvConfig:
+    """The task."""
+
+    id: str = "rl_lora/Arithmetic-v0"
+    """A gymnasium id; `module:id` imports the module that registers it."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the environment, e.g. --env.kwargs.digits 3."""
+
+
+@dataclass
+class RolloutConfig:
+    """How episodes are sampled."""
+
+    prompts_per_step: int = 16
+    """Groups a step: different problems."""
+    group_size: int = 8
+    """Episodes of one problem. The group's mean reward is the baseline."""
+    max_tokens: int = 16
+    """Limit of one reply; longer ones are cut off and counted as truncated."""
+    temperature: float = 1.0
+    """Of sampling, and of the log-probabilities that are learned."""
+    system_prompt: str | None = None
+    """First message of every conversation."""
+    max_turns: int = 16
+    """Replies of an episode, at most."""
+    max_rows: int = 256
+    """Completions that are decoded at a time: less takes less memory."""
+
+
+@dataclass
+class LearnerConfig:
+    """How an adapter learns from groups."""
+
+    objective: Literal["reinforce", "grpo"] = "reinforce"
+    """reinforce: importance ratio times advantage, unclipped; grpo: the clipped ratio of GRPO and PPO."""
+    advantage: Literal["mean", "standardized", "none"] | None = None
+    """Reward minus the group's mean, that divided by the group's deviation, or the bare reward. By default what the
+    objective's paper takes: mean for reinforce, standardized for grpo."""
+    learning_rate: float = 1e-3
+    """Constant, without warm-up; for A and B alike. 1e-3 suits the embedded model (hidden size 576); models of 1B and
+    more want 1e-5 to 1e-4: about ten times what full fine-tuning would take."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Of AdamW."""
+    weight_decay: float = 0.0
+    """Of AdamW, on A and B."""
+    max_grad_norm: float = 1.0
+    """The gradient of an adapter is scaled down to this norm; 0 leaves it."""
+    updates_per_step: int = 1
+    """Optimizer steps on the episodes of one step, each on its own share of the groups."""
+    clip_low: float = 0.2
+    """grpo: the ratio is clipped at 1 - clip_low ..."""
+    clip_high: float = 0.2
+    """... and at 1 + clip_high."""
+    tokens_per_microbatch: int = 4096
+    """Positions of one forward and backward pass: less takes less memory, and changes nothing else."""
+    max_sampler_learner_kl: float = 0.5
+    """The run stops when mean |log p_learner - log p_sampler| passes this: sampler and learner disagree about what the
+    policy is, and what would be learned is noise."""
+
+
+@dataclass
+class EvalConfig:
+    """Held-out evaluation before, during and after training."""
+
+    every: int = 5
+    """Steps between evaluations; 0 evaluates before and after only."""
+    episodes: int = 256
+    """Held-out problems, the same ones every time; 0 evaluates nothing."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    env_kwargs: dict[str, Any] | None = None
+    """Arguments of the environment that differ in evaluation. By default {split: eval} where the environment takes a
+    split, else nothing: then other seeds of the same environment are played."""
+
+
+@dataclass
+class CheckpointConfig:
+    """Checkpoints: adapter, optimizer, random states, step, config; written atomically."""
+
+    every: int = 5
+    """Steps between checkpoints."""
+    keep: int = 2
+    """The newest ones that are kept; the best one by held-out accuracy (or reward) is kept beside them."""
+
+
+@dataclass
+class LogConfig:
+    """What is shown and recorded; metrics.jsonl always is."""
+
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """Any of accelerate's: tensorboard, wandb, mlflow, comet_ml, aim, clearml, trackio, ..."""
+    samples_every: int = 5
+    """Steps between tables of sampled completions on the terminal; 0 shows none."""
+
+
+@dataclass
+class TrainConfig:
+    """Train a LoRA adapter on a causal language model by policy gradient."""
+
+    run_dir: str = "runs/arithmetic"
+    """Where everything of this run is written."""
+    steps: int = 15
+    """Optimizer steps (times rollout updates_per_step)."""
+    seed: int = 0
+    """Of the adapter, the training problems and the sampling. The same seed gives the same run."""
+    resume: bool = False
+    """Continue the run in run_dir from its last checkpoint; a finished run only shows its summary again."""
+    shuffle_rewards: bool = False
+    """A control: rewards are dealt out anew among the episodes of a step, so that there is nothing to learn. Held-out
+    accuracy that rises all the same was not taught by the reward."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    env: EnvConfig = field(default_factory=EnvConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+MAY_DIFFER = {
+    "run_dir",
+    "steps",
+    "resume",
+    "eval.every",
+    "checkpoint",
+    "log",
+    "rollout.max_rows",
+    "learner.tokens_per_microbatch",
+}
+"""What a resumed run may change: nothing of it moves the adapter's path."""
+
+
+def validate(config: TrainConfig) -> None:
+    """Raises ValueError with every number that cannot be meant."""
+    c = config
+    rules: list[tuple[str, float, bool, str]] = [
+        ("steps", c.steps, c.steps >= 1, ">= 1"),
+        ("seed", c.seed, c.seed >= 0, ">= 0"),
+        ("adapter.rank", c.adapter.rank, c.adapter.rank >= 1, ">= 1"),
+        ("adapter.alpha", c.adapter.alpha, c.adapter.alpha > 0, "> 0"),
+        ("rollout.prompts_per_step", c.rollout.prompts_per_step, c.rollout.prompts_per_step >= 1, ">= 1"),
+        ("rollout.group_size", c.rollout.group_size, c.rollout.group_size >= 1, ">= 1"),
+        ("rollout.max_tokens", c.rollout.max_tokens, c.rollout.max_tokens >= 1, ">= 1"),
+        (
+            "rollout.temperature",
+            c.rollout.temperature,
+            c.rollout.temperature > 0,
+            "> 0: a policy gradient needs samples",
+        ),
+        ("rollout.max_turns", c.rollout.max_turns, c.rollout.max_turns >= 1, ">= 1"),
+        ("rollout.max_rows", c.rollout.max_rows, c.rollout.max_rows >= 1, ">= 1"),
+        ("learner.learning_rate", c.learner.learning_rate, 0 < c.learner.learning_rate < math.inf, "> 0"),
+        ("learner.weight_decay", c.learner.weight_decay, c.learner.weight_decay >= 0, ">= 0"),
+        ("learner.max_grad_norm", c.learner.max_grad_norm, c.learner.max_grad_norm >= 0, ">= 0"),
+        ("learner.clip_low", c.learner.clip_low, 0 <= c.learner.clip_low <= 1, "in [0, 1]"),
+        ("learner.clip_high", c.learner.clip_high, c.learner.clip_high >= 0, ">= 0"),
+        (
+            "learner.updates_per_step",
+            c.learner.updates_per_step,
+            1 <= c.learner.updates_per_step <= c.rollout.prompts_per_step,
+            f">= 1 and <= rollout.prompts_per_step={c.rollout.prompts_per_step}",
+        ),
+        (
+            "learner.tokens_per_microbatch",
+            c.learner.tokens_per_microbatch,
+            c.learner.tokens_per_microbatch >= 1,
+            ">= 1",
+        ),
+        (
+            "learner.max_sampler_learner_kl",
+            c.learner.max_sampler_learner_kl,
+            c.learner.max_sampler_learner_kl > 0,
+            "> 0",
+        ),
+        *[(f"learner.betas[{i}]", b, 0 <= b < 1, "in [0, 1)") for i, b in enumerate(c.learner.betas)],
+        ("eval.every", c.eval.every, c.eval.every >= 0, ">= 0"),
+        ("eval.episodes", c.eval.episodes, c.eval.episodes >= 0, ">= 0"),
+        ("eval.temperature", c.eval.temperature, c.eval.temperature >= 0, ">= 0"),
+        ("checkpoint.every", c.checkpoint.every, c.checkpoint.every >= 1, ">= 1"),
+        ("checkpoint.keep", c.checkpoint.keep, c.checkpoint.keep >= 1, ">= 1"),
+        ("log.samples_every", c.log.samples_every, c.log.samples_every >= 0, ">= 0"),
+    ]
+    wrong = [f"{name} must be {rule}, got {value}" for name, value, holds, rule in rules if not holds]
+    if c.rollout.group_size == 1 and advantage_of(c.learner) != "none":
+        wrong.append(
+            f"rollout.group_size must be >= 2, got 1: with the {advantage_of(c.learner)} advantage a group of one has no "
+            "signal; raise it, or set learner.advantage to none"
+        )
+    if wrong:
+        raise ValueError("; ".join(wrong))
+
+
+def advantage_of(learner: LearnerConfig) -> str:
+    """The name of the advantage estimator, the objective's default applied."""
+    return learner.advantage or {"reinforce": "mean", "grpo": "standardized"}[learner.objective]
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted names and values of a (nested) config dataclass."""
+    flat: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            flat |= flatten(value, f"{prefix}{f.name}.")
+        else:
+            flat[prefix + f.name] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def differences(config: TrainConfig, other: dict[str, Any]) -> list[str]:
+    """What differs between a config and the flat record of another, apart from what may (`MAY_DIFFER`)."""
+    mine = flatten(config)
+    return [
+        f"{name}: {other.get(name, 'absent')} -> {mine.get(name, 'absent')}"
+        for name in sorted(mine.keys() | other.keys())
+        if mine.get(name) != other.get(name) and not ({name, name.partition(".")[0]} & MAY_DIFFER)
+    ]

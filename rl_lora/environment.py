@@ -1,0 +1,68 @@
+"""From an environment's id to environments: for training, and for held-out evaluation.
+
+Knows gymnasium's registry and nothing of particular environments.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import gymnasium as gym
+
+from rl_lora.config import EnvConfig
+from rl_lora.rollout import MakeEnv
+
+UNSPLIT_OFFSET = 10**9
+"""First held-out seed where an environment has no split of its own: far from the seeds of training."""
+TRIES = 10
+"""Seeds that are looked at for one more held-out problem, before it is believed that there are no more."""
+
+
+def environment(config: EnvConfig, **overrides: Any) -> MakeEnv:
+    """A function that makes the environment, after proof that it works.
+
+    Raises:
+        ValueError: unknown id, module that cannot be imported, arguments that the environment does not take.
+    """
+    kwargs = {**config.kwargs, **overrides}
+
+    def make() -> gym.Env[str, str]:
+        # The passive checker would warn about text observations that are fine; `check_env` is for tests.
+        return gym.make(config.id, disable_env_checker=True, **kwargs)
+
+    try:
+        make().close()
+    except gym.error.Error as error:
+        there = sorted(id for id in gym.registry if id.startswith("rl_lora/"))
+        raise ValueError(
+            f"unknown environment {config.id!r} ({error}); registered here: {', '.join(there) or 'none'}; an "
+            "environment of your own is `module:id`, where importing the module registers the id"
+        ) from error
+    except ImportError as error:
+        raise ValueError(f"environment {config.id!r}: {error}") from error
+    except TypeError as error:
+        raise ValueError(f"environment {config.id!r} does not take {kwargs}: {error}") from error
+    return make
+
+
+def held_out(config: EnvConfig, env_kwargs: dict[str, Any] | None, episodes: int) -> tuple[MakeEnv, list[int]]:
+    """The evaluation environment, and seeds of `episodes` different problems; see `EvalConfig.env_kwargs`.
+
+    Problems differ if their first observations do; fewer seeds where the environment has fewer problems.
+    """
+    if env_kwargs is None:
+        env = environment(config)()
+        takes_split = "split" in inspect.signature(type(env.unwrapped).__init__).parameters
+        env.close()
+        env_kwargs = {"split": "eval"} if takes_split else {}
+    make = environment(config, **env_kwargs)
+    start = 0 if env_kwargs else UNSPLIT_OFFSET
+    env = make()
+    seed_of: dict[str, int] = {}
+    for seed in range(start, start + TRIES * episodes):
+        if len(seed_of) == episodes:
+            break
+        seed_of.setdefault(env.reset(seed=seed)[0], seed)
+    env.close()
+    return make, list(seed_of.values())

@@ -1,0 +1,190 @@
+"""Groups -> gradient -> one optimizer step for each adapter. The gradient is the only thing that processes exchange.
+
+    maximise  sum_t objective_t / n_tokens        over all completion tokens of the step, of all processes
+
+The denominator is global, and counts the tokens of groups without signal too: dropping them, splitting into other
+micro-batches, or spreading over other numbers of processes, leaves the gradient as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from rl_lora.advantages import advantages
+from rl_lora.config import LearnerConfig, advantage_of
+from rl_lora.objectives import OBJECTIVES, Clip
+from rl_lora.packing import pack
+from rl_lora.policy import Policy
+from rl_lora.types import Batch, Group, StepStats
+
+
+class SamplerLearnerMismatch(RuntimeError):
+    """Sampler and learner disagree about the policy's probabilities."""
+
+
+class Learner:
+    """AdamW over the bank's adapters, fed with groups.
+
+    Args:
+        temperature: at which the groups were sampled.
+        accelerator: sums gradients and counts over its processes. None is a single process.
+    """
+
+    def __init__(
+        self, policy: Policy, config: LearnerConfig, *, temperature: float = 1.0, accelerator: Accelerator | None = None
+    ):
+        self.policy, self.config, self.temperature, self.accelerator = policy, config, temperature, accelerator
+        self.optimizers: dict[str, torch.optim.AdamW] = {}
+
+    def optimizer(self, adapter: str) -> torch.optim.AdamW:
+        """The adapter's own optimizer; made at its first step."""
+        if adapter not in self.optimizers:
+            self.optimizers[adapter] = torch.optim.AdamW(
+                [self.policy.bank[adapter].flat],
+                lr=self.config.learning_rate,
+                betas=self.config.betas,
+                weight_decay=self.config.weight_decay,
+            )
+        return self.optimizers[adapter]
+
+    def step(self, groups: Sequence[Group], on_tokens: Callable[[int], None] | None = None) -> list[StepStats]:
+        """Learn from the groups of this process: `updates_per_step` optimizer steps of every adapter in them.
+
+        All processes must hold groups of the same adapters. `on_tokens` is told how many tokens were learned from.
+
+        Returns one record for each update and adapter, over all processes.
+
+        Raises:
+            SamplerLearnerMismatch: before anything has moved, see `LearnerConfig.max_sampler_learner_kl`.
+        """
+        n = self.config.updates_per_step
+        return [stats for i in range(n) for stats in self._update(groups[i::n], i == 0, on_tokens)]
+
+    def _update(
+        self, groups: Sequence[Group], on_policy: bool, on_tokens: Callable[[int], None] | None
+    ) -> list[StepStats]:
+        names = sorted({group.adapter for group in groups if group.adapter is not None})
+        counts = self._sum([[_n_groups(groups, name), _n_tokens(groups, name)] for name in names])
+        denominators = {name: tokens for name, (_, tokens) in zip(names, counts, strict=True)}
+        estimator = advantage_of(self.config)
+        signal = [
+            (group, advantages_G)
+            for group in groups
+            if group.adapter is not None and (advantages_G := advantages(group, estimator)) is not None
+        ]
+        n_learned = self._sum([[_n_groups([group for group, _ in signal], name)] for name in names])
+        for name in names:
+            self.policy.bank[name].zero_grad()
+        tallies = {name: _Tally(self.policy.device) for name in names}
+        for batch in pack(
+            signal,
+            denominators=denominators,
+            tokens_per_microbatch=self.config.tokens_per_microbatch,
+            shared_prefix=self.policy.not_shared is None,
+            device=self.policy.device,
+        ):
+            self._accumulate(batch, tallies)
+            if on_tokens is not None:
+                on_tokens(len(batch.targets))
+        return [
+            self._finish(name, tallies[name], int(n_groups), int(n_signal), on_policy)
+            for name, (n_groups, _), (n_signal,) in zip(names, counts, n_learned, strict=True)
+        ]
+
+    def _accumulate(self, batch: Batch, tallies: dict[str, _Tally]) -> None:
+        """One forward and backward pass; the gradient adds up in each adapter's `flat.grad`."""
+        logprobs, entropy = self.policy.logprobs(batch, self.temperature)
+        clip = Clip(self.config.clip_low, self.config.clip_high)
+        objective, clipped = OBJECTIVES[self.config.objective](
+            logprobs, batch.behaviour_logprobs, batch.advantages, clip
+        )
+        loss = -(objective * batch.weights)  # (N,)
+        loss.sum().backward()
+        row = batch.index // batch.tokens.shape[1]  # (N,): the row of each target
+        for name, tally in tallies.items():
+            mine = torch.tensor([adapter == name for adapter in batch.adapters], device=row.device)[row]
+            tally.add(loss, logprobs.detach() - batch.behaviour_logprobs, entropy, clipped, mine)
+
+    @torch.no_grad()
+    def _finish(self, name: str, tally: _Tally, n_groups: int, n_learned: int, on_policy: bool) -> StepStats:
+        """Reduce the gradient, clip it, and take the step; without any signal nothing moves, momentum included."""
+        tally.reduce(self.accelerator)
+        kl = tally.mean(tally.difference)
+        if on_policy and kl is not None and not kl <= self.config.max_sampler_learner_kl:
+            raise SamplerLearnerMismatch(
+                f"sampler and learner disagree: mean |log p_learner - log p_sampler| is {kl:.3g}, the bound is "
+                f"learner.max_sampler_learner_kl={self.config.max_sampler_learner_kl:g}. Try --model.dtype float32; if the "
+                "value stays, the sampler does not run the policy that is trained"
+            )
+        adapter = self.policy.bank[name]
+        flat = adapter.flat
+        assert flat.grad is not None
+        grad_norm = None
+        if n_learned:
+            if self.accelerator is not None:
+                flat.grad.copy_(self.accelerator.reduce(flat.grad, reduction="sum"))
+            grad_norm = float(flat.grad.norm())
+            if not math.isfinite(grad_norm):
+                raise FloatingPointError(f"the gradient of adapter {name!r} is {grad_norm}; no step was taken")
+            if 0 < self.config.max_grad_norm < grad_norm:
+                flat.grad.mul_(self.config.max_grad_norm / grad_norm)
+            self.optimizer(name).step()
+            adapter.version += 1
+        return StepStats(
+            adapter=name,
+            version=adapter.version,
+            n_groups=n_groups,
+            n_groups_learned=n_learned,
+            n_tokens_learned=round(tally.n),
+            loss=tally.loss if tally.n else None,
+            entropy=tally.mean(tally.entropy),
+            sampler_learner_kl=kl if on_policy else None,
+            ratio_max=tally.ratio_max if tally.n else None,
+            clip_fraction=tally.mean(tally.clipped),
+            grad_norm=grad_norm,
+            learning_rate=self.config.learning_rate,
+        )
+
+    def _sum(self, counts: list[list[float]]) -> list[list[float]]:
+        """Add the counts of all processes."""
+        if self.accelerator is None or not counts:
+            return counts
+        tensor = torch.tensor(counts, dtype=torch.float64, device=self.policy.device)
+        return self.accelerator.reduce(tensor, reduction="sum").tolist()  # type: ignore[no-any-return]
+
+
+def _n_groups(groups: Sequence[Group], adapter: str) -> int:
+    return sum(group.adapter == adapter for group in groups)
+
+
+def _n_tokens(groups: Sequence[Group], adapter: str) -> int:
+    return sum(episode.n_tokens for group in groups if group.adapter == adapter for episode in group.episodes)
+
+
+class _Tally:
+    """Sums over the tokens that one adapter learns from; on the device until `reduce`."""
+
+    def __init__(self, device: torch.device):
+        self.sums = torch.zeros(5, device=device)
+        self.max = torch.zeros(1, device=device)
+        self.n = self.loss = self.difference = self.entropy = self.clipped = self.ratio_max = 0.0
+
+    def add(self, loss: Tensor, difference: Tensor, entropy: Tensor, clipped: Tensor, mine: Tensor) -> None:
+        columns = [torch.ones_like(entropy), loss.detach(), difference.abs(), entropy, clipped.float()]
+        self.sums += torch.stack(columns, 1)[mine].sum(0)
+        self.max = torch.maximum(self.max, torch.exp(difference[mine]).amax().nan_to_num() if mine.any() else self.max)
+
+    def reduce(self, accelerator: Accelerator | None) -> None:
+        """Add up the processes, and read the sums."""
+        if accelerator is not None:
+            self.sums, self.max = accelerator.reduce(self.sums, reduction="sum"), accelerator.gather(self.max)
+        self.n, self.loss, self.difference, self.entropy, self.clipped = self.sums.tolist()
+        self.ratio_max = float(self.max.max())
+
+    def mean(self, total: float) -> float | None:
+        return total / self.n if self.n else None

@@ -1,0 +1,477 @@
+"""LoRA as a bank of adapters over one frozen base: every row of a batch carries an adapter, or none.
+
+    W' = W + (alpha / r) B A,   A uniform in +-1/sqrt(d_in), B = 0        (Hu et al. 2021; Schulman et al. 2025)
+
+The sum is never formed: a layer computes `W x + (alpha / r) B (A x)`. Left out on purpose: merging, dropout, DoRA, and
+adapters on embeddings or on the output head.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+ALL_LINEAR = "all-linear"
+ROUTERS = ("gate", "router", "shared_expert_gate")
+"""Leaf names of linear layers that choose experts. Not adapted by default: they are control flow, not features."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A weight that an adapter can stand on: a linear layer, or one 3-D parameter that holds E experts."""
+
+    name: str
+    """Module path; for experts, the path of the parameter: `model.layers.0.mlp.experts.down_proj`."""
+    in_features: int
+    out_features: int
+    experts: int = 0
+    """0 for a linear layer."""
+    transposed: bool = False
+    """The base keeps the weight as (in, out): GPT-2's Conv1D, some experts. A and B do not care."""
+
+    @property
+    def module(self) -> str:
+        """Path of the module that holds the weight."""
+        return self.name.rpartition(".")[0] if self.experts else self.name
+
+
+class Factors:
+    """A (r, in) and B (out, r) of one site, or A (E, r, in) and B (E, out, r) for experts; float32, with `scale`."""
+
+    def __init__(self, adapter: Adapter, A: nn.Parameter, B: nn.Parameter, scale: float):
+        self.adapter, self.A, self.B, self.scale = adapter, A, B, scale
+        self._cast: tuple[tuple[int, int, torch.dtype], tuple[Tensor, Tensor]] | None = None
+
+    def to(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A and B in the compute dtype. Without gradients the copy is kept until the adapter changes.
+
+        Torch counts every in-place change of the weights, those of fused optimizers excepted: `version` counts them.
+        """
+        if dtype == self.A.dtype:
+            return self.A, self.B
+        if torch.is_grad_enabled():
+            return self.A.to(dtype), self.B.to(dtype)
+        state = (self.adapter.version, self.A._version, dtype)
+        if self._cast is None or self._cast[0] != state:
+            self._cast = (state, (self.A.to(dtype), self.B.to(dtype)))
+        return self._cast[1]
+
+
+class Adapter:
+    """One LoRA adapter: A and B for every site, as views of a single flat float32 vector.
+
+    One vector means that the optimizer, the gradient norm, the all-reduce and the checkpoint each handle one tensor.
+    `flat.grad` is allocated by `zero_grad` and filled in place by every backward.
+
+    Args:
+        rank: r >= 1. Experts of an MoE model get `max(1, rank // active_experts)`: the same total rank a token.
+        ranks, alphas: exceptions by site name (PEFT's `rank_pattern`, `alpha_pattern`).
+        rslora: scale by alpha / sqrt(r) instead of alpha / r.
+        seed: of A. The values do not depend on the device.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        sites: Sequence[Site],
+        *,
+        rank: int,
+        alpha: float = 32.0,
+        seed: int = 0,
+        active_experts: int = 1,
+        ranks: dict[str, int] | None = None,
+        alphas: dict[str, float] | None = None,
+        rslora: bool = False,
+        device: torch.device | str = "cpu",
+    ):
+        if rank < 1:
+            raise ValueError(f"rank must be >= 1, got {rank}")
+        if not alpha > 0:
+            raise ValueError(f"alpha must be > 0, got {alpha}")
+        if not sites:
+            raise ValueError(f"adapter {name!r} stands on no layer")
+        self.name, self.sites, self.rank, self.alpha, self.rslora = name, tuple(sites), rank, float(alpha), rslora
+        self.version = 0
+        """Optimizer steps so far; whoever steps adds one, and must, since cached casts depend on it."""
+        self.ranks = {
+            site.name: (ranks or {}).get(site.name, max(1, rank // active_experts) if site.experts else rank)
+            for site in sites
+        }
+        if min(self.ranks.values()) < 1:
+            raise ValueError(f"every rank must be >= 1, got {self.ranks}")
+        self.alphas = {site.name: float((alphas or {}).get(site.name, alpha)) for site in sites}
+        self._shapes_flat = [shape for site in sites for shape in self._shapes(site)]
+        self.flat = nn.Parameter(torch.zeros(sum(map(math.prod, self._shapes_flat)), device=device))
+        self.factors = self._factors()
+        self.initialize(seed)
+
+    def _factors(self) -> dict[str, Factors]:
+        views = self._views(self.flat.detach(), self._shapes_flat)  # detach, unlike data, shares the version counter
+        factors = {}
+        for site in self.sites:
+            r, alpha = self.ranks[site.name], self.alphas[site.name]
+            scale = alpha / math.sqrt(r) if self.rslora else alpha / r
+            factors[site.name] = Factors(self, nn.Parameter(next(views)), nn.Parameter(next(views)), scale)
+        return factors
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "factors"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)  # a copied or unpickled adapter: A and B must be views of its own vector again
+        self.factors = self._factors()
+
+    def _shapes(self, site: Site) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        experts = (site.experts,) if site.experts else ()
+        r = self.ranks[site.name]
+        return (*experts, r, site.in_features), (*experts, site.out_features, r)
+
+    @staticmethod
+    def _views(flat: Tensor, shapes: Iterable[tuple[int, ...]]) -> Iterator[Tensor]:
+        start = 0
+        for shape in shapes:
+            stop = start + math.prod(shape)
+            yield flat[start:stop].view(shape)
+            start = stop
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> None:
+        """A uniform in +-1/sqrt(d_in), B zero: a fresh adapter changes nothing."""
+        generator = torch.Generator().manual_seed(seed)
+        for site in self.sites:
+            factors = self.factors[site.name]
+            bound = 1 / math.sqrt(site.in_features)
+            factors.A.copy_((torch.rand(factors.A.shape, generator=generator) * 2 - 1) * bound)
+            factors.B.zero_()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        for factors in self.factors.values():
+            yield factors.A
+            yield factors.B
+
+    def zero_grad(self) -> None:
+        """Point every A.grad and B.grad into one flat gradient of zeros."""
+        if self.flat.grad is None:
+            self.flat.grad = torch.zeros_like(self.flat)
+        self.flat.grad.zero_()
+        for parameter, grad in zip(self.parameters(), self._views(self.flat.grad, self._shapes_flat), strict=True):
+            parameter.grad = grad
+
+    @property
+    def n_parameters(self) -> int:
+        return self.flat.numel()
+
+    def hash(self) -> str:
+        """SHA-256 of the weights, for reports and for proofs that nothing moved."""
+        return hashlib.sha256(self.flat.detach().cpu().numpy().tobytes()).hexdigest()
+
+    def __repr__(self) -> str:
+        return f"Adapter({self.name!r}, rank={self.rank}, alpha={self.alpha:g}, {self.n_parameters:,} parameters)"
+
+
+@dataclass(frozen=True)
+class Run:
+    """The entries of a batch that carry one adapter: a slice where they are neighbours, else their indices."""
+
+    adapter: Adapter
+    where: slice | Tensor
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which entries carry which adapter. `size` entries; a layer that sees n * size tokens gives each entry n."""
+
+    size: int
+    runs: tuple[Run, ...]
+
+    @property
+    def whole(self) -> Adapter | None:
+        """The adapter of all entries, if there is just one and no entry goes without: the fast path."""
+        if len(self.runs) == 1 and self.runs[0].where == slice(0, self.size):
+            return self.runs[0].adapter
+        return None
+
+    def tokens(self, where: slice | Tensor, n_tokens: int) -> slice | Tensor:
+        """`where`, in tokens instead of entries."""
+        n, rest = divmod(n_tokens, self.size)
+        assert rest == 0, f"{n_tokens} tokens cannot be shared by {self.size} rows"
+        if isinstance(where, slice):
+            return slice(where.start * n, where.stop * n)
+        return (where[:, None] * n + torch.arange(n, device=where.device)).flatten()
+
+
+class AdapterBank:
+    """All adapters over one base model, and the routing of the batch that is being computed.
+
+    Layers are wrapped when the first adapter needs them. Outside `route` the model is the base model.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        if any(isinstance(module, LoRALinear | LoRAExperts) for module in model.modules()):
+            raise ValueError("this model already has an adapter bank; add adapters to that one, or load the model anew")
+        self.model = model
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        self.device = next(model.parameters()).device
+        self.sites = {site.name: site for site in find_sites(model)}
+        config = model.config.get_text_config()
+        self.active_experts = max(1, getattr(config, "num_experts_per_tok", None) or 1)
+        self.adapters: dict[str, Adapter] = {}
+        self.routing: Routing | None = None
+        self._wrapped: set[str] = set()
+
+    def add(
+        self,
+        name: str,
+        *,
+        rank: int = 1,
+        alpha: float = 32.0,
+        targets: str | Sequence[str] = ALL_LINEAR,
+        seed: int = 0,
+    ) -> Adapter:
+        """A fresh adapter on the layers that `targets` names (see `match`)."""
+        sites = self.match(targets)
+        device, experts = self.device, self.active_experts
+        return self.put(Adapter(name, sites, rank=rank, alpha=alpha, seed=seed, active_experts=experts, device=device))
+
+    def put(self, adapter: Adapter) -> Adapter:
+        """Take in an adapter that was made elsewhere, on this bank's sites."""
+        if adapter.name in self.adapters:
+            raise ValueError(f"the bank already holds an adapter named {adapter.name!r}; remove it first")
+        for site in adapter.sites:
+            if self.sites.get(site.name) != site:
+                here = self.sites.get(site.name)
+                raise ValueError(f"adapter {adapter.name!r} stands on {site}, but the model has {here}")
+        if adapter.sites != tuple(self.sites[name] for name in self.sites if name in adapter.factors):
+            raise ValueError(f"the sites of adapter {adapter.name!r} must be in the model's order, each once")
+        for site in adapter.sites:
+            self._wrap(site)
+        self.adapters[adapter.name] = adapter
+        return adapter
+
+    def remove(self, name: str) -> None:
+        del self.adapters[self[name].name]
+
+    def __getitem__(self, name: str) -> Adapter:
+        if name not in self.adapters:
+            raise ValueError(f"no adapter is named {name!r}; the bank holds {sorted(self.adapters) or 'none'}")
+        return self.adapters[name]
+
+    def match(self, targets: str | Sequence[str]) -> list[Site]:
+        """Sites whose path is, or ends in, one of the names: `q_proj`, `mlp.down_proj`, `experts`.
+
+        Raises:
+            ValueError: a name matches nothing; the message lists what is there.
+        """
+        if targets == ALL_LINEAR:
+            return list(self.sites.values())
+        names = [targets] if isinstance(targets, str) else list(targets)
+        chosen: set[str] = set()
+        for name in names:
+            found = {
+                site.name
+                for site in self.sites.values()
+                if any(f".{path}".endswith(f".{name}") for path in (site.name, site.module))
+            }
+            if not found:
+                there = sorted({site.rpartition(".")[2] for site in self.sites})
+                raise ValueError(f"no module matches {name!r}; linear layers here are {', '.join(there)}")
+            chosen |= found
+        return [site for site in self.sites.values() if site.name in chosen]
+
+    @contextmanager
+    def route(self, adapters: Sequence[str | None]) -> Iterator[None]:
+        """Inside, entry i of every forward pass carries `adapters[i]`, or the bare base where that is None.
+
+        Entries are usually the rows of the batch; a single row whose tokens belong to several adapters gives one entry
+        a token. A backward pass that recomputes activations must run inside as well.
+        """
+        previous, self.routing = self.routing, self._routing(adapters)
+        try:
+            yield
+        finally:
+            self.routing = previous
+
+    def _routing(self, adapters: Sequence[str | None]) -> Routing | None:
+        entries: dict[str, list[int]] = {}
+        for i, name in enumerate(adapters):
+            if name is not None:
+                entries.setdefault(name, []).append(i)
+        if not entries:
+            return None
+        runs = []
+        for name, indices in entries.items():
+            first, last = indices[0], indices[-1]
+            if last - first + 1 == len(indices):
+                where: slice | Tensor = slice(first, last + 1)
+            else:
+                where = torch.tensor(indices, device=self.device)
+            runs.append(Run(self[name], where))
+        return Routing(len(adapters), tuple(runs))
+
+    def base_hash(self) -> str:
+        """SHA-256 over the base's weights, by name: the same before and after training, or something is wrong."""
+        digest = hashlib.sha256()
+        weights = {name.replace(".base.", "."): tensor for name, tensor in self.model.state_dict().items()}
+        for name, tensor in sorted(weights.items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def _wrap(self, site: Site) -> None:
+        path = site.module
+        if path in self._wrapped:
+            return
+        parent_path, _, leaf = path.rpartition(".")
+        parent = self.model.get_submodule(parent_path)
+        base = getattr(parent, leaf)
+        setattr(parent, leaf, LoRAExperts(base, path, self) if site.experts else LoRALinear(base, path, self))
+        self._wrapped.add(path)
+
+
+class _Wrapper(nn.Module):
+    """Stands in the place of a frozen layer. What a model reads off it (weight, in_features, ...) is the base's."""
+
+    def __init__(self, base: nn.Module, name: str, bank: AdapterBank):
+        super().__init__()
+        self.base, self.name, self.bank = base, name, bank
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
+
+
+class LoRALinear(_Wrapper):
+    """A frozen linear layer (nn.Linear, a subclass of it, or Conv1D) and the bank's adapters on it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)  # (..., out); a fresh tensor, so that the deltas can be added in place
+        routing = self.bank.routing
+        if routing is None:
+            return y
+        x2, y2 = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])  # (N, in), (N, out)
+        if routing.whole is not None:
+            if (factors := routing.whole.factors.get(self.name)) is not None:
+                _add_delta(y2, x2, factors)
+            return y
+        for run in routing.runs:
+            if (factors := run.adapter.factors.get(self.name)) is None:
+                continue
+            where = routing.tokens(run.where, len(x2))
+            if isinstance(where, slice):
+                _add_delta(y2[where], x2[where], factors)
+            else:
+                y2.index_copy_(0, where, _add_delta(y2[where], x2[where], factors))
+        return y
+
+
+def _add_delta(y: Tensor, x: Tensor, factors: Factors) -> Tensor:
+    """y += scale * x A^T B^T, in place. x: (N, in), y: (N, out)."""
+    A, B = factors.to(x.dtype)
+    return y.addmm_(x @ A.t(), B.t(), alpha=factors.scale)
+
+
+class LoRAExperts(_Wrapper):
+    """The experts of a transformers 5 MoE layer, kept as 3-D parameters, and the bank's adapters on them.
+
+    Rows without an adapter run the base's own implementation (`experts_implementation`), apart from the others: how
+    many tokens an expert gets decides the last bit of a matrix product, and the others' routing is theirs. Rows with an
+    adapter run the loop below: what the eager implementation of `transformers` does, in its order, with the deltas
+    added before each activation. To the bit, a fresh adapter is the base only under the eager implementation.
+    """
+
+    def __init__(self, base: nn.Module, name: str, bank: AdapterBank):
+        super().__init__(base, name, bank)
+        self.up_name = "gate_up_proj" if hasattr(base, "gate_up_proj") else "up_proj"
+        self.n_experts = len(base.down_proj)  # type: ignore[arg-type]
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states: (N, d); top_k_index, top_k_weights: (N, K). Returns (N, d)."""
+        routing = self.bank.routing
+        if routing is None:
+            return self.base(hidden_states, top_k_index, top_k_weights)
+        result = torch.zeros_like(hidden_states)
+        adapters = [run.adapter for run in routing.runs]
+        adapter_of = torch.full((len(hidden_states),), -1, device=hidden_states.device)  # (N,)
+        for i, run in enumerate(routing.runs):
+            adapter_of[routing.tokens(run.where, len(hidden_states))] = i
+        bare = torch.where(adapter_of < 0)[0]
+        if len(bare):
+            result.index_copy_(0, bare, self.base(hidden_states[bare], top_k_index[bare], top_k_weights[bare]))
+        chosen = top_k_index.t().masked_fill(adapter_of < 0, -1)  # (K, N)
+        expert: int
+        for expert in chosen.unique().tolist():
+            if not 0 <= expert < self.n_experts:
+                continue  # rows without an adapter, or a sentinel of expert parallelism
+            slot, token = torch.where(chosen == expert)
+            x, mine = hidden_states[token], adapter_of[token]
+            h = self._linear(x, self.up_name, expert, adapters, mine)
+            h = self._activate(h)
+            h = self._linear(h, "down_proj", expert, adapters, mine)
+            if getattr(self.base, "has_post_expert_norm", False):
+                h = self.base.post_expert_norm(h)  # type: ignore[operator]
+            h = h * top_k_weights[token, slot, None]
+            result.index_add_(0, token, h.to(result.dtype))
+        return result
+
+    def _linear(self, x: Tensor, leaf: str, expert: int, adapters: list[Adapter], mine: Tensor) -> Tensor:
+        weight, bias = getattr(self.base, leaf)[expert], getattr(self.base, f"{leaf}_bias", None)
+        if getattr(self.base, "is_transposed", False):
+            y = x @ weight if bias is None else x @ weight + bias[expert]  # one addmm would round otherwise
+        else:
+            y = nn.functional.linear(x, weight, None if bias is None else bias[expert])
+        for i, adapter in enumerate(adapters):
+            if (factors := adapter.factors.get(f"{self.name}.{leaf}")) is None:
+                continue
+            A, B = (factor[expert] for factor in factors.to(x.dtype))
+            if len(adapters) == 1:
+                y.addmm_(x @ A.t(), B.t(), alpha=factors.scale)
+            else:
+                rows = torch.where(mine == i)[0]
+                y.index_add_(0, rows, x[rows] @ A.t() @ B.t(), alpha=factors.scale)
+        return y
+
+    def _activate(self, h: Tensor) -> Tensor:
+        base = self.base
+        if not getattr(base, "has_gate", True):
+            return base.act_fn(h)  # type: ignore[operator]
+        if hasattr(base, "_apply_gate"):
+            return base._apply_gate(h)  # type: ignore[operator]
+        gate, up = h.chunk(2, dim=-1)
+        return base.act_fn(gate) * up  # type: ignore[operator]
+
+
+def find_sites(model: PreTrainedModel) -> Iterator[Site]:
+    """Every linear layer and every expert weight of the model, in module order; not the head, not the routers."""
+    head = model.get_output_embeddings()
+    for path, module in model.named_modules():
+        if module is head or path.rpartition(".")[2] in ROUTERS:
+            continue
+        if isinstance(module, Conv1D):
+            yield Site(path, module.nx, module.nf, transposed=True)
+        elif isinstance(module, nn.Linear):
+            yield Site(path, module.in_features, module.out_features)
+        elif is_experts(module):
+            for leaf, weight in module.named_parameters(recurse=False):
+                if weight.dim() == 3:
+                    experts, out_features, in_features = weight.shape
+                    if transposed := bool(getattr(module, "is_transposed", False)):
+                        in_features, out_features = out_features, in_features
+                    yield Site(f"{path}.{leaf}", in_features, out_features, experts, transposed)
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Experts as transformers 5 writes them: 3-D parameters, and a forward of (hidden, top_k_index, top_k_weights)."""
+    down = getattr(module, "down_proj", None)
+    return hasattr(module, "has_gate") and isinstance(down, nn.Parameter) and down.dim() == 3

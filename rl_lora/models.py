@@ -1,0 +1,167 @@
+"""Where a model name leads: the embedded default, a local folder, or the Hugging Face hub; and loading what is there.
+
+Left out: quantised loading, several devices, and anything that knows about adapters (see `policy.py`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from rl_lora.default_model import DEFAULT_MODEL, prepare_default_model, without_progress_bars
+
+LOAD_ERRORS = (OSError, ValueError, ImportError, RuntimeError, SafetensorError)
+CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+
+
+def resolve_model(name: str) -> str:
+    """The local folder or hub id that `name` stands for; fetches and converts the default model the first time.
+
+    Raises ValueError for a path that does not exist or holds no model, and for what cannot be a hub id.
+    """
+    if name == DEFAULT_MODEL:
+        return str(prepare_default_model())
+    path = Path(os.path.expanduser(name or "~/no name"))  # an empty path would be the current folder
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            kind = "an adapter, not a base model" if (path / "adapter_config.json").is_file() else "no config.json"
+            raise ValueError(f"model folder {name!r} holds {kind}; give the folder of a saved Hugging Face causal LM")
+        return str(path)
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        problem = "is a file" if path.exists() else "does not exist"
+        raise ValueError(f"model path {name!r} {problem}; give the folder of a saved Hugging Face causal LM")
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ValueError(
+            f"{name!r} is no model: give {DEFAULT_MODEL!r}, a local folder, or a hub id such as 'gpt2' or 'owner/name'"
+        ) from error
+    return name
+
+
+def check_model(name: str, trust_remote_code: bool = False) -> None:
+    """Raise ValueError for what is wrong with a model name, as far as its configuration alone can tell.
+
+    The default model passes without being fetched.
+    """
+    if name == DEFAULT_MODEL:
+        return
+    config = load_config(name, trust_remote_code)
+    remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if remote or _is_causal_lm(config):
+        return
+    made_for = ", ".join(config.architectures or []) or "unknown"
+    raise ValueError(
+        f"model {name!r} is no causal LM (model type {config.model_type!r}, architecture {made_for}); choose a "
+        f"decoder-only language model such as {DEFAULT_MODEL!r}"
+    )
+
+
+def load_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The model's configuration; no weights are read. Raises ValueError."""
+    folder_or_id = resolve_model(name)
+    with _explained(name, "configuration"):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder_or_id, trust_remote_code=trust_remote_code)
+    return config
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with its chat template if it has one. Raises ValueError."""
+    folder_or_id = resolve_model(name)
+    with _explained(name, "tokenizer"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder_or_id, trust_remote_code=trust_remote_code
+        )
+    return tokenizer
+
+
+def load_causal_lm(
+    name: str,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """The model in evaluation mode on one device; `dtype="auto"` keeps the stored one.
+
+    Raises ValueError if it cannot be loaded, or if weights are missing (they would be random).
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device {str(device)!r} cannot be used here: {_first_line(error)}; 'cpu' always can"
+        ) from error
+    extra: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    folder_or_id = resolve_model(name)
+    with _explained(name, "weights"):
+        loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
+            folder_or_id, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **extra
+        )
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"model {name!r} lacks {len(missing)} weights of its causal LM, among them {missing[:3]}")
+    model.to(device)  # type: ignore[arg-type]
+    return model.eval()
+
+
+def _is_causal_lm(config: PreTrainedConfig) -> bool:
+    """Whether the library has a causal LM for this type, and the checkpoint was saved from one."""
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or getattr(config, "is_encoder_decoder", False):
+        return False
+    return not config.architectures or any(saved.endswith(CAUSAL_SUFFIXES) for saved in config.architectures)
+
+
+@contextmanager
+def _explained(name: str, part: str) -> Iterator[None]:
+    """Without progress bars, and with whatever transformers raises turned into one ValueError that says what to do."""
+    try:
+        with without_progress_bars():
+            yield
+    except LOAD_ERRORS as error:
+        raise ValueError(_explain(name, part, error)) from error
+
+
+def _explain(name: str, part: str, error: BaseException) -> str:
+    causes = [error]
+    while nearer := causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(nearer)
+
+    def caused_by(kind: type[BaseException]) -> bool:
+        return any(isinstance(cause, kind) for cause in causes)
+
+    if "trust_remote_code" in str(error):
+        return f"model {name!r} brings code of its own, run only with trust_remote_code=true: read it first"
+    if caused_by(GatedRepoError):  # a kind of RepositoryNotFoundError
+        return f"model {name!r} is gated: accept its terms on the hub, then log in (`hf auth login`) or set HF_TOKEN"
+    if caused_by(RepositoryNotFoundError):
+        return f"the hub has no model {name!r}: check the spelling; if it is private, `hf auth login` or set HF_TOKEN"
+    if caused_by(LocalEntryNotFoundError):
+        meant = f"did you mean {DEFAULT_MODEL!r}? Else " if difflib.get_close_matches(name, [DEFAULT_MODEL]) else ""
+        return (
+            f"model {name!r} is no local folder, not in the hub's local cache, and the hub cannot be reached: "
+            f"{meant}check the network and HF_HUB_OFFLINE, or give a local folder"
+        )
+    return f"cannot load the {part} of model {name!r}: {_first_line(error)}"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

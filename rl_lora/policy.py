@@ -1,0 +1,175 @@
+"""The policy: one frozen base, its bank of adapters, and the conversation format. Everything is one forward pass.
+
+Left out: sampling (`sampler.py`), the loss (`learner.py`), and any second copy of the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from rl_lora import models
+from rl_lora.attention import Decode, Packed, Prefix, shared_prefix_attention_of
+from rl_lora.chat import Chat
+from rl_lora.head import Head
+from rl_lora.lora import AdapterBank
+from rl_lora.types import Batch
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class Policy:
+    """A causal language model with adapters.
+
+    Args:
+        model: any `transformers` causal LM. It is frozen, and put into evaluation mode: no dropout, so that the sampler
+            and the learner compute the same function.
+        stop_tokens: see `Chat`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str = "",
+        stop_tokens: Sequence[str] = (),
+    ):
+        self.model = model.eval()
+        self.name = name or str(model.config._name_or_path)
+        self.bank = AdapterBank(model)
+        self.chat = Chat(tokenizer, model.generation_config, stop_tokens)
+        self.head = Head.of(model)
+        self.backbone = model.base_model
+        self.device = self.bank.device
+        self.dtype = self.head.weight.dtype
+        self.context_length = context_length(model.config)
+        """Tokens that a prompt and its completion may have together."""
+        self.not_shared: str | None = None
+        """Why prompts are not shared by their completions, or None where they are."""
+        self.not_shared = self._self_check()
+
+    @classmethod
+    def load(
+        cls,
+        name: str = models.DEFAULT_MODEL,
+        *,
+        dtype: Dtype = "auto",
+        device: torch.device | str = "cpu",
+        trust_remote_code: bool = False,
+        stop_tokens: Sequence[str] = (),
+    ) -> Policy:
+        """Load a base by name: the embedded default, a local folder, or a hub id (`models.py`).
+
+        `dtype` "auto" is bfloat16 where the device multiplies it natively, else float32.
+        """
+        device = torch.device(device)
+        tokenizer = models.load_tokenizer(name, trust_remote_code=trust_remote_code)
+        model = models.load_causal_lm(
+            name, dtype=compute_dtype(dtype, device), device=device, trust_remote_code=trust_remote_code
+        )
+        return cls(model, tokenizer, name=name, stop_tokens=stop_tokens)
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        adapters: Sequence[str | None],
+        layout: Packed | Decode | None = None,
+        positions: Tensor | None = None,
+        cache: Prefix | Decode | None = None,
+    ) -> Tensor:
+        """Last hidden states, (B, L, d), of tokens int64 (B, L).
+
+        Without a layout the model's own causal attention runs: rows are single sequences, padded on the right.
+        """
+        kwargs: dict[str, Any] = {} if layout is None else {"layout": layout}
+        with self.bank.route(adapters), nullcontext() if layout is None else shared_prefix_attention_of(self.model):
+            output = self.backbone(
+                input_ids=tokens,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=cache is not None,
+                **kwargs,
+            )
+        return output.last_hidden_state  # type: ignore[no-any-return]
+
+    def logprobs(self, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Log-probability of every target of the batch, and the entropy of its distribution: float32 (N,), (N,)."""
+        layout = None if self.not_shared else Packed(batch.positions, batch.segments)
+        positions = None if layout is None else batch.positions
+        hidden = self.hidden(batch.tokens, batch.adapters, layout, positions)
+        return self.head.logprobs(hidden.flatten(0, 1)[batch.index], batch.targets, temperature)
+
+    @torch.no_grad()
+    def _self_check(self) -> str | None:
+        """Compare the shared-prefix path with the model's own attention on random tokens; a reason if they differ.
+
+        Also proves that `head` computes the model's own logits; that has no fallback and raises.
+        """
+        generator = torch.Generator().manual_seed(0)
+        n = min(24, self.context_length // 2)
+        ids = torch.randint(self.head.weight.shape[0], (3, n), generator=generator).to(self.device)
+        ids[1, : n // 2] = ids[0, : n // 2]  # two completions behind one prompt, and a sequence of its own
+        plain = self.hidden(ids, [None] * 3)
+        logits = self.head.logits(plain.flatten(0, 1)).view(*ids.shape, -1)
+        own = self.model(input_ids=ids).logits.float()
+        if (gap := _gap(logits, own)) > self._tolerance:
+            raise ValueError(
+                f"the output head of {type(self.model).__name__} does more than a linear layer, a scale and a soft cap: "
+                f"its logits differ from ours by {gap:.2g} of their spread; this architecture is not supported"
+            )
+        p = n // 2
+        tokens = torch.stack([torch.cat([ids[0], ids[1, p:]]), torch.cat([ids[2], ids[2, p:] * 0])])
+        position = torch.arange(n, device=self.device)
+        positions = torch.cat([position, position[p:]]).expand(2, -1)
+        segments = torch.zeros_like(tokens)
+        segments[0, p:n], segments[0, n:], segments[1, n:] = 1, 2, -1
+        try:
+            packed = self.hidden(tokens, [None] * 2, Packed(positions, segments), positions)
+            packed = torch.stack([packed[0, :n], torch.cat([packed[0, :p], packed[0, n:]]), packed[1, :n]])
+            if (gap := _gap(packed, plain)) > self._tolerance:
+                return f"its packed hidden states differ from the plain ones by {gap:.2g} of their spread"
+            prefix = Prefix()
+            prompts, at = ids[[0, 2], :p], position[:p].expand(2, -1)
+            self.hidden(prompts, [None] * 2, Packed(at, at * 0), at, prefix)
+            rows = torch.tensor([0, 0, 1], device=self.device)
+            decode = Decode(prefix, torch.full((2,), p, device=self.device), rows, n - p)
+            for t in range(p, n):
+                step = self.hidden(ids[:, t : t + 1], [None] * 3, decode, decode.positions, decode)
+                decode.advance()
+                if (gap := _gap(step[:, 0], plain[:, t])) > self._tolerance:
+                    return f"its decoded hidden states differ from the plain ones by {gap:.2g} of their spread"
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return None
+
+    @property
+    def _tolerance(self) -> float:
+        """Largest mean difference, in standard deviations, that rounding explains."""
+        return 1e-3 if self.dtype == torch.float32 else 0.1
+
+
+def _gap(a: Tensor, b: Tensor) -> float:
+    return float((a.float() - b.float()).abs().mean() / b.float().std().clamp_min(1e-9))
+
+
+def context_length(config: PreTrainedConfig) -> int:
+    """Tokens that a model's positions reach; practically unlimited where its config names no limit."""
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
+
+
+def compute_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
+    """The dtype of the base and of the activations; adapters are float32 always."""
+    if dtype != "auto":
+        return getattr(torch, dtype)  # type: ignore[no-any-return]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    native = [getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile")]
+    if device.type == "cpu" and any(supported() for supported in native if supported):
+        return torch.bfloat16
+    return torch.float32

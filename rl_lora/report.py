@@ -1,0 +1,282 @@
+"""What a run shows, and what it leaves to look at: progress, samples, the summary, `reward.png`.
+
+Nothing here is read back by the training; a run without a terminal prints the same lines without the bar.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from rl_lora.checkpoint import Checkpoints
+from rl_lora.config import TrainConfig
+from rl_lora.evaluate import Evaluation
+from rl_lora.lora import Adapter
+from rl_lora.metrics import MetricsFile, Record
+from rl_lora.types import Group
+
+if TYPE_CHECKING:
+    from rl_lora.policy import Policy
+
+N_TRANSCRIPTS = 3
+
+
+class RunReport:
+    """The terminal and the readable files of one run. `visible` is False on all processes but the first."""
+
+    def __init__(self, run_dir: Path, visible: bool = True):
+        self.run_dir, self.visible = run_dir, visible
+        self.console = Console(quiet=not visible, highlight=False, soft_wrap=True)
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+        self._what, self._n = "", 0
+        self._reward = "reward –"
+
+    @contextmanager
+    def stage(self, what: str) -> Iterator[None]:
+        """A line that says what takes a moment."""
+        with self.console.status(f"{what} ..."):
+            yield
+
+    @contextmanager
+    def progress(self, steps: int, done: int) -> Iterator[None]:
+        """The bar: steps, reward, what is going on, time left."""
+        columns = (
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[reward]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+        )
+        with Progress(*columns, console=self.console, transient=True, disable=not self.visible) as self._progress:
+            self._task = self._progress.add_task("", total=steps, completed=done, reward=self._reward)
+            yield
+        self._progress = None
+
+    def sampling(self, n_tokens: int) -> None:
+        """n_tokens more were drawn."""
+        self._doing("sampling", n_tokens)
+
+    def evaluating(self, n_tokens: int) -> None:
+        """n_tokens more were drawn in an evaluation."""
+        self._doing("evaluating", n_tokens)
+
+    def learning(self, n_tokens: int) -> None:
+        """n_tokens more were learned from."""
+        self._doing("learning", n_tokens)
+
+    def _doing(self, what: str, n_tokens: int) -> None:
+        self._n = n_tokens + (self._n if what == self._what else 0)
+        self._what = what
+        if self._progress is not None:
+            self._progress.update(self._task, description=f"{what}, {self._n:,} tokens")
+
+    def header(self, config: TrainConfig, policy: Policy, adapter: Adapter, step: int) -> None:
+        """What is about to run, in two lines."""
+        r = config.rollout
+        self.console.print(
+            f"[bold]{escape(config.env.id)}[/]: {r.prompts_per_step} problems x {r.group_size} episodes a step, "
+            f"{config.learner.objective}, learning rate {config.learner.learning_rate:g}, seed {config.seed}"
+        )
+        base = sum(parameter.numel() for parameter in policy.model.parameters())
+        self.console.print(
+            f"{escape(policy.name)}: {base / 1e6:,.0f}M parameters frozen ({str(policy.dtype).removeprefix('torch.')}, "
+            f"{policy.device}), {adapter.n_parameters:,} trained (rank {adapter.rank})"
+        )
+        if policy.not_shared:
+            self.console.print(
+                f"[yellow]prompts are not shared by their completions, which is slower:[/] {escape(policy.not_shared)}"
+            )
+        if config.shuffle_rewards:
+            self.console.print("[yellow]control: rewards are shuffled, there is nothing to learn[/]")
+        if step:
+            self.console.print(f"going on from step {step}")
+
+    def step(self, step: int, record: Record) -> None:
+        """One line a step."""
+        parts = [f"step {step:>4}", f"reward {_number(record['reward'], '.3f')}"]
+        if record["accuracy"] is not None and record["accuracy"] != record["reward"]:
+            parts.append(f"accuracy {record['accuracy']:.3f}")
+        parts += [
+            f"entropy {_number(record['entropy'], '.2f')}",
+            f"kl {_number(record['sampler_learner_kl'], '.4f')}",
+            f"grad {_number(record['grad_norm'], '.2g')}",
+            f"no signal {record['groups_without_signal']:.0%}",
+            f"cut off {_number(record['truncated'], '.0%')}",
+            f"{record['tokens_per_episode'] or 0:.1f} tokens",
+            f"{record['seconds/rollout']:.1f} + {record['seconds/learn']:.1f} s",
+        ]
+        self.console.print("  ".join(parts))
+        self._reward = f"reward {_number(record['reward'], '.3f')}"
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, reward=self._reward)
+
+    def evaluation(self, step: int, evaluation: Evaluation) -> None:
+        """One line, and the episodes as `evals/step-N.jsonl`."""
+        self.console.print(f"[cyan]step {step:>4}  held out: {held_out_line(evaluation.record)}[/]")
+        path = self._evals(step)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(sample) + "\n" for sample in evaluation.samples()))
+
+    def samples(self, step: int, groups: Sequence[Group]) -> None:
+        """A table of sampled completions: of the first groups, the best and the worst episode."""
+        table = Table(title=f"sampled in step {step}", title_justify="left", show_edge=False, pad_edge=False)
+        for column in ("problem", "reply", "reward"):
+            table.add_column(column, justify="right" if column == "reward" else "left", overflow="fold")
+        for group in [group for group in groups if group.episodes][:4]:
+            by_reward = sorted(group.episodes, key=lambda episode: episode.reward)
+            for episode in {id(e): e for e in (by_reward[-1], by_reward[0])}.values():
+                reply = episode.turns[-1].text if episode.turns else ""
+                table.add_row(_short(episode.observations[-1]), _short(reply), f"{episode.reward:.2f}")
+        self.console.print(table)
+
+    def rewind(self, step: int) -> None:
+        """Forget the evaluations after `step`."""
+        for path in self.run_dir.glob("evals/step-*.jsonl"):
+            if int(path.stem.removeprefix("step-")) > step or step == 0:
+                path.unlink()
+
+    def finish(self, config: TrainConfig, metrics: MetricsFile, checkpoints: Checkpoints) -> None:
+        """Write summary.json and reward.png."""
+        evals, train = metrics.read("eval"), metrics.read("train")
+        best, adapter = checkpoints.best(), str(self.run_dir / "adapter")
+        summary: dict[str, Any] = {
+            "steps": config.steps,
+            "before": evals[0] if evals else None,
+            "after": evals[-1] if evals else None,
+            "reward_first": train[0]["reward"],
+            "reward_last": train[-1]["reward"],
+            "seconds": sum(value for r in evals + train for name, value in r.items() if name.startswith("seconds/")),
+            "adapter": adapter,
+            "best_checkpoint": str(best.folder) if best else None,
+            "transcripts": self._newly_solved(evals),
+            "next": " ".join(["python scripts/evaluate.py", *_flags(config), "--adapters", adapter]),
+        }
+        plot_rewards(train, evals, self.run_dir / "reward.png")
+        partial = self.run_dir / "summary.json.partial"
+        partial.write_text(json.dumps(summary, indent=1) + "\n")
+        partial.replace(self.run_dir / "summary.json")
+
+    def finished_at(self, steps: int) -> bool:
+        """Whether the run is there to its last step."""
+        path = self.run_dir / "summary.json"
+        return path.exists() and json.loads(path.read_text())["steps"] == steps
+
+    def show(self) -> None:
+        """The summary: before and after, problems solved now and not before, where things are, what to try next."""
+        summary = json.loads((self.run_dir / "summary.json").read_text())
+        out = self.console.print
+        out(f"\n[bold]{summary['steps']} steps in {summary['seconds'] / 60:.1f} minutes[/]")
+        if summary["after"]:
+            out(f"  before  {held_out_line(summary['before'])}")
+            out(f"  after   {held_out_line(summary['after'])}")
+        first, last = (_number(summary[f"reward_{when}"], ".3f") for when in ("first", "last"))
+        out(f"  mean reward of sampled episodes: {first} in the first step, {last} in the last")
+        if summary["transcripts"]:
+            out("\n[bold]solved now and not before[/]")
+        for transcript in summary["transcripts"]:
+            out(f"  {escape(_short(transcript['problem'], 200))}")
+            out(f"    before: {escape(_short(transcript['before']))}", style="red")
+            out(f"    after:  {escape(_short(transcript['after']))}", style="green")
+        out(f"\nadapter      {summary['adapter']}  (PEFT format)")
+        if summary["best_checkpoint"]:
+            out(f"best so far  {summary['best_checkpoint']}")
+        out(f"curve        {self.run_dir / 'reward.png'}")
+        out(f"all numbers  {self.run_dir / 'metrics.jsonl'}")
+        out(f"next         {escape(summary['next'])}\n")
+
+    def _evals(self, step: int) -> Path:
+        return self.run_dir / "evals" / f"step-{step:06d}.jsonl"
+
+    def _newly_solved(self, evals: Sequence[Record]) -> list[dict[str, str]]:
+        if not evals:
+            return []
+        before, after = (
+            {sample["seed"]: sample for sample in map(json.loads, self._evals(step).read_text().splitlines())}
+            for step in (evals[0]["step"], evals[-1]["step"])
+        )
+        solved = [seed for seed in after if seed in before and after[seed]["success"] and not before[seed]["success"]]
+        return [
+            {
+                "problem": after[seed]["observations"][0],
+                "before": " / ".join(before[seed]["replies"]),
+                "after": " / ".join(after[seed]["replies"]),
+            }
+            for seed in solved[:N_TRANSCRIPTS]
+        ]
+
+
+def held_out_line(record: Record) -> str:
+    """Accuracy with its interval, reward, truncation: one line."""
+    parts = []
+    if record["accuracy"] is not None:
+        low_high = f" [{record['accuracy_low']:.1%}, {record['accuracy_high']:.1%}]" if "accuracy_low" in record else ""
+        parts.append(f"accuracy {record['accuracy']:.1%}{low_high}")
+    parts.append(f"reward {_number(record['reward'], '.3f')}")
+    parts.append(f"cut off {_number(record['truncated'], '.0%')}")
+    if record["unscorable"]:
+        parts.append(f"unscorable {record['unscorable']:.0%}")
+    return ", ".join(parts) + f" ({record['episodes']} episodes)"
+
+
+def plot_rewards(train: Sequence[Record], evals: Sequence[Record], path: Path) -> None:
+    """Mean reward of the sampled episodes, and held-out accuracy with its 95 % interval, over steps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    points = [(record["step"], record["reward"]) for record in train if record["reward"] is not None]
+    if points:
+        axes.plot(*zip(*points, strict=True), color="tab:blue", alpha=0.8, label="reward, sampled in training")
+    checked = [record for record in evals if record["accuracy"] is not None]
+    if checked:
+        accuracy = [record["accuracy"] for record in checked]
+        low = [max(0.0, record["accuracy"] - record.get("accuracy_low", record["accuracy"])) for record in checked]
+        high = [max(0.0, record.get("accuracy_high", record["accuracy"]) - record["accuracy"]) for record in checked]
+        steps = [record["step"] for record in checked]
+        axes.errorbar(
+            steps, accuracy, [low, high], fmt="o-", color="tab:orange", capsize=3, label="accuracy, held out (95 %)"
+        )
+    axes.set_xlabel("step")
+    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+    axes.grid(alpha=0.3)
+    if points or checked:
+        axes.legend(loc="best")
+    figure.savefig(path, dpi=150)
+
+
+def _flags(config: TrainConfig) -> list[str]:
+    """What `scripts/evaluate.py` has to be told to evaluate on this run's task."""
+    default, flags = TrainConfig(), []
+    for name in ("model.name", "model.dtype", "env.id", "env.kwargs", "rollout.max_tokens", "rollout.system_prompt"):
+        room, field = name.split(".")
+        value = getattr(getattr(config, room), field)
+        if value != getattr(getattr(default, room), field):
+            flags += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
+    return [f"'{flag}'" if set(flag) & set(" {}\"'") else flag for flag in flags]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def _short(text: str, n: int = 100) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= n else text[: n - 1] + "…"

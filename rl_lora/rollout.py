@@ -1,0 +1,178 @@
+"""Playing environments: G episodes of one seed form a `Group`.
+
+Any gymnasium environment whose observations and actions are text is played; the first message of an episode is what
+`reset(seed=...)` returns. From the info dictionary of `step` are read, where present:
+`is_success` (bool): the verdict, apart from the reward, which may be shaped.
+`reward_parts` (dict[str, float]): summed over the turns and averaged in the metrics.
+`unscorable` (a reason): the episode could not be judged; it is left out of its group, and counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import gymnasium as gym
+
+from rl_lora.chat import Chat
+from rl_lora.config import RolloutConfig
+from rl_lora.sampler import Completion, Request, Sampler
+from rl_lora.types import Episode, Group, Stop, Turn
+
+MakeEnv = Callable[[], gym.Env[str, str]]
+
+
+@dataclass
+class _Play:
+    """One episode in the making."""
+
+    env: gym.Env[str, str]
+    env_id: str
+    seed: int
+    adapter: str | None
+    version: int
+    k: int
+    """Its place in the group."""
+    prompt_ids: tuple[int, ...] = ()
+    turns: list[Turn] = field(default_factory=list)
+    observations: list[str] = field(default_factory=list)
+    reward: float = 0.0
+    parts: dict[str, float] = field(default_factory=dict)
+    success: bool | None = None
+    stop: Stop | None = None
+
+    def episode(self) -> Episode:
+        assert self.stop is not None
+        return Episode(
+            env_id=self.env_id,
+            seed=self.seed,
+            turns=tuple(self.turns),
+            reward=self.reward,
+            stop=self.stop,
+            adapter=self.adapter,
+            version=self.version,
+            success=self.success,
+            reward_parts=self.parts,
+            observations=tuple(self.observations),
+        )
+
+
+class RolloutWorker:
+    """Environments x sampler -> groups.
+
+    Args:
+        make_env: called as often as episodes are played at a time; the environments are kept and reset.
+        versions: the version of an adapter at the moment, for the record.
+    """
+
+    def __init__(
+        self,
+        make_env: MakeEnv,
+        sampler: Sampler,
+        chat: Chat,
+        config: RolloutConfig,
+        *,
+        context_length: int = 1 << 30,
+        versions: Callable[[str], int] = lambda adapter: 0,
+    ):
+        self.make_env, self.sampler, self.chat, self.config = make_env, sampler, chat, config
+        self.context_length, self.versions = context_length, versions
+        self._envs: list[gym.Env[str, str]] = []
+
+    def collect(
+        self,
+        seeds: Sequence[int],
+        *,
+        adapters: Sequence[str | None],
+        n: int,
+        random_seed: tuple[int, ...] = (0,),
+        temperature: float = 1.0,
+        on_token: Callable[[int], None] | None = None,
+    ) -> list[Group]:
+        """n episodes of every seed under every adapter, all in the same batches; groups by adapter, then by seed.
+
+        `random_seed` and the problem's seed fix what is drawn: the same call gives the same groups.
+        """
+        problems = [(adapter, seed) for adapter in adapters for seed in seeds]
+        while len(self._envs) < len(problems) * n:
+            self._envs.append(self.make_env())
+        envs = iter(self._envs)
+        groups = [[self._reset(next(envs), seed, adapter, k) for k in range(n)] for adapter, seed in problems]
+        plays = [play for group in groups for play in group]
+        while active := [play for play in plays if play.stop is None]:
+            requests: dict[tuple[Any, ...], list[_Play]] = {}
+            for play in active:
+                requests.setdefault((play.adapter, play.seed, play.prompt_ids), []).append(play)
+            completions = self.sampler.generate(
+                [
+                    Request(
+                        prompt_ids=prompt_ids,
+                        n=len(same),
+                        max_tokens=self.config.max_tokens,
+                        temperature=temperature,
+                        adapter=adapter,
+                        seed=(*random_seed, seed % (1 << 64), len(same[0].turns), same[0].k),
+                    )
+                    for (adapter, seed, prompt_ids), same in requests.items()
+                ],
+                on_token,
+            )
+            for same, replies in zip(requests.values(), completions, strict=True):
+                for play, reply in zip(same, replies, strict=True):
+                    self._step(play, reply)
+        return [self._group(group) for group in groups]
+
+    def close(self) -> None:
+        """Close the environments."""
+        while self._envs:
+            self._envs.pop().close()
+
+    def first_prompt(self, seed: int) -> list[int]:
+        """The prompt of a problem: what is known of it without a model."""
+        if not self._envs:
+            self._envs.append(self.make_env())
+        return list(self._reset(self._envs[0], seed, None, 0).prompt_ids)
+
+    def _reset(self, env: gym.Env[str, str], seed: int, adapter: str | None, k: int) -> _Play:
+        observation, _ = env.reset(seed=seed)
+        env_id = env.spec.id if env.spec else type(env.unwrapped).__name__
+        if not isinstance(observation, str):
+            raise ValueError(f"{env_id} gives {type(observation).__name__} observations; a text environment gives str")
+        version = self.versions(adapter) if adapter is not None else 0
+        play = _Play(env, env_id, seed, adapter, version, k)
+        play.observations.append(observation)
+        play.prompt_ids = tuple(self.chat.start(observation, self.config.system_prompt))
+        room = self.context_length - self.config.max_tokens
+        if len(play.prompt_ids) > room:
+            raise ValueError(
+                f"the prompt of {env_id}, seed {seed}, has {len(play.prompt_ids)} tokens, but the model's context of "
+                f"{self.context_length} leaves {room} beside rollout.max_tokens={self.config.max_tokens}; "
+                "shorten the prompt or lower max_tokens"
+            )
+        return play
+
+    def _step(self, play: _Play, reply: Completion) -> None:
+        text = self.chat.decode(reply.token_ids)
+        play.turns.append(Turn(play.prompt_ids, reply.token_ids, reply.logprobs, reply.stop, text))
+        observation, reward, terminated, truncated, info = play.env.step(text)
+        play.reward += float(reward)
+        play.success = bool(info["is_success"]) if "is_success" in info else play.success
+        for name, value in info.get("reward_parts", {}).items():
+            play.parts[name] = play.parts.get(name, 0.0) + float(value)
+        if info.get("unscorable"):
+            play.stop = Stop.UNSCORABLE
+        elif terminated:
+            play.stop = Stop.END
+        elif truncated or len(play.turns) >= self.config.max_turns:
+            play.stop = Stop.LENGTH
+        else:
+            play.observations.append(observation)
+            play.prompt_ids = tuple(self.chat.extend(play.prompt_ids, reply.token_ids, observation))
+            if len(play.prompt_ids) + self.config.max_tokens > self.context_length:
+                play.stop = Stop.LENGTH  # the conversation has outgrown the model
+
+    @staticmethod
+    def _group(plays: Sequence[_Play]) -> Group:
+        scored = tuple(play.episode() for play in plays if play.stop is not Stop.UNSCORABLE)
+        return Group(plays[0].env_id, plays[0].seed, plays[0].adapter, scored, len(plays) - len(scored))

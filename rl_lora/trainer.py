@@ -1,0 +1,230 @@
+"""The one loop: sample groups, learn from them, look at held-out problems, keep a checkpoint.
+
+What happens inside a stage is in its own room; what is shown and written is in `report.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from rl_lora.adapter_io import load_adapter, save_adapter
+from rl_lora.advantages import shuffle_rewards
+from rl_lora.checkpoint import Checkpoints
+from rl_lora.config import TrainConfig, flatten
+from rl_lora.environment import environment, held_out
+from rl_lora.evaluate import Evaluation, evaluate
+from rl_lora.learner import Learner
+from rl_lora.metrics import MetricsFile, Record, Stopwatch, summarize_groups, summarize_updates, with_speed
+from rl_lora.policy import Policy
+from rl_lora.preflight import preflight
+from rl_lora.report import RunReport
+from rl_lora.rollout import RolloutWorker
+from rl_lora.sampler import NativeSampler
+from rl_lora.types import Group
+
+ADAPTER = "policy"
+"""The name of the adapter that is trained."""
+
+
+def train(config: TrainConfig) -> Path:
+    """Train an adapter as `config` says; returns the run's folder.
+
+    A run that is finished already, with `resume`, only shows its summary again.
+
+    Raises:
+        ValueError: something is wrong with the config; before the model is loaded wherever it can be known before.
+    """
+    run_dir = Path(config.run_dir)
+    if config.resume and RunReport(run_dir).finished_at(config.steps):
+        preflight(config, [])
+        RunReport(run_dir).show()
+        return run_dir
+    preflight(config, problem_seeds(config, 0))
+    Trainer(config).run()
+    return run_dir
+
+
+def problem_seeds(config: TrainConfig, step: int) -> list[int]:
+    """The training problems of a step: consecutive seeds, so that a finite environment is gone through in epochs."""
+    n = config.rollout.prompts_per_step
+    return [(config.seed << 32) + step * n + i for i in range(n)]
+
+
+class Trainer:
+    """Everything a run holds. `config` has passed `preflight`."""
+
+    def __init__(self, config: TrainConfig):
+        self.config, self.run_dir = config, Path(config.run_dir)
+        self.accelerator = Accelerator(log_with=list(config.log.trackers), project_dir=self.run_dir)
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        if config.rollout.prompts_per_step < self.world * config.learner.updates_per_step:
+            raise ValueError(
+                f"rollout.prompts_per_step must be at least processes x learner.updates_per_step = {self.world} x "
+                f"{config.learner.updates_per_step}, got {config.rollout.prompts_per_step}"
+            )
+        self.metrics = MetricsFile(self.run_dir / "metrics.jsonl")
+        self.checkpoints = Checkpoints(self.run_dir / "checkpoints", config.checkpoint.keep)
+        self.report = RunReport(self.run_dir, visible=self.accelerator.is_main_process)
+
+        model = config.model
+        with self.report.stage(f"loading {model.name}"):
+            self.policy = Policy.load(
+                model.name,
+                dtype=model.dtype,
+                device=self.accelerator.device,
+                trust_remote_code=model.trust_remote_code,
+                stop_tokens=model.stop_tokens,
+            )
+        self.step = self._adapter()
+        sampler = NativeSampler(self.policy, config.rollout.max_rows)
+        make_eval_env, self.eval_seeds = held_out(config.env, config.eval.env_kwargs, config.eval.episodes)
+        self.worker, self.eval_worker = (
+            RolloutWorker(
+                make_env,
+                sampler,
+                self.policy.chat,
+                config.rollout,
+                context_length=self.policy.context_length,
+                versions=lambda name: self.policy.bank[name].version,
+            )
+            for make_env in (environment(config.env), make_eval_env)
+        )
+        self.scores: dict[int, float] = {}
+        """Held-out score after each step that was evaluated."""
+
+    def run(self) -> None:
+        """Train to `config.steps`, and say what came of it."""
+        self._open()
+        with self.report.progress(self.config.steps, self.step):
+            self.evaluate_if_due()
+            while self.step < self.config.steps:
+                seconds = Stopwatch()
+                with seconds("rollout"):
+                    groups = self.rollout()
+                record = summarize_groups(gather_object(groups))  # before any group is filtered
+                with seconds("learn"):
+                    updates = self.learner.step(groups, self.report.learning)
+                self.step += 1
+                self.log(with_speed(record | summarize_updates(updates), seconds.seconds), groups)
+                self.evaluate_if_due()
+                self.checkpoint_if_due()
+        self._close()
+
+    def rollout(self) -> list[Group]:
+        """This process's share of the step's groups."""
+        groups = self.worker.collect(
+            problem_seeds(self.config, self.step)[self.rank :: self.world],
+            adapters=[ADAPTER],
+            n=self.config.rollout.group_size,
+            random_seed=(self.config.seed, self.step),
+            temperature=self.config.rollout.temperature,
+            on_token=self.report.sampling,
+        )
+        if self.config.shuffle_rewards:
+            groups = shuffle_rewards(groups, np.random.default_rng((self.config.seed, self.step, self.rank)))
+        return groups
+
+    def evaluate_if_due(self) -> None:
+        """Play the held-out problems: before the first step, every `eval.every`, and after the last one."""
+        every, last = self.config.eval.every, self.step == self.config.steps
+        due = self.step == 0 or last or (every > 0 and self.step % every == 0)
+        if not (due and self.eval_seeds):
+            return
+        seconds = Stopwatch()
+        with seconds("evaluate"):
+            (share,) = evaluate(
+                self.eval_worker,
+                self.eval_seeds[self.rank :: self.world],
+                [ADAPTER],
+                temperature=self.config.eval.temperature,
+                random_seed=self.config.seed,
+                on_token=self.report.evaluating,
+            )
+            groups = sorted(gather_object(list(share.groups)), key=lambda group: self.eval_seeds.index(group.seed))
+        evaluation = Evaluation(ADAPTER, tuple(groups))
+        self.scores[self.step] = evaluation.score
+        record = evaluation.record | {"seconds/evaluate": seconds.seconds["evaluate"]}
+        if self.accelerator.is_main_process:
+            self.metrics.append("eval", self.step, record)
+            self.report.evaluation(self.step, evaluation)
+        self._track(record, "eval")
+
+    def checkpoint_if_due(self) -> None:
+        """Keep what is needed to go on from here."""
+        if self.step % self.config.checkpoint.every and self.step != self.config.steps:
+            return
+        if self.accelerator.is_main_process:
+            self.checkpoints.save(
+                self.step,
+                self.policy.bank[ADAPTER],
+                self.learner.optimizer(ADAPTER),
+                base_model=self.policy.name,
+                config=flatten(self.config),
+                score=self.scores.get(self.step),
+            )
+
+    def log(self, record: Record, groups: list[Group]) -> None:
+        """One step's record: to metrics.jsonl, the trackers and the terminal."""
+        if self.accelerator.is_main_process:
+            self.metrics.append("train", self.step, record)
+            self.report.step(self.step, record)
+            every = self.config.log.samples_every
+            if every and (self.step % every == 0 or self.step == 1):
+                self.report.samples(self.step, groups)
+        self._track(record, "train")
+
+    def _track(self, record: Record, kind: str) -> None:
+        numbers = {f"{kind}/{name}": value for name, value in record.items() if value is not None}
+        self.accelerator.log(numbers, step=self.step)
+
+    def _adapter(self) -> int:
+        """Put the adapter into the bank, and its optimizer beside it; returns the step to go on from."""
+        config, bank = self.config, self.policy.bank
+        self.learner = Learner(
+            self.policy, config.learner, temperature=config.rollout.temperature, accelerator=self.accelerator
+        )
+        latest = self.checkpoints.latest() if config.resume else None
+        if latest is not None:
+            adapter = load_adapter(latest.adapter, bank, ADAPTER)
+            latest.restore(adapter, self.learner.optimizer(ADAPTER))
+            return latest.step
+        if config.adapter.init_from is not None:
+            load_adapter(Path(config.adapter.init_from), bank, ADAPTER)
+        else:
+            a = config.adapter
+            bank.add(ADAPTER, rank=a.rank, alpha=a.alpha, targets=a.targets, seed=config.seed)
+        return 0
+
+    def _open(self) -> None:
+        """Write down what is run, and forget what came after the checkpoint that is gone on from."""
+        if self.accelerator.is_main_process:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            (self.run_dir / "config.yaml").write_text(yaml.safe_dump(_plain(self.config), sort_keys=False))
+            self.metrics.rewind(self.step if self.step else -1)
+            self.report.rewind(self.step)
+            self.report.header(self.config, self.policy, self.policy.bank[ADAPTER], self.step)
+        flat = {k: v if isinstance(v, int | float | str) else str(v) for k, v in flatten(self.config).items()}
+        self.accelerator.init_trackers("rl_lora", config=flat)
+
+    def _close(self) -> None:
+        """Save the adapter, and say where everything is."""
+        if self.accelerator.is_main_process:
+            save_adapter(self.policy.bank[ADAPTER], self.run_dir / "adapter", self.policy.name, overwrite=True)
+            self.report.finish(self.config, self.metrics, self.checkpoints)
+            self.report.show()
+        self.worker.close()
+        self.eval_worker.close()
+        self.accelerator.end_training()
+
+
+def _plain(config: TrainConfig) -> dict[str, object]:
+    """The config as YAML has it: no tuples."""
+    nested = dataclasses.asdict(config)
+    nested["learner"]["betas"] = list(nested["learner"]["betas"])
+    return nested

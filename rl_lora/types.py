@@ -1,0 +1,136 @@
+"""The records that flow through the house, from a model's reply to an optimizer step.
+
+Frozen dataclasses without behaviour beyond what can be read off their fields. Tensors appear only in `Batch`;
+everything before packing is plain Python, so that a rollout can be looked at, stored or built by hand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from torch import Tensor
+
+
+class Stop(StrEnum):
+    """Why a reply, or an episode, ended."""
+
+    END = "end"
+    """The model ended its turn (a reply), or the environment terminated (an episode)."""
+    LENGTH = "length"
+    """Cut off: the token limit of a reply, the turn limit of an episode, or the context of the model was reached."""
+    UNSCORABLE = "unscorable"
+    """The verifier could not judge the episode. It is left out of its group and counted, never scored 0."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One reply of the model.
+
+    `logprobs[t]` is the log-probability under which the sampler drew `completion_ids[t]` (the behaviour policy),
+    temperature included. A stop token that was drawn is part of the completion: ending is learned too.
+    """
+
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    stop: Stop
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        assert len(self.completion_ids) == len(self.logprobs)
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One play of an environment: the turns, and what the environment said of them.
+
+    `success` is the environment's own verdict (`info["is_success"]`), `None` where it gives none; it is not derived
+    from the reward, which may be shaped. `version` counts the optimizer steps of `adapter` when the episode was drawn.
+    """
+
+    env_id: str
+    seed: int
+    turns: tuple[Turn, ...]
+    reward: float
+    stop: Stop
+    adapter: str | None = None
+    version: int = 0
+    success: bool | None = None
+    reward_parts: dict[str, float] = field(default_factory=dict)
+    observations: tuple[str, ...] = ()
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that the model wrote, over all turns."""
+        return sum(len(turn.completion_ids) for turn in self.turns)
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the last reply or the episode itself was cut off."""
+        return self.stop is Stop.LENGTH or (bool(self.turns) and self.turns[-1].stop is Stop.LENGTH)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Episodes of one problem (environment and seed) under one adapter; the unit over which a baseline is taken.
+
+    Unscorable episodes are not in `episodes`; `n_unscorable` counts them.
+    """
+
+    env_id: str
+    seed: int
+    adapter: str | None
+    episodes: tuple[Episode, ...]
+    n_unscorable: int = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A packed micro-batch: B rows of at most L tokens. A row holds one prompt and the completions behind it.
+
+    tokens, positions, segments: int64 (B, L). `positions` restarts behind the shared prompt for every completion.
+    `segments` is 0 on tokens that the whole row may attend to (the shared prompt), k >= 1 on tokens that only later
+    tokens of segment k may attend to, and -1 on padding.
+    The other fields are flat, over the N positions whose next token the model wrote:
+    index: int64 (N,), into the flattened B * L positions: where the hidden state that predicts a target stands.
+    targets: int64 (N,). behaviour_logprobs, advantages, weights: float32 (N,).
+    `weights` sum to at most one over all micro-batches of a step and an adapter: the denominator is global.
+    adapters: the adapter of each row (B).
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    segments: Tensor
+    index: Tensor
+    targets: Tensor
+    behaviour_logprobs: Tensor
+    advantages: Tensor
+    weights: Tensor
+    adapters: tuple[str | None, ...]
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that have to be computed, padding apart."""
+        return int((self.segments >= 0).sum())
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What one optimizer step of one adapter did. Means are over the tokens that were learned from."""
+
+    adapter: str
+    version: int
+    n_groups: int
+    n_groups_learned: int
+    n_tokens_learned: int
+    loss: float | None
+    entropy: float | None
+    """Nats a token, of the whole next-token distribution at the sampling temperature."""
+    sampler_learner_kl: float | None
+    """Mean |log p_learner - log p_sampler| over the tokens of the first update, before any weight has moved."""
+    ratio_max: float | None
+    clip_fraction: float | None
+    grad_norm: float | None
+    """Before clipping."""
+    learning_rate: float

@@ -1,0 +1,1 @@
+"""Commands. Thin: they parse, and call `rl_lora`."""

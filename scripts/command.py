@@ -1,0 +1,44 @@
+"""What every command does around its work: parse a config dataclass, and end with a clear message and exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from jsonargparse import ArgumentParser, set_parsing_settings
+from rich.console import Console
+
+Config = TypeVar("Config")
+USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+
+
+def parse(config_type: type[Config], args: Sequence[str] | None = None) -> Config:
+    """Command line, over --config FILE (YAML), over the defaults of a config dataclass; --print_config shows the result."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(description=config_type.__doc__, default_env=False)
+    parser.add_argument("--config", action="config", help="A YAML file with any of the options below.")
+    parser.add_class_arguments(config_type, nested_key=None, fail_untyped=False)
+    parsed: Any = parser.instantiate_classes(parser.parse_args(args))
+    del parsed.config
+    return config_type(**vars(parsed))
+
+
+def run(work: Callable[[], object]) -> int:
+    """Do the work; what users can mend is one line on standard error and exit code 2, anything else a traceback and 1."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    try:
+        work()
+    except ValueError as error:
+        console.print(f"[bold red]error:[/] {error!s}", markup=True)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        console.print("interrupted; --resume true continues from the last checkpoint")
+        return INTERRUPTED
+    return 0
+
+
+def main(config_type: type[Config], work: Callable[[Config], object]) -> None:
+    """A command: parse, work, exit."""
+    config = parse(config_type)
+    sys.exit(run(lambda: work(config)))
