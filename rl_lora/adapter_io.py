@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rl_lora.lora import Adapter, AdapterBank, Site
+from rl_lora.adapter import Adapter, Site
+from rl_lora.lora import AdapterBank
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

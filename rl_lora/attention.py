@@ -1,7 +1,7 @@
 """Attention over prompts that several completions share, for any model that goes through `AttentionInterface`.
 
-Two layouts: `Packed` (a whole row at once: learning and prefill) and `Decode` (one new token a row, behind a prompt that
-the rows of a group share and that is stored once). The model's own forward runs; only its attention function is ours.
+Two layouts: `Packed` (a whole row at once: learning and prefill) and `Decode` (one new token a row, behind a prompt
+that the rows of a group share and that is stored once). The model's own forward runs; only its attention is ours.
 Models whose attention goes elsewhere (state space models, own kernels) take the plain path: see `Policy.shared_prefix`.
 """
 
@@ -227,7 +227,7 @@ def shared_prefix_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function of `AttentionInterface`: (B, H, Q, D) -> (B, Q, H, D). The layout comes from `use_layout`."""
+    """An attention function of `AttentionInterface`: (B, H, Q, D) -> (B, Q, H, D). `layout`: the forward's."""
     unknown = {name for name, value in kwargs.items() if value is not None} - UNDERSTOOD
     if unknown:
         raise NotImplementedError(f"{type(module).__name__} asks its attention for {', '.join(sorted(unknown))}")

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from rl_lora.adapter import Adapter
 from rl_lora.adapter_io import save_adapter
-from rl_lora.lora import Adapter
 
 PATTERN = re.compile(r"step-(\d{6})")
 
@@ -44,7 +44,7 @@ class Checkpoint:
     @property
     def state(self) -> dict[str, Any]:
         """step, version, score and the flat config."""
-        return json.loads((self.folder / "state.json").read_text())  # type: ignore[no-any-return]
+        return json.loads((self.folder / "state.json").read_text())
 
     def restore(self, adapter: Adapter, optimizer: torch.optim.Optimizer) -> None:
         """Put the optimizer, the adapter's version and the random states back. The adapter's weights come first:

@@ -20,7 +20,7 @@ class ModelConfig:
     name: str = DEFAULT_MODEL
     """`smollm2-135m` (embedded: no account, no hub), a local folder, or a Hugging Face hub id."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the base and of the activations; auto is bfloat16 where the device multiplies it natively. Adapters are float32."""
+    """Of the base and of the activations; auto: bfloat16 where the device multiplies it natively. Adapters: float32."""
     stop_tokens: list[str] = field(default_factory=list)
     """Tokens that end a reply, beside the model's own; for base models that never learned to stop."""
     trust_remote_code: bool = False
@@ -228,8 +228,8 @@ def validate(config: TrainConfig) -> None:
     wrong = [f"{name} must be {rule}, got {value}" for name, value, holds, rule in rules if not holds]
     if c.rollout.group_size == 1 and advantage_of(c.learner) != "none":
         wrong.append(
-            f"rollout.group_size must be >= 2, got 1: with the {advantage_of(c.learner)} advantage a group of one has no "
-            "signal; raise it, or set learner.advantage to none"
+            f"rollout.group_size must be >= 2, got 1: with the {advantage_of(c.learner)} advantage a group of one has "
+            "no signal; raise it, or set learner.advantage to none"
         )
     if wrong:
         raise ValueError("; ".join(wrong))

@@ -28,7 +28,7 @@ class Evaluation:
 
     @property
     def record(self) -> Record:
-        """Means, as `metrics.summarize_episodes` has them, with the interval of the accuracy for one sample a problem."""
+        """Means, as `metrics.summarize_episodes` has them, and for one sample a problem the accuracy's interval."""
         episodes = [episode for group in self.groups for episode in group.episodes]
         record = summarize_episodes(episodes, sum(group.n_unscorable for group in self.groups))
         record["episodes"] = self.n_scored

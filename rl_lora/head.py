@@ -53,7 +53,7 @@ class Head:
 
         hidden: (N, d); targets: int64 (N,). Returns float32 (N,), (N,); only the first carries a gradient.
         """
-        return _TokenLogprobs.apply(hidden, targets, self, temperature)  # type: ignore[no-any-return]
+        return _TokenLogprobs.apply(hidden, targets, self, temperature)
 
 
 class _TokenLogprobs(torch.autograd.Function):

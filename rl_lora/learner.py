@@ -70,7 +70,7 @@ class Learner:
     ) -> list[StepStats]:
         names = sorted({group.adapter for group in groups if group.adapter is not None})
         counts = self._sum([[_n_groups(groups, name), _n_tokens(groups, name)] for name in names])
-        denominators = {name: tokens for name, (_, tokens) in zip(names, counts, strict=True)}
+        denominators: dict[str | None, float] = {name: tokens for name, (_, tokens) in zip(names, counts, strict=True)}
         estimator = advantage_of(self.config)
         signal = [
             (group, advantages_G)
@@ -118,8 +118,8 @@ class Learner:
         if on_policy and kl is not None and not kl <= self.config.max_sampler_learner_kl:
             raise SamplerLearnerMismatch(
                 f"sampler and learner disagree: mean |log p_learner - log p_sampler| is {kl:.3g}, the bound is "
-                f"learner.max_sampler_learner_kl={self.config.max_sampler_learner_kl:g}. Try --model.dtype float32; if the "
-                "value stays, the sampler does not run the policy that is trained"
+                f"learner.max_sampler_learner_kl={self.config.max_sampler_learner_kl:g}. Try --model.dtype float32; if "
+                "the value stays, the sampler does not run the policy that is trained"
             )
         adapter = self.policy.bank[name]
         flat = adapter.flat
@@ -155,7 +155,7 @@ class Learner:
         if self.accelerator is None or not counts:
             return counts
         tensor = torch.tensor(counts, dtype=torch.float64, device=self.policy.device)
-        return self.accelerator.reduce(tensor, reduction="sum").tolist()  # type: ignore[no-any-return]
+        return self.accelerator.reduce(tensor, reduction="sum").tolist()
 
 
 def _n_groups(groups: Sequence[Group], adapter: str) -> int:

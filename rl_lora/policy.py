@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rl_lora import models
 from rl_lora.attention import Decode, Packed, Prefix, shared_prefix_attention_of
@@ -81,7 +81,7 @@ class Policy:
         adapters: Sequence[str | None],
         layout: Packed | Decode | None = None,
         positions: Tensor | None = None,
-        cache: Prefix | Decode | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """Last hidden states, (B, L, d), of tokens int64 (B, L).
 
@@ -96,7 +96,7 @@ class Policy:
                 use_cache=cache is not None,
                 **kwargs,
             )
-        return output.last_hidden_state  # type: ignore[no-any-return]
+        return output.last_hidden_state
 
     def logprobs(self, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log-probability of every target of the batch, and the entropy of its distribution: float32 (N,), (N,)."""
@@ -120,8 +120,8 @@ class Policy:
         own = self.model(input_ids=ids).logits.float()
         if (gap := _gap(logits, own)) > self._tolerance:
             raise ValueError(
-                f"the output head of {type(self.model).__name__} does more than a linear layer, a scale and a soft cap: "
-                f"its logits differ from ours by {gap:.2g} of their spread; this architecture is not supported"
+                f"the output head of {type(self.model).__name__} is more than a linear layer, a scale and a soft cap: "
+                f"its logits differ from ours by {gap:.2g} of their spread; it is not supported"
             )
         p = n // 2
         tokens = torch.stack([torch.cat([ids[0], ids[1, p:]]), torch.cat([ids[2], ids[2, p:] * 0])])
@@ -166,7 +166,7 @@ def context_length(config: PreTrainedConfig) -> int:
 def compute_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
     """The dtype of the base and of the activations; adapters are float32 always."""
     if dtype != "auto":
-        return getattr(torch, dtype)  # type: ignore[no-any-return]
+        return getattr(torch, dtype)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     native = [getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile")]

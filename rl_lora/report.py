@@ -24,10 +24,10 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from rl_lora.adapter import Adapter
 from rl_lora.checkpoint import Checkpoints
 from rl_lora.config import TrainConfig
 from rl_lora.evaluate import Evaluation
-from rl_lora.lora import Adapter
 from rl_lora.metrics import MetricsFile, Record
 from rl_lora.types import Group
 

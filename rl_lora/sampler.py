@@ -40,7 +40,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """token_ids: with the stop token, if one was drawn. logprobs: one a token, under the distribution it was drawn from."""
+    """token_ids: with the stop token, if one was drawn. logprobs: of each, under the distribution it was drawn from."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -103,8 +103,8 @@ class NativeSampler:
         needed = len(request.prompt_ids) + request.max_tokens
         if needed > self.policy.context_length:
             raise ValueError(
-                f"a prompt of {len(request.prompt_ids)} tokens and a completion of up to {request.max_tokens} do not fit "
-                f"the model's context of {self.policy.context_length}; shorten the prompt or lower max_tokens"
+                f"a prompt of {len(request.prompt_ids)} tokens and a completion of up to {request.max_tokens} do not "
+                f"fit the model's context of {self.policy.context_length}; shorten the prompt or lower max_tokens"
             )
 
     def _run(self, rows: list[_Row], on_token: Callable[[int], None] | None) -> None:

@@ -14,7 +14,7 @@ USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 
 
 def parse(config_type: type[Config], args: Sequence[str] | None = None) -> Config:
-    """Command line, over --config FILE (YAML), over the defaults of a config dataclass; --print_config shows the result."""
+    """Command line, over --config FILE (YAML), over the defaults of a config dataclass; --print_config shows all."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(description=config_type.__doc__, default_env=False)
     parser.add_argument("--config", action="config", help="A YAML file with any of the options below.")
@@ -25,7 +25,7 @@ def parse(config_type: type[Config], args: Sequence[str] | None = None) -> Confi
 
 
 def run(work: Callable[[], object]) -> int:
-    """Do the work; what users can mend is one line on standard error and exit code 2, anything else a traceback and 1."""
+    """Do the work; what users can mend is a line on standard error and exit code 2, anything else a traceback and 1."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         work()

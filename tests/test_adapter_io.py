@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rl_lora import adapter_io
+from rl_lora.adapter import Adapter, Site
 from rl_lora.adapter_io import check_adapter, load_adapter, save_adapter
-from rl_lora.lora import Adapter, AdapterBank, Site
+from rl_lora.lora import AdapterBank
 from tests.tiny import ARCHITECTURES, MOE, randomize, tiny_model, token_ids
 
 pytestmark = [
