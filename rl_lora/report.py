@@ -6,6 +6,7 @@ Nothing here is read back by the training; a run without a terminal prints the s
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -265,12 +266,14 @@ def plot_rewards(train: Sequence[Record], evals: Sequence[Record], path: Path) -
 def _flags(config: TrainConfig) -> list[str]:
     """What `scripts/evaluate.py` has to be told to evaluate on this run's task."""
     default, flags = TrainConfig(), []
-    for name in ("model.name", "model.dtype", "env.id", "env.kwargs", "rollout.max_tokens", "rollout.system_prompt"):
+    episode = [f"rollout.{field}" for field in ("max_tokens", "max_turns", "system_prompt")]
+    for name in ("model.name", "model.dtype", "model.stop_tokens", "env.id", "env.kwargs", *episode):
         room, field = name.split(".")
         value = getattr(getattr(config, room), field)
         if value != getattr(getattr(default, room), field):
-            flags += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
-    return [f"'{flag}'" if set(flag) & set(" {}\"'") else flag for flag in flags]
+            text = json.dumps(value) if isinstance(value, dict | list) else str(value)
+            flags += [f"--{name.removeprefix('rollout.')}", shlex.quote(text)]
+    return flags
 
 
 def _number(value: float | None, form: str) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
+from docstring_parser import parse_from_object
 from jsonargparse import ArgumentParser, set_parsing_settings
 from rich.console import Console
 
@@ -18,7 +19,12 @@ def parse(config_type: type[Config], args: Sequence[str] | None = None) -> Confi
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(description=config_type.__doc__, default_env=False)
     parser.add_argument("--config", action="config", help="A YAML file with any of the options below.")
-    parser.add_class_arguments(config_type, nested_key=None, fail_untyped=False)
+    hints = get_type_hints(config_type)
+    lists = {name for name, hint in hints.items() if hint == list[str]}  # --adapters runs/*: as the shell expands it
+    parser.add_class_arguments(config_type, nested_key=None, skip=lists)
+    for param in parse_from_object(config_type).params:
+        if param.arg_name in lists:
+            parser.add_argument(f"--{param.arg_name}", nargs="*", type=str, default=[], help=param.description)
     parsed: Any = parser.instantiate_classes(parser.parse_args(args))
     del parsed.config
     return config_type(**vars(parsed))
