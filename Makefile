@@ -8,7 +8,7 @@ PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check -c constrai
 INSTALL_FILES := setup.cfg pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo seeds test lint clean
 
 help: ## list these targets
 	@echo "usage: make TARGET [PYTHON=python3.12] [PIP_ARGS='pip options, such as an index with CPU builds of torch']"
@@ -18,6 +18,11 @@ setup: $(VENV)/.setup ## make .venv and install rl_lora with the versions of con
 
 demo: setup ## train the default model on arithmetic, evaluate, show what was learned (continues in runs/demo)
 	$(VENV)/bin/python scripts/train.py --run_dir runs/demo --resume true
+
+seeds: setup ## three seeds and a control with shuffled rewards, then one table (the figures of the README)
+	for seed in 0 1 2; do $(VENV)/bin/python scripts/train.py --run_dir runs/seed$$seed --seed $$seed --resume true || exit 1; done
+	$(VENV)/bin/python scripts/train.py --run_dir runs/shuffled --shuffle_rewards true --resume true
+	$(VENV)/bin/python scripts/evaluate.py --adapters runs/seed0 runs/seed1 runs/seed2 runs/shuffled
 
 test: lint ## lint, then run the tests (PYTEST_ARGS='-m slow' for the slow ones)
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 REPLY = "\x02reply\x03"
@@ -56,7 +57,10 @@ class Chat:
                 {"role": "assistant", "content": REPLY},
                 {"role": "user", "content": observation},
             ]
-            behind = self._encode(self._render(messages).partition(REPLY)[2])
+            _, found, end = self._render(messages).partition(REPLY)
+            if not found:
+                raise ValueError("the model's chat template leaves replies out: it cannot hold a conversation of turns")
+            behind = self._encode(end)
         else:
             behind = self._encode(f"\n{observation}\n")
         if completion_ids and behind and completion_ids[-1] == behind[0]:
@@ -68,11 +72,14 @@ class Chat:
         ids = list(completion_ids)
         if ids and ids[-1] in self.stop_ids:
             ids.pop()
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        return str(self.tokenizer.decode(ids))
 
     def _render(self, messages: list[dict[str, str]]) -> str:
-        rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return str(rendered)
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except TemplateError as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise ValueError(f"the model's chat template refuses a conversation of {roles}: {error}") from error
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)

@@ -21,7 +21,7 @@ import torch
 from rl_lora.adapter import Adapter
 from rl_lora.adapter_io import save_adapter
 
-PATTERN = re.compile(r"step-(\d{6})")
+PATTERN = re.compile(r"step-(\d{6,})")
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ class Checkpoints:
         """Complete checkpoints, oldest first."""
         if not self.folder.is_dir():
             return []
-        return [Checkpoint(path) for path in sorted(self.folder.iterdir()) if PATTERN.fullmatch(path.name)]
+        found = [Checkpoint(path) for path in self.folder.iterdir() if PATTERN.fullmatch(path.name)]
+        return sorted(found, key=lambda checkpoint: checkpoint.step)
 
     def latest(self) -> Checkpoint | None:
         return next(reversed(self.all()), None)

@@ -11,7 +11,7 @@ from typing import Any
 import gymnasium as gym
 
 from rl_lora.config import EnvConfig
-from rl_lora.rollout import MakeEnv
+from rl_lora.rollout import MakeEnv, first_observation
 
 UNSPLIT_OFFSET = 10**9
 """First held-out seed where an environment has no split of its own: far from the seeds of training."""
@@ -51,18 +51,16 @@ def held_out(config: EnvConfig, env_kwargs: dict[str, Any] | None, episodes: int
 
     Problems differ if their first observations do; fewer seeds where the environment has fewer problems.
     """
-    if env_kwargs is None:
-        env = environment(config)()
-        takes_split = "split" in inspect.signature(type(env.unwrapped).__init__).parameters
-        env.close()
-        env_kwargs = {"split": "eval"} if takes_split else {}
-    make = environment(config, **env_kwargs)
-    start = 0 if env_kwargs else UNSPLIT_OFFSET
+    env = environment(config)()
+    takes_split = "split" in inspect.signature(type(env.unwrapped).__init__).parameters
+    env.close()
+    make = environment(config, **{**({"split": "eval"} if takes_split else {}), **(env_kwargs or {})})
+    start = 0 if takes_split else UNSPLIT_OFFSET
     env = make()
     seed_of: dict[str, int] = {}
     for seed in range(start, start + TRIES * episodes):
         if len(seed_of) == episodes:
             break
-        seed_of.setdefault(env.reset(seed=seed)[0], seed)
+        seed_of.setdefault(first_observation(env, seed), seed)
     env.close()
     return make, list(seed_of.values())

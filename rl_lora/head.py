@@ -38,7 +38,7 @@ class Head:
                 f"{type(model).__name__} has no linear output head; only causal language models can be trained"
             )
         config = model.config.get_text_config()
-        scale = 1 / getattr(config, "logits_scaling", 1.0) * getattr(config, "logit_scale", 1.0)
+        scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
         return cls(linear.weight, linear.bias, scale, getattr(config, "final_logit_softcapping", None))
 
     def logits(self, hidden: Tensor) -> Tensor:

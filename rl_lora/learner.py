@@ -91,9 +91,17 @@ class Learner:
             self._accumulate(batch, tallies)
             if on_tokens is not None:
                 on_tokens(len(batch.targets))
-        return [
-            self._finish(name, tallies[name], int(n_groups), int(n_signal), on_policy)
-            for name, (n_groups, _), (n_signal,) in zip(names, counts, n_learned, strict=True)
+        for tally in tallies.values():
+            tally.reduce(self.accelerator)
+            if on_policy:
+                self._check_agreement(tally)
+        norms = [
+            self._reduce_gradient(name) if n_signal else None
+            for name, (n_signal,) in zip(names, n_learned, strict=True)
+        ]
+        return [  # only now does anything move
+            self._finish(name, tallies[name], int(n_groups), int(n_signal), norm, on_policy)
+            for name, (n_groups, _), (n_signal,), norm in zip(names, counts, n_learned, norms, strict=True)
         ]
 
     def _accumulate(self, batch: Batch, tallies: dict[str, _Tally]) -> None:
@@ -110,29 +118,35 @@ class Learner:
             mine = torch.tensor([adapter == name for adapter in batch.adapters], device=row.device)[row]
             tally.add(loss, logprobs.detach() - batch.behaviour_logprobs, entropy, clipped, mine)
 
-    @torch.no_grad()
-    def _finish(self, name: str, tally: _Tally, n_groups: int, n_learned: int, on_policy: bool) -> StepStats:
-        """Reduce the gradient, clip it, and take the step; without any signal nothing moves, momentum included."""
-        tally.reduce(self.accelerator)
+    def _check_agreement(self, tally: _Tally) -> None:
         kl = tally.mean(tally.difference)
-        if on_policy and kl is not None and not kl <= self.config.max_sampler_learner_kl:
+        if kl is not None and not kl <= self.config.max_sampler_learner_kl:
             raise SamplerLearnerMismatch(
                 f"sampler and learner disagree: mean |log p_learner - log p_sampler| is {kl:.3g}, the bound is "
                 f"learner.max_sampler_learner_kl={self.config.max_sampler_learner_kl:g}. Try --model.dtype float32; if "
                 "the value stays, the sampler does not run the policy that is trained"
             )
+
+    def _reduce_gradient(self, name: str) -> float:
+        """Add up the processes' gradients of an adapter; their norm."""
+        grad = self.policy.bank[name].flat.grad
+        assert grad is not None
+        if self.accelerator is not None:
+            grad.copy_(self.accelerator.reduce(grad, reduction="sum"))
+        norm = float(grad.norm())
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"the gradient of adapter {name!r} is {norm}; no step was taken")
+        return norm
+
+    def _finish(
+        self, name: str, tally: _Tally, n_groups: int, n_learned: int, grad_norm: float | None, on_policy: bool
+    ) -> StepStats:
+        """Clip the gradient and take the step; without any signal (no norm) nothing moves, momentum included."""
         adapter = self.policy.bank[name]
-        flat = adapter.flat
-        assert flat.grad is not None
-        grad_norm = None
-        if n_learned:
-            if self.accelerator is not None:
-                flat.grad.copy_(self.accelerator.reduce(flat.grad, reduction="sum"))
-            grad_norm = float(flat.grad.norm())
-            if not math.isfinite(grad_norm):
-                raise FloatingPointError(f"the gradient of adapter {name!r} is {grad_norm}; no step was taken")
+        if grad_norm is not None:
+            assert adapter.flat.grad is not None
             if 0 < self.config.max_grad_norm < grad_norm:
-                flat.grad.mul_(self.config.max_grad_norm / grad_norm)
+                adapter.flat.grad.mul_(self.config.max_grad_norm / grad_norm)
             self.optimizer(name).step()
             adapter.version += 1
         return StepStats(
@@ -143,7 +157,7 @@ class Learner:
             n_tokens_learned=round(tally.n),
             loss=tally.loss if tally.n else None,
             entropy=tally.mean(tally.entropy),
-            sampler_learner_kl=kl if on_policy else None,
+            sampler_learner_kl=tally.mean(tally.difference) if on_policy else None,
             ratio_max=tally.ratio_max if tally.n else None,
             clip_fraction=tally.mean(tally.clipped),
             grad_norm=grad_norm,
@@ -152,7 +166,7 @@ class Learner:
 
     def _sum(self, counts: list[list[float]]) -> list[list[float]]:
         """Add the counts of all processes."""
-        if self.accelerator is None or not counts:
+        if self.accelerator is None or self.accelerator.num_processes == 1 or not counts:
             return counts
         tensor = torch.tensor(counts, dtype=torch.float64, device=self.policy.device)
         return self.accelerator.reduce(tensor, reduction="sum").tolist()

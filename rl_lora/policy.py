@@ -5,13 +5,14 @@ Left out: sampling (`sampler.py`), the loss (`learner.py`), and any second copy 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rl_lora import models
 from rl_lora.attention import Decode, Packed, Prefix, shared_prefix_attention_of
@@ -46,6 +47,8 @@ class Policy:
         self.chat = Chat(tokenizer, model.generation_config, stop_tokens)
         self.head = Head.of(model)
         self.backbone = model.base_model
+        parameters = inspect.signature(self.backbone.forward).parameters
+        self._cache_name = "cache_params" if "cache_params" in parameters else "past_key_values"  # as Mamba calls it
         self.device = self.bank.device
         self.dtype = self.head.weight.dtype
         self.context_length = context_length(model.config)
@@ -92,11 +95,15 @@ class Policy:
             output = self.backbone(
                 input_ids=tokens,
                 position_ids=positions,
-                past_key_values=cache,
                 use_cache=cache is not None,
+                **{self._cache_name: cache},
                 **kwargs,
             )
         return output.last_hidden_state
+
+    def cache(self) -> Cache:
+        """An empty one of the model's own, for `hidden` without a layout."""
+        return DynamicCache(config=self.model.config.get_text_config())
 
     def logprobs(self, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log-probability of every target of the batch, and the entropy of its distribution: float32 (N,), (N,)."""
@@ -109,7 +116,8 @@ class Policy:
     def _self_check(self) -> str | None:
         """Compare the shared-prefix path with the model's own attention on random tokens; a reason if they differ.
 
-        Also proves that `head` computes the model's own logits; that has no fallback and raises.
+        Also proves that `head` computes the model's own logits, and that the model's own cache, where it is needed,
+        decodes what its forward computes; those have no fallback and raise.
         """
         generator = torch.Generator().manual_seed(0)
         n = min(24, self.context_length // 2)
@@ -117,12 +125,19 @@ class Policy:
         ids[1, : n // 2] = ids[0, : n // 2]  # two completions behind one prompt, and a sequence of its own
         plain = self.hidden(ids, [None] * 3)
         logits = self.head.logits(plain.flatten(0, 1)).view(*ids.shape, -1)
-        own = self.model(input_ids=ids).logits.float()
-        if (gap := _gap(logits, own)) > self._tolerance:
+        own = self.model(input_ids=ids, use_cache=False).logits.float()
+        if not (gap := _gap(logits, own)) <= self._tolerance:
             raise ValueError(
                 f"the output head of {type(self.model).__name__} is more than a linear layer, a scale and a soft cap: "
                 f"its logits differ from ours by {gap:.2g} of their spread; it is not supported"
             )
+        if reason := self._check_sharing(ids, plain):
+            self._check_cache(ids, plain)
+        return reason
+
+    def _check_sharing(self, ids: Tensor, plain: Tensor) -> str | None:
+        """ids: (3, n), of which two begin alike; plain: (3, n, d), what the model's own attention makes of them."""
+        n = ids.shape[1]
         p = n // 2
         tokens = torch.stack([torch.cat([ids[0], ids[1, p:]]), torch.cat([ids[2], ids[2, p:] * 0])])
         position = torch.arange(n, device=self.device)
@@ -132,7 +147,7 @@ class Policy:
         try:
             packed = self.hidden(tokens, [None] * 2, Packed(positions, segments), positions)
             packed = torch.stack([packed[0, :n], torch.cat([packed[0, :p], packed[0, n:]]), packed[1, :n]])
-            if (gap := _gap(packed, plain)) > self._tolerance:
+            if not (gap := _gap(packed, plain)) <= self._tolerance:
                 return f"its packed hidden states differ from the plain ones by {gap:.2g} of their spread"
             prefix = Prefix()
             prompts, at = ids[[0, 2], :p], position[:p].expand(2, -1)
@@ -142,11 +157,23 @@ class Policy:
             for t in range(p, n):
                 step = self.hidden(ids[:, t : t + 1], [None] * 3, decode, decode.positions, decode)
                 decode.advance()
-                if (gap := _gap(step[:, 0], plain[:, t])) > self._tolerance:
+                if not (gap := _gap(step[:, 0], plain[:, t])) <= self._tolerance:
                     return f"its decoded hidden states differ from the plain ones by {gap:.2g} of their spread"
         except Exception as error:
             return f"{type(error).__name__}: {error}"
         return None
+
+    def _check_cache(self, ids: Tensor, plain: Tensor) -> None:
+        p = ids.shape[1] // 2
+        try:
+            cache = self.cache()
+            steps = [self.hidden(part, [None] * 3, cache=cache) for part in (ids[:, :p], *ids[:, p:].split(1, 1))]
+            gap = _gap(torch.cat(steps, 1), plain)
+            found = f"its hidden states differ by {gap:.2g} of their spread from those of a whole sequence"
+        except Exception as error:
+            gap, found = float("nan"), f"{type(error).__name__}: {error}"
+        if not gap <= self._tolerance:
+            raise ValueError(f"{type(self.model).__name__} cannot be decoded token by token with its cache: {found}")
 
     @property
     def _tolerance(self) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from rl_lora.sampler import Completion
 def preflight(config: TrainConfig, seeds: Iterable[int]) -> None:
     """Raises ValueError. `seeds` are training problems whose prompts must fit the model's context."""
     validate(config)
+    check_plain(config)
     check_trackers(config.log.trackers)
     check_run_dir(config)
     make_env = environment(config.env)
@@ -52,6 +55,18 @@ def check_model(config: ModelConfig, targets: str | list[str] = "all-linear") ->
     return chat, context_length(model_config)
 
 
+def check_plain(config: TrainConfig) -> None:
+    """A run writes its config down, so everything in it must be plain data."""
+    for name, value in flatten(config).items():
+        try:
+            json.dumps(value)
+        except TypeError as error:
+            raise ValueError(
+                f"{name} must be numbers, texts, lists and mappings, as YAML has them, got {value!r} ({error}); a "
+                "function is named as 'module:function'"
+            ) from error
+
+
 def check_trackers(names: list[str]) -> None:
     """Every tracker is one of accelerate's, and installed: accelerate itself would leave it out without a word."""
     installed = [str(kind.value) for kind in get_available_trackers()]
@@ -67,8 +82,10 @@ def check_trackers(names: list[str]) -> None:
 def check_run_dir(config: TrainConfig) -> None:
     """A folder that holds a run is only touched to continue that run."""
     run_dir = Path(config.run_dir)
-    if run_dir.exists() and not run_dir.is_dir():
-        raise ValueError(f"run_dir {config.run_dir!r} is a file; give a folder")
+    there = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        problem = "is a file" if not there.is_dir() else "cannot be written to"
+        raise ValueError(f"run_dir {config.run_dir!r}: {there} {problem}; choose another --run_dir")
     record = run_dir / "config.yaml"
     if not record.exists():
         return
@@ -77,6 +94,11 @@ def check_run_dir(config: TrainConfig) -> None:
             f"{config.run_dir} already holds a run; continue it with --resume true, or choose another --run_dir"
         )
     latest = Checkpoints(run_dir / "checkpoints", 1).latest()
+    if latest and latest.step > config.steps:
+        raise ValueError(
+            f"{config.run_dir} has come to step {latest.step}, behind steps={config.steps}; set --steps to "
+            f"{latest.step} or more"
+        )
     old = latest.state["config"] if latest else flatten_record(yaml.safe_load(record.read_text()))
     if changed := differences(config, old):
         raise ValueError(

@@ -24,10 +24,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from rl_lora.adapter import Adapter
 from rl_lora.checkpoint import Checkpoints
-from rl_lora.config import TrainConfig
+from rl_lora.config import TrainConfig, flatten
 from rl_lora.evaluate import Evaluation
 from rl_lora.metrics import MetricsFile, Record
 from rl_lora.types import Group
@@ -36,6 +37,13 @@ if TYPE_CHECKING:
     from rl_lora.policy import Policy
 
 N_TRANSCRIPTS = 3
+EVALUATE_FLAGS = {
+    **{name: name for name in ("model.name", "model.dtype", "model.stop_tokens", "model.trust_remote_code")},
+    **{name: name for name in ("env.id", "env.kwargs")},
+    **{f"rollout.{name}": name for name in ("max_tokens", "max_turns", "system_prompt")},
+    **{f"eval.{name}": name for name in ("env_kwargs", "episodes", "temperature")},
+}
+"""What a run's config calls what `scripts/evaluate.py` has to know."""
 
 
 class RunReport:
@@ -52,7 +60,7 @@ class RunReport:
     @contextmanager
     def stage(self, what: str) -> Iterator[None]:
         """A line that says what takes a moment."""
-        with self.console.status(f"{what} ..."):
+        with self.console.status(f"{escape(what)} ..."):
             yield
 
     @contextmanager
@@ -125,7 +133,7 @@ class RunReport:
             f"{record['seconds/rollout']:.1f} + {record['seconds/learn']:.1f} s",
         ]
         self.console.print("  ".join(parts))
-        self._reward = f"reward {_number(record['reward'], '.3f')}"
+        self._reward, self._what = f"reward {_number(record['reward'], '.3f')}", ""
         if self._progress is not None:
             self._progress.update(self._task, completed=step, reward=self._reward)
 
@@ -145,7 +153,7 @@ class RunReport:
             by_reward = sorted(group.episodes, key=lambda episode: episode.reward)
             for episode in {id(e): e for e in (by_reward[-1], by_reward[0])}.values():
                 reply = episode.turns[-1].text if episode.turns else ""
-                table.add_row(_short(episode.observations[-1]), _short(reply), f"{episode.reward:.2f}")
+                table.add_row(Text(_short(episode.observations[-1])), Text(_short(reply)), f"{episode.reward:.2f}")
         self.console.print(table)
 
     def rewind(self, step: int) -> None:
@@ -168,7 +176,7 @@ class RunReport:
             "adapter": adapter,
             "best_checkpoint": str(best.folder) if best else None,
             "transcripts": self._newly_solved(evals),
-            "next": " ".join(["python scripts/evaluate.py", *_flags(config), "--adapters", adapter]),
+            "next": shlex.join(["python", "scripts/evaluate.py", *_flags(config), "--adapters", adapter]),
         }
         plot_rewards(train, evals, self.run_dir / "reward.png")
         partial = self.run_dir / "summary.json.partial"
@@ -196,12 +204,13 @@ class RunReport:
             out(f"  {escape(_short(transcript['problem'], 200))}")
             out(f"    before: {escape(_short(transcript['before']))}", style="red")
             out(f"    after:  {escape(_short(transcript['after']))}", style="green")
-        out(f"\nadapter      {summary['adapter']}  (PEFT format)")
+        lines = [f"\nadapter      {summary['adapter']}  (PEFT format)"]
         if summary["best_checkpoint"]:
-            out(f"best so far  {summary['best_checkpoint']}")
-        out(f"curve        {self.run_dir / 'reward.png'}")
-        out(f"all numbers  {self.run_dir / 'metrics.jsonl'}")
-        out(f"next         {escape(summary['next'])}\n")
+            lines.append(f"best so far  {summary['best_checkpoint']}")
+        lines.append(f"curve        {self.run_dir / 'reward.png'}")
+        lines.append(f"all numbers  {self.run_dir / 'metrics.jsonl'}")
+        lines.append(f"next         {summary['next']}\n")
+        out("\n".join(lines), markup=False)
 
     def _evals(self, step: int) -> Path:
         return self.run_dir / "evals" / f"step-{step:06d}.jsonl"
@@ -265,14 +274,10 @@ def plot_rewards(train: Sequence[Record], evals: Sequence[Record], path: Path) -
 
 def _flags(config: TrainConfig) -> list[str]:
     """What `scripts/evaluate.py` has to be told to evaluate on this run's task."""
-    default, flags = TrainConfig(), []
-    episode = [f"rollout.{field}" for field in ("max_tokens", "max_turns", "system_prompt")]
-    for name in ("model.name", "model.dtype", "model.stop_tokens", "env.id", "env.kwargs", *episode):
-        room, field = name.split(".")
-        value = getattr(getattr(config, room), field)
-        if value != getattr(getattr(default, room), field):
-            text = json.dumps(value) if isinstance(value, dict | list) else str(value)
-            flags += [f"--{name.removeprefix('rollout.')}", shlex.quote(text)]
+    mine, default, flags = flatten(config), flatten(TrainConfig()), []
+    for name, flag in EVALUATE_FLAGS.items():
+        if mine[name] not in (default[name], 0):  # no held-out episodes in the run are no reason for none later
+            flags += [f"--{flag}", mine[name] if isinstance(mine[name], str) else json.dumps(mine[name])]
     return flags
 
 

@@ -58,6 +58,18 @@ class _Play:
         )
 
 
+def first_observation(env: gym.Env[str, str], seed: int) -> str:
+    """The problem of a seed. Raises ValueError unless it is text."""
+    observation, _ = env.reset(seed=seed)
+    if not isinstance(observation, str):
+        raise ValueError(f"{_id(env)} gives {type(observation).__name__} observations; a text environment gives str")
+    return observation
+
+
+def _id(env: gym.Env[str, str]) -> str:
+    return env.spec.id if env.spec else type(env.unwrapped).__name__
+
+
 class RolloutWorker:
     """Environments x sampler -> groups.
 
@@ -135,10 +147,7 @@ class RolloutWorker:
         return list(self._reset(self._envs[0], seed, None, 0).prompt_ids)
 
     def _reset(self, env: gym.Env[str, str], seed: int, adapter: str | None, k: int) -> _Play:
-        observation, _ = env.reset(seed=seed)
-        env_id = env.spec.id if env.spec else type(env.unwrapped).__name__
-        if not isinstance(observation, str):
-            raise ValueError(f"{env_id} gives {type(observation).__name__} observations; a text environment gives str")
+        observation, env_id = first_observation(env, seed), _id(env)
         version = self.versions(adapter) if adapter is not None else 0
         play = _Play(env, env_id, seed, adapter, version, k)
         play.observations.append(observation)

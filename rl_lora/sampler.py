@@ -15,7 +15,6 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from rl_lora.attention import Decode, Packed, Prefix
 from rl_lora.policy import Policy
@@ -93,7 +92,7 @@ class NativeSampler:
         return results
 
     def _check(self, request: Request) -> None:
-        if request.temperature < 0:
+        if not request.temperature >= 0:
             raise ValueError(f"temperature must be >= 0, got {request.temperature}")
         if request.max_tokens < 1 or request.n < 1 or not request.prompt_ids:
             raise ValueError(
@@ -122,6 +121,7 @@ class NativeSampler:
         decoder = (_PlainDecoder if self.policy.not_shared else _SharedPrefixDecoder)(self.policy, rows, max_tokens)
         alive = torch.arange(len(rows), device=device)  # the rows that are in the batch, finished or not
         running = torch.ones(len(rows), dtype=torch.bool, device=device)  # of those, the unfinished
+        n_running = len(rows)
         hidden = decoder.prefill()
         for t in range(max_tokens):
             drawn, logprob = sample(self.policy.head.logits(hidden), temperature[alive], uniforms[alive, t])
@@ -130,9 +130,9 @@ class NativeSampler:
             stopped = torch.isin(drawn, stop_ids)
             ended[alive] |= running & stopped
             running &= ~stopped & (limit[alive] > t + 1)
-            n_running = int(running.sum())
             if on_token is not None:
                 on_token(n_running)
+            n_running = int(running.sum())
             if n_running == 0:
                 break
             if n_running <= 0.8 * len(alive):  # moving keys and values costs about as much as a step saves
@@ -210,7 +210,7 @@ class _PlainDecoder:
         self.prompts = torch.tensor([row.request.prompt_ids for row in rows], device=policy.device)
         self.adapters = [row.request.adapter for row in rows]
         self.rows = torch.arange(len(rows), device=policy.device)
-        self.cache = DynamicCache(config=policy.model.config.get_text_config())
+        self.cache = policy.cache()
 
     def prefill(self) -> Tensor:
         return self.policy.hidden(self.prompts, self.adapters, cache=self.cache)[:, -1]

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import yaml
-from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate import Accelerator, PartialState
+from accelerate.utils import ProjectConfiguration, gather_object
 
 from rl_lora.adapter_io import load_adapter, save_adapter
 from rl_lora.advantages import shuffle_rewards
@@ -43,7 +43,7 @@ def train(config: TrainConfig) -> Path:
     run_dir = Path(config.run_dir)
     if config.resume and RunReport(run_dir).finished_at(config.steps):
         preflight(config, [])
-        RunReport(run_dir).show()
+        RunReport(run_dir, visible=PartialState().is_main_process).show()
         return run_dir
     preflight(config, problem_seeds(config, 0))
     Trainer(config).run()
@@ -61,7 +61,9 @@ class Trainer:
 
     def __init__(self, config: TrainConfig):
         self.config, self.run_dir = config, Path(config.run_dir)
-        self.accelerator = Accelerator(log_with=list(config.log.trackers), project_dir=self.run_dir)
+        places = ProjectConfiguration(str(self.run_dir), str(self.run_dir / "trackers"))
+        self.accelerator = Accelerator(log_with=list(config.log.trackers) or None, project_config=places)
+        self.accelerator.wait_for_everyone()  # preflight looked at a run_dir that nobody writes to yet
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         if config.rollout.prompts_per_step < self.world * config.learner.updates_per_step:
             raise ValueError(
@@ -102,7 +104,8 @@ class Trainer:
         """Train to `config.steps`, and say what came of it."""
         self._open()
         with self.report.progress(self.config.steps, self.step):
-            self.evaluate_if_due()
+            if self.step == 0:  # a resumed run has been evaluated where it goes on
+                self.evaluate_if_due()
             while self.step < self.config.steps:
                 seconds = Stopwatch()
                 with seconds("rollout"):
@@ -117,9 +120,11 @@ class Trainer:
         self._close()
 
     def rollout(self) -> list[Group]:
-        """This process's share of the step's groups."""
+        """This process's share of the step's groups: every update learns from the same ones, however many processes."""
+        updates = self.config.learner.updates_per_step
+        seeds = problem_seeds(self.config, self.step)
         groups = self.worker.collect(
-            problem_seeds(self.config, self.step)[self.rank :: self.world],
+            [seed for i, seed in enumerate(seeds) if i // updates % self.world == self.rank],
             adapters=[ADAPTER],
             n=self.config.rollout.group_size,
             random_seed=(self.config.seed, self.step),
@@ -205,7 +210,9 @@ class Trainer:
         """Write down what is run, and forget what came after the checkpoint that is gone on from."""
         if self.accelerator.is_main_process:
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            (self.run_dir / "config.yaml").write_text(yaml.safe_dump(_plain(self.config), sort_keys=False))
+            partial = self.run_dir / "config.yaml.partial"
+            partial.write_text(yaml.safe_dump(dataclasses.asdict(self.config), sort_keys=False))
+            partial.replace(self.run_dir / "config.yaml")
             self.metrics.rewind(self.step if self.step else -1)
             self.report.rewind(self.step)
             self.report.header(self.config, self.policy, self.policy.bank[ADAPTER], self.step)
@@ -221,10 +228,3 @@ class Trainer:
         self.worker.close()
         self.eval_worker.close()
         self.accelerator.end_training()
-
-
-def _plain(config: TrainConfig) -> dict[str, object]:
-    """The config as YAML has it: no tuples."""
-    nested = dataclasses.asdict(config)
-    nested["learner"]["betas"] = list(nested["learner"]["betas"])
-    return nested

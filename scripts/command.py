@@ -9,6 +9,7 @@ from typing import Any, TypeVar, get_type_hints
 from docstring_parser import parse_from_object
 from jsonargparse import ArgumentParser, set_parsing_settings
 from rich.console import Console
+from rich.text import Text
 
 Config = TypeVar("Config")
 USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
@@ -25,6 +26,9 @@ def parse(config_type: type[Config], args: Sequence[str] | None = None) -> Confi
     for param in parse_from_object(config_type).params:
         if param.arg_name in lists:
             parser.add_argument(f"--{param.arg_name}", nargs="*", type=str, default=[], help=param.description)
+    for name in (name for name, hint in hints.items() if hint is bool):  # --resume alone is --resume true
+        action = parser._option_string_actions[f"--{name}"]
+        action.nargs, action.const = "?", True
     parsed: Any = parser.instantiate_classes(parser.parse_args(args))
     del parsed.config
     return config_type(**vars(parsed))
@@ -36,7 +40,7 @@ def run(work: Callable[[], object]) -> int:
     try:
         work()
     except ValueError as error:
-        console.print(f"[bold red]error:[/] {error!s}", markup=True)
+        console.print("[bold red]error:[/]", Text(str(error)))  # as it is: brackets in it are no markup
         return USER_ERROR
     except KeyboardInterrupt:
         console.print("interrupted; --resume true continues from the last checkpoint")

@@ -12,7 +12,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # also when the package is not installed
 
-import torch
+from accelerate import PartialState
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -72,12 +72,11 @@ def run(config: EvaluateConfig) -> list[Record]:
     check_model(config.model)
 
     model = config.model
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     with console.status(f"loading {model.name} ..."):
         policy = Policy.load(
             model.name,
             dtype=model.dtype,
-            device=device,
+            device=PartialState().device,
             trust_remote_code=model.trust_remote_code,
             stop_tokens=model.stop_tokens,
         )

@@ -1,0 +1,88 @@
+"""Two processes under `accelerate launch` are one run: one set of files, the gradient and the adapter of one process.
+
+Equal up to the order of float32 sums: each process adds up its own groups first.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rl_lora.checkpoint import Checkpoints
+from rl_lora.environment import environment
+from rl_lora.policy import Policy
+from rl_lora.rollout import RolloutWorker
+from rl_lora.sampler import NativeSampler
+from rl_lora.trainer import train
+from tests.gradient_of_processes import gradient
+from tests.test_trainer import metrics, tiny_config
+from tests.tiny import randomize, tiny_folder
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folder(tmp_path_factory.mktemp("model"), "llama")
+
+
+def launch(script: str, *args: str) -> subprocess.CompletedProcess[str]:
+    """`script` on two processes of the CPU."""
+    options = "--cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0"
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *options.split(), script, *args]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("updates", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_two_processes_train_the_adapter_of_one_and_write_one_set_of_files(
+    updates: int, model: Path, tmp_path: Path
+) -> None:
+    config = tiny_config(model, tmp_path / "one", steps=2, rollout__prompts_per_step=5, eval__every=1)
+    config.learner.updates_per_step = updates
+    config.checkpoint.every = 1
+    train(config)
+    recorded = str(tmp_path / "one" / "config.yaml")
+    result = launch("scripts/train.py", "--config", recorded, "--run_dir", str(tmp_path / "two"))
+    assert result.returncode == 0, result.stderr
+    one, two = (metrics(tmp_path / run) for run in ("one", "two"))
+    assert [(record["kind"], record["step"]) for record in two] == [(record["kind"], record["step"]) for record in one]
+    for record, other in zip(one, two, strict=True):
+        assert record.keys() == other.keys()
+        for name in record:
+            if name not in ("kind", "sampler_learner_kl") and "second" not in name:  # the kl is rounding itself
+                assert other[name] == pytest.approx(record[name], rel=1e-4, abs=1e-5), name
+    weights, others = (load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("one", "two"))
+    assert weights.keys() == others.keys()
+    for name in weights:
+        torch.testing.assert_close(others[name], weights[name], atol=1e-5, rtol=1e-4)
+    assert {path.name for path in (tmp_path / "one").iterdir()} == {path.name for path in (tmp_path / "two").iterdir()}
+    assert [checkpoint.step for checkpoint in Checkpoints(tmp_path / "two" / "checkpoints", 2).all()] == [1, 2]
+    for evaluation in (tmp_path / "one" / "evals").iterdir():
+        assert (tmp_path / "two" / "evals" / evaluation.name).read_text() == evaluation.read_text()
+    assert result.stdout.count("step    1  reward") == 1  # only the first process speaks
+    assert result.stdout.count("2 steps in") == 1
+
+
+def test_the_gradient_of_two_processes_is_that_of_one_on_the_same_groups(model: Path, tmp_path: Path) -> None:
+    config = tiny_config(model, tmp_path)
+    policy = Policy.load(str(model), dtype="float32")
+    randomize(policy.bank.add("a", rank=2), 0)
+    worker = RolloutWorker(environment(config.env), NativeSampler(policy), policy.chat, config.rollout)
+    groups = worker.collect(range(9), adapters=["a"], n=2)
+    silent = [len({episode.reward for episode in group.episodes}) == 1 for group in groups]
+    assert 0 < sum(silent) < 9
+    expected = gradient(str(model), groups, None)
+    assert expected.abs().max() > 1e-3
+    (tmp_path / "groups").write_bytes(pickle.dumps(groups))
+    result = launch("tests/gradient_of_processes.py", str(model), str(tmp_path / "groups"), str(tmp_path / "gradient"))
+    assert result.returncode == 0, result.stderr
+    found = torch.load(tmp_path / "gradient", weights_only=True)
+    torch.testing.assert_close(found, expected.detach(), atol=1e-6, rtol=1e-4)

@@ -1,0 +1,303 @@
+"""Sampling: the tokens that `generate` of transformers chooses, from the distribution that the learner computes.
+
+Rows are independent: of their neighbours, of the size of the batch, of whether prompts are shared.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rl_lora.packing import pack
+from rl_lora.policy import Policy
+from rl_lora.sampler import Completion, NativeSampler, Request, sample
+from rl_lora.types import Stop
+from tests.oracles import Oracle, as_turn, episode, group, tiny_policy
+from tests.tiny import ARCHITECTURES, EOS_ID, PAD_ID, token_ids
+
+LETTERS = [chr(c) for c in range(ord("A"), ord("z"), 2) if chr(c).isalpha()]
+"""Extra stop tokens: about a tenth of the vocabulary, so that rows of random models end at different times."""
+
+
+def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
+    return tuple(token_ids(1, length, seed)[0].tolist())
+
+
+def mixed_requests(temperature: float) -> list[Request]:
+    """Prompts of 1 to 21 tokens, one of them twice and under every adapter, in no order; limits of 1 to 14 tokens."""
+    base = Request(prompt(9), n=3, max_tokens=14, temperature=temperature)
+    return [
+        replace(base, adapter="b", seed=1),
+        replace(base, prompt_ids=prompt(21, 1), adapter="a", n=2, seed=2),
+        replace(base, prompt_ids=prompt(1, 2), n=1, seed=3),
+        replace(base, adapter="a", seed=4),
+        replace(base, prompt_ids=prompt(9, 5), adapter="a", n=2, max_tokens=1, seed=5),
+        replace(base, adapter="a", n=2, max_tokens=9, seed=6),
+        replace(base, seed=(7, 1)),
+    ]
+
+
+def tokens(completions: Sequence[Sequence[Completion]]) -> list[list[tuple[int, ...]]]:
+    return [[c.token_ids for c in row] for row in completions]
+
+
+def greedy_by_transformers(policy: Policy, request: Request) -> tuple[int, ...]:
+    generate: Any = policy.model.generate
+    with policy.bank.route([request.adapter]):
+        ids = generate(
+            torch.tensor([request.prompt_ids]),
+            do_sample=False,
+            max_new_tokens=request.max_tokens,
+            eos_token_id=sorted(policy.chat.stop_ids),
+            pad_token_id=PAD_ID,
+        )
+    return tuple(ids[0, len(request.prompt_ids) :].tolist())
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_greedy_completions_are_those_of_transformers(arch: str) -> None:
+    policy = tiny_policy(arch, ["a", "b"], stop_tokens=LETTERS)
+    requests = mixed_requests(0.0) + [
+        Request(prompt(length, 10 + length), max_tokens=14, temperature=0, adapter=adapter)
+        for length, adapter in zip((3, 5, 8, 9, 12, 17), itertools.cycle(["a", None, "b"]), strict=False)
+    ]
+    expected = [greedy_by_transformers(policy, request) for request in requests]
+    found = tokens(NativeSampler(policy).generate(requests))
+    assert found == [[ids] * request.n for ids, request in zip(expected, requests, strict=True)]
+    assert len({len(ids) for ids in expected}) >= 3, "rows are meant to end at different times"
+    assert len({expected[0], expected[3], expected[6]}) == 3, "adapters are meant to matter"
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.6, 0.0])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_logprobs_are_those_of_the_model_at_that_temperature(arch: str, temperature: float) -> None:
+    policy = tiny_policy(arch, ["a", "b"], stop_tokens=LETTERS)
+    oracle = Oracle(policy, arch)
+    requests = mixed_requests(temperature)
+    for request, completions in zip(requests, NativeSampler(policy).generate(requests), strict=True):
+        for completion in completions[:2]:
+            with torch.no_grad():
+                exact = oracle.logprobs(as_turn(request, completion), request.adapter, temperature or 1.0)
+            torch.testing.assert_close(torch.tensor(completion.logprobs).double(), exact, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_sampler_and_learner_agree(arch: str, shared: bool) -> None:
+    policy = tiny_policy(arch, ["a", "b"], stop_tokens=LETTERS)
+    policy.not_shared = None if shared else "for the test"
+    requests = [request for request in mixed_requests(0.8) if request.adapter]
+    drawn = NativeSampler(policy).generate(requests)
+    signal = [
+        (group(*(episode(as_turn(r, c)) for c in completions), adapter=r.adapter), torch.ones(r.n).numpy())
+        for r, completions in zip(requests, drawn, strict=True)
+    ]
+    batches = pack(signal, denominators={"a": 1.0, "b": 1.0}, tokens_per_microbatch=120, shared_prefix=shared)
+    for batch in batches:
+        with torch.no_grad():
+            logprobs, _ = policy.logprobs(batch, temperature=0.8)
+        assert (logprobs - batch.behaviour_logprobs).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_unshared_prompts_give_the_same_completions(arch: str) -> None:
+    policy = tiny_policy(arch, ["a", "b"], stop_tokens=LETTERS)
+    requests = mixed_requests(1.0)
+    shared = NativeSampler(policy).generate(requests)
+    policy.not_shared = "for the test"
+    plain = NativeSampler(policy).generate(requests)
+    assert tokens(plain) == tokens(shared)
+    for ours, theirs in zip(itertools.chain(*plain), itertools.chain(*shared), strict=True):
+        assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
+        assert ours.stop is theirs.stop
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "gpt_oss"])
+def test_a_rows_draws_depend_neither_on_neighbours_nor_on_max_rows(arch: str) -> None:
+    policy = tiny_policy(arch, ["a", "b"], stop_tokens=LETTERS)
+    requests = mixed_requests(1.0)
+    together = tokens(NativeSampler(policy).generate(requests))
+    for max_rows in (1, 3, 5):
+        assert tokens(NativeSampler(policy, max_rows).generate(requests)) == together
+    for request, expected in zip(requests, together, strict=True):
+        assert tokens(NativeSampler(policy).generate([request])) == [expected]
+        fewer = replace(request, n=1, max_tokens=request.max_tokens + 3)
+        ((alone,),) = tokens(NativeSampler(policy).generate([fewer]))
+        assert alone[: len(expected[0])] == expected[0]
+    backwards = tokens(NativeSampler(policy).generate(requests[::-1]))
+    assert backwards[::-1] == together
+
+
+def test_the_seed_decides_the_completions() -> None:
+    sampler = NativeSampler(tiny_policy())
+    request = Request(prompt(5), n=4, max_tokens=8, adapter="a", seed=3)
+    (first,), (again,) = tokens(sampler.generate([request])), tokens(sampler.generate([request]))
+    assert first == again
+    assert len(set(first)) == 4, "completions of one request have streams of their own"
+    (other,) = tokens(sampler.generate([replace(request, seed=4)]))
+    assert not set(other) & set(first)
+    tuples = [(3, 0, 7), (3, 1, 7), (4, 0, 7), (3, 7, 0), (3, 0, 7 << 32)]
+    drawn = [tokens(sampler.generate([replace(request, seed=seed)]))[0] for seed in tuples]
+    assert len(set(itertools.chain(*drawn))) == 4 * len(tuples)
+
+
+def test_completions_follow_the_models_distribution() -> None:
+    """First tokens of many completions of one request against the softmax, in 12 bins of about equal probability."""
+    policy = tiny_policy()
+    request = Request(prompt(6), n=4000, max_tokens=1, temperature=0.7, adapter="a", seed=5)
+    (completions,) = NativeSampler(policy, max_rows=1000).generate([request])
+    turn = as_turn(request, completions[0])
+    p = Oracle(policy).distributions(turn, "a", 0.7)[0].detach().exp()
+    bins = (p.cumsum(0) * 12).long().clamp_max(11)
+    drawn = torch.tensor([c.token_ids[0] for c in completions])
+    assert fits(bins[drawn], torch.zeros(12).double().index_add_(0, bins, p))
+
+
+def fits(drawn: Tensor, p: Tensor) -> bool:
+    """Pearson's chi-squared test at one in 10^5 (Wilson and Hilferty's cube-root approximation)."""
+    assert not drawn.numel() or p[drawn].min() > 0
+    p, drawn = p[p > 0], (p > 0).cumsum(0)[drawn] - 1
+    expected = p * len(drawn)
+    statistic = float(((torch.bincount(drawn, minlength=len(p)) - expected) ** 2 / expected).sum())
+    df = len(p) - 1
+    return statistic < df * (1 - 2 / (9 * df) + 4.265 * math.sqrt(2 / (9 * df))) ** 3
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
+@pytest.mark.parametrize("V", [2, 3, 7, 16, 29, 65])
+def test_sample_draws_from_the_softmax(V: int, temperature: float) -> None:
+    generator = torch.Generator().manual_seed(V)
+    logits = torch.randn(V, generator=generator)
+    logits[torch.randperm(V, generator=generator)[: V // 4]] = -torch.inf
+    n = 20_000
+    drawn, logprobs = sample(
+        logits.expand(n, V), torch.full((n,), temperature), torch.rand(n, generator=generator)
+    )  # fmt: skip
+    exact = (logits.double() / temperature).log_softmax(-1)
+    assert fits(drawn, exact.exp())
+    torch.testing.assert_close(logprobs.double(), exact[drawn], rtol=0, atol=1e-5)
+    assert not fits(drawn, (logits.double() / temperature / 1.3).softmax(-1)), "the test has no power"
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    V=st.integers(1, 300),
+    n_possible=st.integers(1, 4),
+    spread=st.sampled_from([0.0, 1.0, 30.0, 1000.0]),
+    seed=st.integers(0, 10_000),
+)
+def test_a_token_without_probability_is_never_drawn(V: int, n_possible: int, spread: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    possible = torch.randperm(V, generator=generator)[:n_possible]
+    logits = torch.full((V,), -torch.inf)
+    logits[possible] = torch.randn(len(possible), generator=generator) * spread
+    edges = torch.tensor([0.0, 2**-24, 0.5, 1 - 2**-23, 1 - 2**-24])
+    uniforms = torch.cat([edges, torch.rand(20, generator=generator)])
+    drawn, logprobs = sample(logits.expand(len(uniforms), V), torch.ones(len(uniforms)), uniforms)
+    assert torch.isin(drawn, possible).all()
+    assert logprobs.isfinite().all()
+    assert (logprobs.exp() > 0).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(V=st.integers(1, 3000), seed=st.integers(0, 10_000))
+def test_sample_inverts_the_cumulative_distribution(V: int, seed: int) -> None:
+    """The token at which the cumulative probability, in vocabulary order, passes the uniform number; to rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    logits, uniforms = torch.randn(8, V, generator=generator) * 3, torch.rand(8, generator=generator)
+    drawn, _ = sample(logits, torch.ones(8), uniforms)
+    above = logits.double().softmax(-1).cumsum(-1).gather(1, drawn[:, None])[:, 0]
+    below = above - logits.double().softmax(-1).gather(1, drawn[:, None])[:, 0]
+    assert (below <= uniforms + 1e-6).all()
+    assert (above >= uniforms - 1e-6).all()
+
+
+def test_rows_of_a_batch_have_temperatures_of_their_own() -> None:
+    logits = torch.tensor([[0.0, 1.0, 3.0]]).expand(3, 3)
+    drawn, logprobs = sample(logits, torch.tensor([0.0, 0.1, 10.0]), torch.tensor([0.01, 0.01, 0.01]))
+    assert drawn.tolist() == [2, 2, 0]
+    exact = torch.stack([logits[0], logits[0] / 0.1, logits[0] / 10]).log_softmax(-1)
+    torch.testing.assert_close(logprobs, exact[torch.arange(3), drawn])
+
+
+def test_a_stop_token_ends_a_reply_and_is_part_of_it() -> None:
+    policy = tiny_policy(stop_tokens=LETTERS)
+    stops = policy.chat.stop_ids
+    assert EOS_ID in stops
+    (completions,) = NativeSampler(policy).generate([Request(prompt(5), n=60, max_tokens=6, adapter="a")])
+    for completion in completions:
+        assert len(completion.token_ids) == len(completion.logprobs)
+        assert not stops & set(completion.token_ids[:-1])
+        if completion.stop is Stop.END:
+            assert completion.token_ids[-1] in stops
+        else:
+            assert completion.stop is Stop.LENGTH
+            assert len(completion.token_ids) == 6
+            assert completion.token_ids[-1] not in stops
+    assert {len(c.token_ids) for c in completions if c.stop is Stop.END} >= {1, 2, 3}
+    assert any(c.stop is Stop.LENGTH for c in completions)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_row_that_ends_with_its_last_token_has_ended_and_was_not_cut_off(shared: bool) -> None:
+    policy = tiny_policy(stop_tokens=LETTERS)
+    policy.not_shared = None if shared else "for the test"
+    request = Request(prompt(5), n=60, max_tokens=1, adapter="a")
+    (completions,) = NativeSampler(policy).generate([request])
+    for completion in completions:
+        assert len(completion.token_ids) == 1
+        assert (completion.stop is Stop.END) == (completion.token_ids[0] in policy.chat.stop_ids)
+    assert {c.stop for c in completions} == {Stop.END, Stop.LENGTH}
+
+
+def test_on_token_is_told_of_every_token() -> None:
+    policy = tiny_policy(adapters=["a", "b"], stop_tokens=LETTERS)
+    told: list[int] = []
+    completions = NativeSampler(policy, max_rows=7).generate(mixed_requests(1.0), told.append)
+    assert sum(told) == sum(len(c.token_ids) for row in completions for c in row)
+
+
+def test_an_update_of_the_adapter_is_seen_at_once() -> None:
+    policy = tiny_policy()
+    request = Request(prompt(5), max_tokens=10, temperature=0, adapter="a")
+    before = tokens(NativeSampler(policy).generate([request]))
+    with torch.no_grad():
+        policy.bank["a"].flat.zero_()
+    after = tokens(NativeSampler(policy).generate([request]))
+    assert after != before
+    assert after == tokens(NativeSampler(policy).generate([replace(request, adapter=None)]))
+
+
+def test_the_context_may_be_filled_to_the_last_token() -> None:
+    policy = tiny_policy("gpt2")
+    assert policy.context_length == 512
+    full = Request(prompt(509), max_tokens=3, temperature=0)
+    ((completion,),) = NativeSampler(policy).generate([full])
+    assert completion.token_ids == greedy_by_transformers(policy, full)
+    with pytest.raises(ValueError, match=r"509 tokens and a completion of up to 4 .* context of 512"):
+        NativeSampler(policy).generate([replace(full, max_tokens=4)])
+
+
+def test_bad_requests_are_refused() -> None:
+    sampler = NativeSampler(tiny_policy())
+    good = Request(prompt(3))
+    for temperature in (-0.1, math.nan):
+        with pytest.raises(ValueError, match="temperature must be >= 0, got"):
+            sampler.generate([good, replace(good, temperature=temperature)])
+    for bad in (replace(good, n=0), replace(good, max_tokens=0), replace(good, prompt_ids=())):
+        with pytest.raises(ValueError, match="a request needs a prompt, n >= 1 and max_tokens >= 1; got"):
+            sampler.generate([bad])
+    with pytest.raises(ValueError, match="no adapter is named 'z'"):
+        sampler.generate([replace(good, adapter="z")])
+    with pytest.raises(ValueError, match="max_rows must be >= 1, got 0"):
+        NativeSampler(sampler.policy, max_rows=0)
+    assert sampler.generate([]) == []
