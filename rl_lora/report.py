@@ -97,17 +97,18 @@ class RunReport:
         if self._progress is not None:
             self._progress.update(self._task, description=f"{what}, {self._n:,} tokens")
 
-    def header(self, config: TrainConfig, policy: Policy, adapter: Adapter, step: int) -> None:
+    def header(self, config: TrainConfig, policy: Policy, adapter: Adapter, step: int, n_processes: int) -> None:
         """What is about to run, in two lines."""
         r = config.rollout
         self.console.print(
             f"[bold]{escape(config.env.id)}[/]: {r.prompts_per_step} problems x {r.group_size} episodes a step, "
             f"{config.learner.objective}, learning rate {config.learner.learning_rate:g}, seed {config.seed}"
         )
+        processes = "1 process" if n_processes == 1 else f"{n_processes} processes"
         base = sum(parameter.numel() for parameter in policy.model.parameters())
         self.console.print(
             f"{escape(policy.name)}: {base / 1e6:,.0f}M parameters frozen ({str(policy.dtype).removeprefix('torch.')}, "
-            f"{policy.device}), {adapter.n_parameters:,} trained (rank {adapter.rank})"
+            f"{policy.device}, {processes}), {adapter.n_parameters:,} trained (rank {adapter.rank})"
         )
         if policy.not_shared:
             self.console.print(

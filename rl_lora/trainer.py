@@ -215,7 +215,7 @@ class Trainer:
             partial.replace(self.run_dir / "config.yaml")
             self.metrics.rewind(self.step if self.step else -1)
             self.report.rewind(self.step)
-            self.report.header(self.config, self.policy, self.policy.bank[ADAPTER], self.step)
+            self.report.header(self.config, self.policy, self.policy.bank[ADAPTER], self.step, self.world)
         flat = {k: v if isinstance(v, int | float | str) else str(v) for k, v in flatten(self.config).items()}
         self.accelerator.init_trackers("rl_lora", config=flat)
 

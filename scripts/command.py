@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, get_type_hints
@@ -29,6 +30,7 @@ def parse(config_type: type[Config], args: Sequence[str] | None = None) -> Confi
     for name in (name for name, hint in hints.items() if hint is bool):  # --resume alone is --resume true
         action = parser._option_string_actions[f"--{name}"]
         action.nargs, action.const = "?", True
+    parser._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")  # -1e-3 is a value, no option
     parsed: Any = parser.instantiate_classes(parser.parse_args(args))
     del parsed.config
     return config_type(**vars(parsed))

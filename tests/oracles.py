@@ -36,7 +36,7 @@ class Oracle:
 
     def __init__(self, policy: Policy, model: str | PreTrainedModel = "llama"):
         self.model = tiny_model(model) if isinstance(model, str) else model
-        self.model.double().eval()  # type: ignore[call-arg]
+        self.model.double().eval()
         self.bank = AdapterBank(self.model)
         for adapter in policy.bank.adapters.values():
             self.bank.put(copy.deepcopy(adapter)).zero_grad()

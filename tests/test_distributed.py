@@ -33,11 +33,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_folder(tmp_path_factory.mktemp("model"), "llama")
 
 
-def launch(script: str, *args: str) -> subprocess.CompletedProcess[str]:
-    """`script` on two processes of the CPU."""
-    options = "--cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0"
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *options.split(), script, *args]
-    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+def launch(script: str, *args: str, options: str = "--multi_gpu --num_processes 2") -> subprocess.CompletedProcess[str]:
+    """`script` on two processes of the CPU.
+
+    `--cpu --num_processes 2` starts a single one without a word where there is no MPI (accelerate 1.15); the launcher
+    behind `--multi_gpu` starts as many as it is told, and the environment variable puts them on the CPU.
+    """
+    common = "--num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0"
+    accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    command = [*accelerate, *options.split(), *common.split(), script, *args]
+    environ = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=300)
 
 
@@ -52,6 +57,7 @@ def test_two_processes_train_the_adapter_of_one_and_write_one_set_of_files(
     recorded = str(tmp_path / "one" / "config.yaml")
     result = launch("scripts/train.py", "--config", recorded, "--run_dir", str(tmp_path / "two"))
     assert result.returncode == 0, result.stderr
+    assert "2 processes" in result.stdout
     one, two = (metrics(tmp_path / run) for run in ("one", "two"))
     assert [(record["kind"], record["step"]) for record in two] == [(record["kind"], record["step"]) for record in one]
     for record, other in zip(one, two, strict=True):
@@ -86,3 +92,15 @@ def test_the_gradient_of_two_processes_is_that_of_one_on_the_same_groups(model: 
     assert result.returncode == 0, result.stderr
     found = torch.load(tmp_path / "gradient", weights_only=True)
     torch.testing.assert_close(found, expected.detach(), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_cpu_launcher_trains_and_says_how_many_processes_it_started(model: Path, tmp_path: Path) -> None:
+    config = tiny_config(model, tmp_path / "one", steps=2)
+    train(config)
+    recorded = str(tmp_path / "one" / "config.yaml")
+    script = ["scripts/train.py", "--config", recorded, "--run_dir", str(tmp_path / "two")]
+    result = launch(*script, options="--cpu --num_processes 2")
+    assert result.returncode == 0, result.stderr
+    assert "process" in result.stdout
+    assert [record["step"] for record in metrics(tmp_path / "two", "train")] == [1, 2]

@@ -39,7 +39,7 @@ class Unsplit(SingleTurnEnv):
 
 @pytest.fixture(autouse=True, scope="module")
 def unsplit_is_registered() -> Any:
-    gym.register(id="tests/Unsplit-v0", entry_point=Unsplit)
+    gym.register(id="tests/Unsplit-v0", entry_point="tests.test_evaluate:Unsplit")
     yield
     del gym.registry["tests/Unsplit-v0"]
 
@@ -63,7 +63,8 @@ def test_the_interval_stays_between_0_and_1_and_is_all_of_it_without_data() -> N
     for n in range(1, 60):
         for successes in range(n + 1):
             low, high = wilson(successes, n)
-            assert 0.0 <= low <= successes / n <= high <= 1.0
+            assert 0.0 <= low <= successes / n + 1e-12
+            assert successes / n - 1e-12 <= high <= 1.0
 
 
 def test_the_interval_covers_the_truth_about_95_times_in_100() -> None:
@@ -119,7 +120,7 @@ def test_a_file_of_its_own_is_evaluated_on(tmp_path: Path) -> None:
 
 def test_an_environment_without_a_split_is_evaluated_far_from_the_training_seeds() -> None:
     config = EnvConfig("tests/Unsplit-v0")
-    make_env, seeds = held_out(config, None, 16)
+    _, seeds = held_out(config, None, 16)
     assert seeds == list(range(UNSPLIT_OFFSET, UNSPLIT_OFFSET + 16))
     for seed in (0, 1, 2):
         train = TrainConfig(seed=seed)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -95,7 +96,9 @@ def clipped(logprobs: Tensor, behaviour: Tensor, advantage: float) -> Tensor:
 
 @pytest.mark.parametrize("arch", ["llama", "gpt_oss", "mixtral"])
 @pytest.mark.parametrize("name, formula", [("reinforce", ratio_times_advantage), ("grpo", clipped)])
-def test_the_gradient_and_the_record_are_those_of_the_formula(arch: str, name: str, formula: TokenObjective) -> None:
+def test_the_gradient_and_the_record_are_those_of_the_formula(
+    arch: str, name: Literal["reinforce", "grpo"], formula: TokenObjective
+) -> None:
     policy = tiny_policy(arch, ["a", "b"])
     oracle = Oracle(policy, arch)
     groups = with_behaviour(problems(), oracle, noise=0.3, temperature=0.8)
@@ -239,10 +242,10 @@ def test_a_mismatch_of_sampler_and_learner_stops_before_anything_moves(off: floa
         learner.step(wrong)
     assert {name: policy.bank[name].hash() for name in "ab"} == before
     assert [policy.bank[name].version for name in "ab"] == [0, 0]
-    a, b = learner.step(groups)
-    assert a.sampler_learner_kl is not None
-    assert a.sampler_learner_kl < 1e-5
-    assert a.ratio_max == pytest.approx(1, abs=1e-4)
+    for record in learner.step(groups):
+        assert record.sampler_learner_kl is not None
+        assert record.sampler_learner_kl < 1e-5
+        assert record.ratio_max == pytest.approx(1, abs=1e-4)
 
 
 def test_a_gradient_that_is_no_number_is_refused_before_anything_moves() -> None:
@@ -354,30 +357,35 @@ def test_grpo_is_clipped_where_the_ratio_has_gone_far_enough(
     assert not uncut
 
 
-def p_even(policy: Policy, prompts: Sequence[Sequence[int]]) -> float:
-    """Probability that the first token is even, exactly."""
+N_GOOD = 40
+
+
+def p_good(policy: Policy, prompts: Sequence[Sequence[int]]) -> float:
+    """Probability that the first token is one of the first 40, exactly: chance is 40 in 258."""
     oracle = Oracle(policy)
     with torch.no_grad():
-        return float(np.mean([oracle.logits(ids, "a")[-1].softmax(-1)[::2].sum() for ids in prompts]))
+        return float(np.mean([oracle.logits(ids, "a")[-1].softmax(-1)[:N_GOOD].sum() for ids in prompts]))
 
 
 @pytest.mark.parametrize("objective", ["reinforce", "grpo"])
 @pytest.mark.parametrize("shuffled", [False, True])
-def test_thirty_steps_teach_what_is_rewarded_and_shuffled_rewards_teach_nothing(objective: str, shuffled: bool) -> None:
+def test_thirty_steps_teach_what_is_rewarded_and_shuffled_rewards_teach_nothing(
+    objective: Literal["reinforce", "grpo"], shuffled: bool
+) -> None:
     policy = tiny_policy(adapters=[])
-    policy.bank.add("a")
+    policy.bank.add("a", rank=4)
     prompts = [tuple(ids) for ids in token_ids(4, 6).tolist()]
-    learner = Learner(policy, LearnerConfig(objective=objective, learning_rate=3e-3))  # type: ignore[arg-type]
+    learner = Learner(policy, LearnerConfig(objective=objective, learning_rate=1e-2))
     sampler, rng = NativeSampler(policy), np.random.default_rng(0)
-    before = p_even(policy, prompts)
+    before = p_good(policy, prompts)
     for step in range(30):
-        requests = [Request(p, n=16, max_tokens=2, adapter="a", seed=(step, i)) for i, p in enumerate(prompts)]
+        requests = [Request(p, n=32, max_tokens=2, adapter="a", seed=(step, i)) for i, p in enumerate(prompts)]
         groups = [
-            group(*(episode(as_turn(r, c), reward=float(c.token_ids[0] % 2 == 0)) for c in completions))
+            group(*(episode(as_turn(r, c), reward=float(c.token_ids[0] < N_GOOD)) for c in completions))
             for r, completions in zip(requests, sampler.generate(requests), strict=True)
         ]
         (record,) = learner.step(shuffle_rewards(groups, rng) if shuffled else groups)
         assert record.sampler_learner_kl is not None
         assert record.sampler_learner_kl < 1e-4, "on policy, sampler and learner agree at every step"
-    change = p_even(policy, prompts) - before
-    assert abs(change) < 0.15 if shuffled else change > 0.3
+    change = p_good(policy, prompts) - before
+    assert abs(change) < 0.1 if shuffled else change > 0.25

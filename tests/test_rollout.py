@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -13,7 +14,7 @@ from rl_lora.config import RolloutConfig
 from rl_lora.metrics import summarize_groups
 from rl_lora.policy import Policy
 from rl_lora.rollout import MakeEnv, RolloutWorker
-from rl_lora.sampler import NativeSampler
+from rl_lora.sampler import Completion, NativeSampler, Request
 from rl_lora.types import Group, Stop
 from tests.tiny import randomize, tiny_model, tiny_tokenizer
 
@@ -85,7 +86,7 @@ def test_turns_follow_each_other_to_the_token_until_the_environment_ends(policy:
         for i, (turn, following) in enumerate(zip(episode.turns, episode.turns[1:], strict=False), 1):
             so_far = turn.prompt_ids + turn.completion_ids
             assert following.prompt_ids[: len(so_far)] == so_far
-            assert f"no, {i}" in policy.chat.tokenizer.decode(following.prompt_ids[len(so_far) :])
+            assert f"no, {i}" in policy.chat.tokenizer.decode(list(following.prompt_ids[len(so_far) :]))
         assert all(turn.text == policy.chat.decode(turn.completion_ids) for turn in episode.turns)
         assert episode.observations == (f"guess {episode.seed}", *(f"no, {i}" for i in range(1, len(episode.turns))))
         assert episode.stop is (Stop.END if episode.success else Stop.LENGTH)
@@ -149,7 +150,7 @@ def test_a_group_that_nobody_could_judge_is_empty(policy: Policy) -> None:
 
 def content(groups: list[Group]) -> dict[int, list[tuple[Any, ...]]]:
     return {
-        g.seed: [tuple(turn.completion_ids for turn in episode.turns) + (episode.reward,) for episode in g.episodes]
+        g.seed: [(*(turn.completion_ids for turn in episode.turns), episode.reward) for episode in g.episodes]
         for g in groups
     }
 
@@ -172,6 +173,21 @@ def test_another_random_seed_draws_other_groups_and_a_worker_can_be_used_again(p
     assert content(first) != content(other)
     same.close()
     same.close()
+
+
+def test_every_reply_is_drawn_from_a_stream_of_its_own(policy: Policy) -> None:
+    streams: list[tuple[Any, ...]] = []
+
+    class Recording(NativeSampler):
+        def generate(self, requests: Sequence[Request], on_token: Any = None) -> list[list[Completion]]:
+            streams.extend((request.seed, row) for request in requests for row in range(request.n))
+            return super().generate(requests, on_token)
+
+    same = worker(policy)
+    same.sampler = Recording(policy)
+    groups = same.collect(SEEDS, adapters=["a"], n=6, random_seed=(1, 2))
+    assert len(streams) == sum(len(episode.turns) for group in groups for episode in group.episodes)
+    assert len(set(streams)) == len(streams)
 
 
 def test_an_environment_that_does_not_speak_text_is_refused(policy: Policy) -> None:

@@ -247,6 +247,16 @@ def test_a_stop_token_ends_a_reply_and_is_part_of_it() -> None:
     assert any(c.stop is Stop.LENGTH for c in completions)
 
 
+def test_a_row_that_was_cut_off_does_not_end_because_its_neighbours_go_on() -> None:
+    policy = tiny_policy(stop_tokens=LETTERS[:6])
+    for seed in range(6):
+        short = Request(prompt(5), n=6, max_tokens=1, adapter="a", seed=seed)
+        cut_off, _ = NativeSampler(policy).generate([short, replace(short, n=60, max_tokens=6)])
+        (alone,) = NativeSampler(policy).generate([short])
+        assert [c.stop for c in cut_off] == [c.stop for c in alone]
+        assert [c.token_ids for c in cut_off] == [c.token_ids for c in alone]
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_row_that_ends_with_its_last_token_has_ended_and_was_not_cut_off(shared: bool) -> None:
     policy = tiny_policy(stop_tokens=LETTERS)

@@ -1,0 +1,218 @@
+"""The policy: what it refuses, what it falls back to, and that its fallback is the model too.
+
+A model whose attention is its own (Mamba, Bloom) is trained and sampled without shared prompts, and says so.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, BloomConfig, MambaConfig, PreTrainedConfig, PreTrainedModel, RwkvConfig
+
+from rl_lora.attention import Decode, Packed
+from rl_lora.config import LearnerConfig
+from rl_lora.learner import Learner
+from rl_lora.policy import Dtype, Policy, compute_dtype, context_length
+from rl_lora.sampler import NativeSampler, Request
+from tests.oracles import Oracle, as_turn, episode, gradient, group, relative_error
+from tests.tiny import (
+    ARCHITECTURES,
+    EOS_ID,
+    PAD_ID,
+    VOCAB_SIZE,
+    randomize,
+    tiny_folder,
+    tiny_model,
+    tiny_tokenizer,
+    token_ids,
+)
+
+TOKENS: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "eos_token_id": EOS_ID,
+    "pad_token_id": PAD_ID,
+    "bos_token_id": None,
+}
+STRANGE: dict[str, PreTrainedConfig] = {
+    "mamba": MambaConfig(**TOKENS, hidden_size=32, state_size=4, num_hidden_layers=2),
+    "bloom": BloomConfig(**TOKENS, hidden_size=32, n_layer=2, n_head=4),
+}
+"""No attention at all, with a cache of another name; and attention with a bias that ours knows nothing of."""
+
+
+def strange_model(name: str) -> PreTrainedModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(STRANGE[name])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(4)  # larger than usual, so that what came before visibly matters
+    return model.eval()
+
+
+def policy_of(model: PreTrainedModel) -> Policy:
+    return Policy(model, tiny_tokenizer(chat_template=False))
+
+
+def greedy(policy: Policy, prompt: tuple[int, ...], n: int) -> list[tuple[int, ...]]:
+    requests = [Request(prompt, max_tokens=n, temperature=0), Request(prompt[:-1], n=2, max_tokens=n, temperature=0)]
+    return [completion.token_ids for row in NativeSampler(policy).generate(requests) for completion in row]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_prompts_are_shared_in_every_architecture_that_goes_through_the_attention_interface(arch: str) -> None:
+    assert policy_of(tiny_model(arch)).not_shared is None
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_a_model_with_attention_of_its_own_is_sampled_all_the_same(name: str) -> None:
+    policy = policy_of(strange_model(name))
+    assert policy.not_shared is not None
+    prompt = tuple(token_ids(1, 9)[0].tolist())
+    generate: Any = functools.partial(policy.model.generate, do_sample=False, max_new_tokens=8, pad_token_id=PAD_ID)
+    long, short = (tuple(generate(torch.tensor([ids]))[0, len(ids) :].tolist()) for ids in (prompt, prompt[:-1]))
+    assert greedy(policy, prompt, 8) == [long, short, short]
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_a_model_with_attention_of_its_own_is_trained_all_the_same(name: str) -> None:
+    policy = policy_of(strange_model(name))
+    randomize(policy.bank.add("a", rank=2, alpha=8), 1)
+    oracle = Oracle(policy, strange_model(name))
+    prompt = tuple(token_ids(1, 9)[0].tolist())
+    request = Request(prompt, n=4, max_tokens=6, adapter="a")
+    (completions,) = NativeSampler(policy).generate([request])
+    rewards = [0.0, 1.0, 0.0, 0.5]
+    g = group(*(episode(as_turn(request, c), reward=r) for c, r in zip(completions, rewards, strict=True)))
+    n = sum(e.n_tokens for e in g.episodes)
+    expected = oracle.gradients(
+        [(g, [r - 0.375 for r in rewards])], lambda p, q, advantage: torch.exp(p - q) * advantage, {"a": float(n)}
+    )["a"]
+    (record,) = Learner(policy, LearnerConfig(max_grad_norm=0)).step([g])
+    assert record.sampler_learner_kl is not None
+    assert record.sampler_learner_kl < 1e-4
+    assert relative_error(gradient(policy.bank["a"].flat), expected) < 1e-3
+
+
+def nothing_but_nan(self: Any, layer: int, query: Tensor, *_: Any) -> Tensor:
+    return torch.full_like(query, torch.nan)
+
+
+def without_window(mask: Any) -> Any:
+    return lambda self, window: mask(self, None)
+
+
+@pytest.mark.parametrize(
+    "arch, layout, name, broken, reason",
+    [
+        ("llama", Packed, "attend", nothing_but_nan, "packed hidden states differ .* by nan"),
+        ("llama", Decode, "attend", nothing_but_nan, "decoded hidden states differ .* by nan"),
+        ("gemma3", Packed, "mask", without_window(Packed.mask), "packed hidden states differ"),
+        ("gpt_oss", Decode, "mask", without_window(Decode.mask), "decoded hidden states differ"),
+        ("llama", Decode, "advance", lambda self: None, "decoded hidden states differ"),
+        ("llama", Packed, "attend", None, "TypeError: 'NoneType' object is not callable"),
+    ],
+)
+def test_the_self_check_finds_shared_attention_that_is_not_the_models(
+    monkeypatch: pytest.MonkeyPatch, arch: str, layout: type, name: str, broken: Any, reason: str
+) -> None:
+    expected = greedy(policy_of(tiny_model(arch)), tuple(range(20)), 5)
+    monkeypatch.setattr(layout, name, broken)
+    policy = policy_of(tiny_model(arch))
+    assert policy.not_shared is not None
+    assert re.search(reason, policy.not_shared)
+    assert greedy(policy, tuple(range(20)), 5) == expected
+
+
+def test_a_model_that_forgets_its_cache_is_refused_and_not_sampled_from_its_last_token() -> None:
+    model = strange_model("bloom")
+    forward = model.base_model.forward
+
+    @functools.wraps(forward)
+    def forgetful(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **{**kwargs, "past_key_values": None})
+
+    model.base_model.forward = forgetful
+    with pytest.raises(ValueError, match=r"BloomForCausalLM cannot be decoded token by token .* differ by 0\.\d+ of"):
+        policy_of(model)
+    rwkv = AutoModelForCausalLM.from_config(RwkvConfig(**TOKENS, hidden_size=32, num_hidden_layers=2))
+    with pytest.raises(ValueError, match="RwkvForCausalLM cannot be decoded token by token with its cache"):
+        policy_of(rwkv)
+
+
+@pytest.mark.parametrize("change", [lambda logits: logits * 1.1, lambda logits: logits * torch.nan])
+def test_a_head_that_is_more_than_linear_is_refused(change: Any) -> None:
+    model = tiny_model("llama")
+    model.get_output_embeddings().register_forward_hook(lambda module, inputs, logits: change(logits))
+    with pytest.raises(ValueError, match="output head of LlamaForCausalLM is more than a linear layer"):
+        policy_of(model)
+
+
+def test_the_base_is_frozen_in_evaluation_mode_and_keeps_its_own_attention() -> None:
+    model = tiny_model("llama").train()
+    own = model.config._attn_implementation
+    policy = policy_of(model)
+    assert not any(module.training for module in model.modules())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    greedy(policy, (1, 2, 3), 2)
+    assert model.config._attn_implementation == own
+
+
+def test_context_length_is_what_the_positions_reach() -> None:
+    assert context_length(tiny_model("llama").config) == 512
+    assert context_length(tiny_model("gpt2").config) == 512
+    assert context_length(STRANGE["mamba"]) > 1 << 20
+
+
+@pytest.mark.parametrize(
+    "avx512, amx, expected",
+    [(True, False, torch.bfloat16), (False, True, torch.bfloat16), (False, False, torch.float32)],
+)
+def test_the_compute_dtype_is_bfloat16_where_the_cpu_multiplies_it(
+    monkeypatch: pytest.MonkeyPatch, avx512: bool, amx: bool, expected: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    cpu = torch.device("cpu")
+    assert compute_dtype("auto", cpu) == expected
+    assert compute_dtype("float32", cpu) == torch.float32
+    assert compute_dtype("bfloat16", cpu) == torch.bfloat16
+    assert compute_dtype("float16", cpu) == torch.float16
+    assert compute_dtype("auto", torch.device("meta")) == torch.float32
+
+
+def test_the_compute_dtype_on_cuda_is_bfloat16_unless_it_is_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    for native in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
+        assert compute_dtype("auto", torch.device("cuda")) == (torch.bfloat16 if native else torch.float32)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "gpt_oss"])
+def test_in_bfloat16_prompts_are_shared_and_sampler_and_learner_agree_to_rounding(arch: str) -> None:
+    policy = policy_of(tiny_model(arch, dtype=torch.bfloat16))
+    assert policy.dtype == torch.bfloat16
+    assert policy.not_shared is None
+    adapter = randomize(policy.bank.add("a", rank=1, alpha=8), 1)
+    request = Request(tuple(token_ids(1, 12)[0].tolist()), n=8, max_tokens=10, adapter="a")
+    (completions,) = NativeSampler(policy).generate([request])
+    g = group(*(episode(as_turn(request, c), reward=float(i)) for i, c in enumerate(completions)))
+    (record,) = Learner(policy, LearnerConfig()).step([g])
+    assert record.sampler_learner_kl is not None
+    assert 0 < record.sampler_learner_kl < 0.05
+    assert adapter.flat.dtype == gradient(adapter.flat).dtype == torch.float32
+
+
+def test_a_policy_is_loaded_from_a_folder_in_the_dtype_asked_for(tmp_path: Path) -> None:
+    folder = str(tiny_folder(tmp_path, "llama"))
+    dtypes: list[Dtype] = ["float32", "bfloat16"]
+    for dtype in dtypes:
+        policy = Policy.load(folder, dtype=dtype, stop_tokens=["\n"])
+        assert policy.dtype == getattr(torch, dtype)
+        assert len(policy.chat.stop_ids) == 2
