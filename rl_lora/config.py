@@ -151,8 +151,8 @@ class TrainConfig:
     resume: bool = False
     """Continue the run in run_dir from its last checkpoint; a finished run only shows its summary again."""
     shuffle_rewards: bool = False
-    """A control: rewards are dealt out anew among the episodes of a step, so that there is nothing to learn. Held-out
-    accuracy that rises all the same was not taught by the reward."""
+    """A control: rewards are dealt out anew among the episodes of a step (of each process), so that there is nothing to
+    learn. Held-out accuracy that rises all the same was not taught by the reward."""
     model: ModelConfig = field(default_factory=ModelConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     env: EnvConfig = field(default_factory=EnvConfig)

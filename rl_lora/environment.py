@@ -13,7 +13,7 @@ import gymnasium as gym
 from rl_lora.config import EnvConfig
 from rl_lora.rollout import MakeEnv, first_observation
 
-UNSPLIT_OFFSET = 10**9
+UNSPLIT_OFFSET = 3 * 10**9
 """First held-out seed where an environment has no split of its own: far from the seeds of training."""
 TRIES = 10
 """Seeds that are looked at for one more held-out problem, before it is believed that there are no more."""

@@ -6,6 +6,7 @@ Nothing here is read back by the training; a run without a terminal prints the s
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -114,6 +115,11 @@ class RunReport:
             self.console.print(
                 f"[yellow]prompts are not shared by their completions, which is slower:[/] {escape(policy.not_shared)}"
             )
+        if n_processes == 1 and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+            self.console.print(
+                "[yellow]the launcher was asked for several processes and started one:[/] accelerate launch --cpu "
+                "needs MPI for more; torchrun --nproc_per_node N scripts/train.py ... does not"
+            )
         if config.shuffle_rewards:
             self.console.print("[yellow]control: rewards are shuffled, there is nothing to learn[/]")
         if step:
@@ -173,6 +179,7 @@ class RunReport:
             "after": evals[-1] if evals else None,
             "reward_first": train[0]["reward"],
             "reward_last": train[-1]["reward"],
+            "learned": any(record["tokens_learned"] for record in train),
             "seconds": sum(value for r in evals + train for name, value in r.items() if name.startswith("seconds/")),
             "adapter": adapter,
             "best_checkpoint": str(best.folder) if best else None,
@@ -199,6 +206,11 @@ class RunReport:
             out(f"  after   {held_out_line(summary['after'])}")
         first, last = (_number(summary[f"reward_{when}"], ".3f") for when in ("first", "last"))
         out(f"  mean reward of sampled episodes: {first} in the first step, {last} in the last")
+        if not summary["learned"]:
+            out(
+                "[yellow]nothing was learned: no group had different rewards.[/] Problems may be too hard or too easy; "
+                "look at the samples, raise rollout.group_size, or reward partial success"
+            )
         if summary["transcripts"]:
             out("\n[bold]solved now and not before[/]")
         for transcript in summary["transcripts"]:

@@ -9,6 +9,7 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
+import torch
 import yaml
 from accelerate import Accelerator, PartialState
 from accelerate.utils import ProjectConfiguration, gather_object
@@ -43,17 +44,25 @@ def train(config: TrainConfig) -> Path:
     run_dir = Path(config.run_dir)
     if config.resume and RunReport(run_dir).finished_at(config.steps):
         preflight(config, [])
-        RunReport(run_dir, visible=PartialState().is_main_process).show()
+        RunReport(run_dir, visible=PartialState(cpu=no_accelerator()).is_main_process).show()
         return run_dir
     preflight(config, problem_seeds(config, 0))
     Trainer(config).run()
     return run_dir
 
 
+def no_accelerator() -> bool:
+    """Whether accelerate must be told that this is a CPU: otherwise it takes each launched process for the only one."""
+    return not torch.accelerator.is_available()
+
+
 def problem_seeds(config: TrainConfig, step: int) -> list[int]:
-    """The training problems of a step: consecutive seeds, so that a finite environment is gone through in epochs."""
+    """The training problems of a step: consecutive seeds, so that a finite environment is gone through in epochs.
+
+    Below 2^32, which is all that some random generators take, as long as the run's seed is below 3,000.
+    """
     n = config.rollout.prompts_per_step
-    return [(config.seed << 32) + step * n + i for i in range(n)]
+    return [config.seed * 1_000_003 + step * n + i for i in range(n)]
 
 
 class Trainer:
@@ -62,7 +71,8 @@ class Trainer:
     def __init__(self, config: TrainConfig):
         self.config, self.run_dir = config, Path(config.run_dir)
         places = ProjectConfiguration(str(self.run_dir), str(self.run_dir / "trackers"))
-        self.accelerator = Accelerator(log_with=list(config.log.trackers) or None, project_config=places)
+        trackers = list(config.log.trackers) or None
+        self.accelerator = Accelerator(cpu=no_accelerator(), log_with=trackers, project_config=places)
         self.accelerator.wait_for_everyone()  # preflight looked at a run_dir that nobody writes to yet
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         if config.rollout.prompts_per_step < self.world * config.learner.updates_per_step:

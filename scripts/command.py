@@ -31,12 +31,12 @@ def parse(config_type: type[Config], args: Sequence[str] | None = None) -> Confi
         action = parser._option_string_actions[f"--{name}"]
         action.nargs, action.const = "?", True
     parser._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")  # -1e-3 is a value, no option
-    parsed: Any = parser.instantiate_classes(parser.parse_args(args))
+    parsed: Any = parser.instantiate(parser.parse_args(args))
     del parsed.config
     return config_type(**vars(parsed))
 
 
-def run(work: Callable[[], object]) -> int:
+def run(work: Callable[[], object], when_interrupted: str = "") -> int:
     """Do the work; what users can mend is a line on standard error and exit code 2, anything else a traceback and 1."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
@@ -45,12 +45,12 @@ def run(work: Callable[[], object]) -> int:
         console.print("[bold red]error:[/]", Text(str(error)))  # as it is: brackets in it are no markup
         return USER_ERROR
     except KeyboardInterrupt:
-        console.print("interrupted; --resume true continues from the last checkpoint")
+        console.print(f"interrupted{when_interrupted}")
         return INTERRUPTED
     return 0
 
 
-def main(config_type: type[Config], work: Callable[[Config], object]) -> None:
+def main(config_type: type[Config], work: Callable[[Config], object], when_interrupted: str = "") -> None:
     """A command: parse, work, exit."""
     config = parse(config_type)
-    sys.exit(run(lambda: work(config)))
+    sys.exit(run(lambda: work(config), when_interrupted))

@@ -16,6 +16,7 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 
 import envs  # noqa: F401  registers the environments
 from rl_lora.adapter_io import check_adapter, load_adapter
@@ -41,7 +42,7 @@ class EvaluateConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     env: EnvConfig = field(default_factory=EnvConfig)
     env_kwargs: dict[str, Any] | None = None
-    """Arguments of the environment for evaluation. By default {split: eval} where the environment takes a split."""
+    """Arguments of the environment that differ in evaluation. Where it takes a split, {split: eval} is added."""
     episodes: int = 256
     """Held-out problems."""
     n: int = 1
@@ -72,7 +73,7 @@ def run(config: EvaluateConfig) -> list[Record]:
     check_model(config.model)
 
     model = config.model
-    with console.status(f"loading {model.name} ..."):
+    with console.status(Text(f"loading {model.name} ...")):
         policy = Policy.load(
             model.name,
             dtype=model.dtype,
@@ -84,7 +85,9 @@ def run(config: EvaluateConfig) -> list[Record]:
             load_adapter(folder, policy.bank, name)
     for folder, base in recorded.items():
         if base not in (None, "", model.name):
-            console.print(f"[yellow]{folder} was made for {base}, and is evaluated on {model.name}[/]")
+            console.print(
+                f"{folder} was made for {base}, and is evaluated on {model.name}", style="yellow", markup=False
+            )
     limits = RolloutConfig(max_tokens=config.max_tokens, max_turns=config.max_turns, system_prompt=config.system_prompt)
     sampler = NativeSampler(policy, config.max_rows)
     worker = RolloutWorker(make_env, sampler, policy.chat, limits, context_length=policy.context_length)
@@ -161,7 +164,7 @@ def table(records: list[Record]) -> Table:
         accuracy = record["accuracy"]
         interval = f"{record['accuracy_low']:.1%} to {record['accuracy_high']:.1%}" if "accuracy_low" in record else "–"
         result.add_row(
-            record["adapter"],
+            Text(record["adapter"]),
             "–" if accuracy is None else f"{accuracy:.1%}",
             interval,
             "–" if accuracy is None or record is records[0] else f"{100 * (accuracy - base):+.1f}",

@@ -14,7 +14,7 @@ from scripts.command import main as command
 
 
 def main() -> None:
-    command(TrainConfig, train)
+    command(TrainConfig, train, "; --resume true continues from the last checkpoint")
 
 
 if __name__ == "__main__":

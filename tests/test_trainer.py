@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -289,6 +291,31 @@ def test_the_best_checkpoint_outlives_newer_worse_ones(model: Path, tmp_path: Pa
     assert latest is not None
     assert (best.step, latest.step) == (2, 6)
     assert [checkpoint.step for checkpoint in checkpoints.all()] == [2, 5, 6]
+
+
+def test_a_checkpoint_brings_the_random_states_back_for_what_users_bring_along(model: Path, tmp_path: Path) -> None:
+    adapter = Policy.load(str(model), dtype="float32").bank.add("a")
+    optimizer = torch.optim.AdamW([adapter.flat])
+    saved = Checkpoints(tmp_path, 1).save(1, adapter, optimizer, base_model="tiny", config={}, score=None)
+
+    def draw() -> tuple[float, ...]:
+        return random.random(), random.gauss(), np.random.rand(), np.random.randn(), float(torch.rand(()))
+
+    following = draw()
+    assert draw() != following
+    saved.restore(adapter, optimizer)
+    assert draw() == following
+
+
+def test_a_config_is_the_same_after_it_was_written_and_must_be_what_can_be_written(model: Path, tmp_path: Path) -> None:
+    config = tiny_config(model, tmp_path, steps=1)
+    config.env.kwargs["operations"] = ("+", "-")  # a tuple is a list on disk
+    config.env.kwargs["template"] = "{a}{op}{b}"
+    train(config)
+    train(dataclasses.replace(config, steps=2, resume=True))
+    config.env.kwargs["reward"] = len
+    with pytest.raises(ValueError, match=r"env.kwargs must be numbers, texts, .* a function is named as 'module:func"):
+        train(dataclasses.replace(config, run_dir=str(tmp_path / "other")))
 
 
 def test_metrics_are_those_of_all_episodes_before_any_group_is_filtered(model: Path, tmp_path: Path) -> None:
