@@ -147,6 +147,16 @@ def test_episodes_without_advantage_and_empty_replies_cost_nothing() -> None:
     assert pack([], denominators={}, tokens_per_microbatch=100) == []
 
 
+def test_a_prompt_may_hold_what_another_prompt_was_answered() -> None:
+    long = turn([1, 2, 3, 4], 2, seed=0, logprobs=[-1.0, -2.0])
+    short = Turn((1, 2), (3,), (-3.0,), Stop.LENGTH)  # its only token is one of the other's prompt
+    for g in (group(episode(long), episode(short)), group(episode(short), episode(long))):
+        signal = [(g, np.ones(2))]
+        denominators: dict[str | None, float] = {"a": 1.0}
+        (batch,) = pack(signal, denominators=denominators, tokens_per_microbatch=100)
+        assert Counter(read_back(batch)) == Counter(expected(signal, denominators))
+
+
 def test_turns_that_continue_one_another_are_one_trajectory_and_others_are_not() -> None:
     first = turn([1, 2, 3], 4, seed=0)
     second = turn([*first.prompt_ids, *first.completion_ids, 9, 9], 2, seed=1)
