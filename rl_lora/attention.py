@@ -2,7 +2,7 @@
 
 Two layouts: `Packed` (a whole row at once: learning and prefill) and `Decode` (one new token a row, behind a prompt
 that the rows of a group share and that is stored once). The model's own forward runs; only its attention is ours.
-Models whose attention goes elsewhere (state space models, own kernels) take the plain path: see `Policy.shared_prefix`.
+Models whose attention goes elsewhere (state space models, own kernels) take the plain path: see `Policy.not_shared`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,11 @@ class Packed:
     segments: Tensor
     _masks: dict[int | None, Tensor] = field(default_factory=dict)
 
+    @property
+    def windows(self) -> set[int | None]:
+        """The sliding windows that the model's layers have asked for; None is full attention."""
+        return set(self._masks)
+
     def mask(self, window: int | None) -> Tensor:
         """bool (B, 1, L, L), True where query i may attend to key j: earlier, same segment or shared, in the window."""
         if window not in self._masks:
@@ -44,8 +49,11 @@ class Packed:
         """query: (B, H, L, D); key, value: (B, H_kv, L, D). Returns (B, H, L, D)."""
         mask = self.mask(options.window)
         if options.softcap is None and options.sinks is None:
+            if query.is_cuda:  # there, grouped heads with a mask would take the kernel that keeps all scores
+                key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+            grouped = query.shape[1] != key.shape[1]
             return F.scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, scale=options.scaling, enable_gqa=query.shape[1] != key.shape[1]
+                query, key, value, attn_mask=mask, scale=options.scaling, enable_gqa=grouped
             )
         (B, H, L, D), H_kv = query.shape, key.shape[1]
         scores = query.reshape(B, H_kv, -1, D) @ key.transpose(-1, -2)  # (B, H_kv, H / H_kv * L, L)

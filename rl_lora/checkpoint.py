@@ -46,19 +46,37 @@ class Checkpoint:
         """step, version, score and the flat config."""
         return json.loads((self.folder / "state.json").read_text())
 
-    def restore(self, adapter: Adapter, optimizer: torch.optim.Optimizer) -> None:
+    def restore(self, adapter: Adapter, optimizer: torch.optim.Optimizer, rank: int = 0) -> None:
         """Put the optimizer, the adapter's version and the random states back. The adapter's weights come first:
         `adapter_io.load_adapter(checkpoint.adapter, ...)`."""
         saved = torch.load(self.folder / "optimizer.pt", map_location=adapter.flat.device, weights_only=True)
         optimizer.load_state_dict(saved)
         adapter.version = self.state["version"]
         states = torch.load(self.folder / "random.pt", weights_only=True)
-        torch.set_rng_state(states["torch"])
-        if torch.cuda.is_available() and states["cuda"]:
-            torch.cuda.set_rng_state_all(states["cuda"])
-        version, keys, gauss = states["python"]
-        random.setstate((version, tuple(keys), gauss))
-        np.random.set_state(("MT19937", states["numpy"]["keys"].numpy().astype(np.uint32), *states["numpy"]["rest"]))
+        if rank < len(states):  # a further process keeps what its seed gave it
+            set_random_state(states[rank])
+
+
+def random_state() -> dict[str, Any]:
+    """The global generators of this process: Python, NumPy, torch, and the current GPU."""
+    _, keys, *rest = np.random.get_state()
+    version, python_keys, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "python": (version, list(python_keys), gauss),
+        "numpy": {"keys": torch.from_numpy(np.asarray(keys).astype(np.int64)), "rest": tuple(rest)},
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put back what `random_state` took."""
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    np.random.set_state(("MT19937", state["numpy"]["keys"].numpy().astype(np.uint32), *state["numpy"]["rest"]))
 
 
 class Checkpoints:
@@ -91,8 +109,12 @@ class Checkpoints:
         base_model: str,
         config: dict[str, Any],
         score: float | None,
+        random_states: list[dict[str, Any]] | None = None,
     ) -> Checkpoint:
-        """Write the checkpoint of a step, then remove those that are no longer kept."""
+        """Write the checkpoint of a step, then remove those that are no longer kept.
+
+        `random_states`: of every process, this one's by default.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         for left_over in self.folder.glob(".partial-*"):
             shutil.rmtree(left_over)
@@ -100,15 +122,7 @@ class Checkpoints:
         partial.mkdir()
         save_adapter(adapter, partial / "adapter", base_model)
         torch.save(optimizer.state_dict(), partial / "optimizer.pt")
-        _, keys, *rest = np.random.get_state()
-        version, python_keys, gauss = random.getstate()
-        states = {
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            "python": (version, list(python_keys), gauss),
-            "numpy": {"keys": torch.from_numpy(np.asarray(keys).astype(np.int64)), "rest": tuple(rest)},
-        }
-        torch.save(states, partial / "random.pt")
+        torch.save(random_states or [random_state()], partial / "random.pt")
         state = {"step": step, "version": adapter.version, "score": score, "config": config}
         (partial / "state.json").write_text(json.dumps(state, indent=1))
         for path in partial.rglob("*"):

@@ -20,7 +20,7 @@ class ModelConfig:
 
     name: str = DEFAULT_MODEL
     """`smollm2-135m` (embedded: no account, no hub), a local folder, or a Hugging Face hub id."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the base and of the activations; auto: bfloat16 where the device multiplies it natively. Adapters: float32."""
     stop_tokens: list[str] = field(default_factory=list)
     """Tokens that end a reply, beside the model's own; for base models that never learned to stop."""
@@ -145,7 +145,7 @@ class TrainConfig:
     run_dir: str = "runs/arithmetic"
     """Where everything of this run is written."""
     steps: int = 20
-    """Optimizer steps (times rollout updates_per_step)."""
+    """Rollouts, each followed by learner.updates_per_step optimizer steps."""
     seed: int = 0
     """Of the adapter, the training problems and the sampling. The same seed gives the same run."""
     resume: bool = False
@@ -173,7 +173,7 @@ MAY_DIFFER = {
     "rollout.max_rows",
     "learner.tokens_per_microbatch",
 }
-"""What a resumed run may change: nothing of it moves the adapter's path."""
+"""What a resumed run may change: nothing of it moves the adapter's path, but for the rounding of other batch shapes."""
 
 
 def validate(config: TrainConfig) -> None:
@@ -181,7 +181,7 @@ def validate(config: TrainConfig) -> None:
     c = config
     rules: list[tuple[str, float, bool, str]] = [
         ("steps", c.steps, c.steps >= 1, ">= 1"),
-        ("seed", c.seed, c.seed >= 0, ">= 0"),
+        ("seed", c.seed, 0 <= c.seed < 3000, "in 0 ... 2999"),
         ("adapter.rank", c.adapter.rank, c.adapter.rank >= 1, ">= 1"),
         ("adapter.alpha", c.adapter.alpha, c.adapter.alpha > 0, "> 0"),
         ("rollout.prompts_per_step", c.rollout.prompts_per_step, c.rollout.prompts_per_step >= 1, ">= 1"),

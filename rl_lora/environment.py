@@ -51,6 +51,8 @@ def held_out(config: EnvConfig, env_kwargs: dict[str, Any] | None, episodes: int
 
     Problems differ if their first observations do; fewer seeds where the environment has fewer problems.
     """
+    if episodes == 0:
+        return environment(config), []
     env = environment(config)()
     takes_split = "split" in inspect.signature(type(env.unwrapped).__init__).parameters
     env.close()

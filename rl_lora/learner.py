@@ -23,7 +23,7 @@ from rl_lora.policy import Policy
 from rl_lora.types import Batch, Group, StepStats
 
 
-class SamplerLearnerMismatch(RuntimeError):
+class SamplerLearnerMismatch(FloatingPointError):
     """Sampler and learner disagree about the policy's probabilities."""
 
 
@@ -63,7 +63,11 @@ class Learner:
             SamplerLearnerMismatch: before anything has moved, see `LearnerConfig.max_sampler_learner_kl`.
         """
         n = self.config.updates_per_step
-        return [stats for i in range(n) for stats in self._update(groups[i::n], i == 0, on_tokens)]
+        steps: list[StepStats] = []
+        for i in range(n):
+            on_policy = all(stats.grad_norm is None for stats in steps)  # nothing has moved since the rollout
+            steps += self._update(groups[i::n], on_policy, on_tokens)
+        return steps
 
     def _update(
         self, groups: Sequence[Group], on_policy: bool, on_tokens: Callable[[int], None] | None

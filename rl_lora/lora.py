@@ -231,6 +231,10 @@ def _add_delta(y: Tensor, x: Tensor, factors: Factors) -> Tensor:
     return y.addmm_(x @ A.t(), B.t(), alpha=factors.scale)
 
 
+ExpertFactors = tuple[tuple[Tensor, ...], tuple[Tensor, ...], float]
+"""A and B of every expert, and the scale."""
+
+
 class LoRAExperts(_Wrapper):
     """The experts of a transformers 5 MoE layer, kept as 3-D parameters, and the bank's adapters on them.
 
@@ -258,6 +262,10 @@ class LoRAExperts(_Wrapper):
         bare = torch.where(adapter_of < 0)[0]
         if len(bare):
             result.index_copy_(0, bare, self.base(hidden_states[bare], top_k_index[bare], top_k_weights[bare]))
+        factors = {  # cast and taken apart once: each of E slices would have a gradient of the whole tensor's size
+            leaf: [self._factors(adapter, leaf, hidden_states.dtype) for adapter in adapters]
+            for leaf in (self.up_name, "down_proj")
+        }
         chosen = top_k_index.t().masked_fill(adapter_of < 0, -1)  # (K, N)
         expert: int
         for expert in chosen.unique().tolist():
@@ -265,30 +273,39 @@ class LoRAExperts(_Wrapper):
                 continue  # rows without an adapter, or a sentinel of expert parallelism
             slot, token = torch.where(chosen == expert)
             x, mine = hidden_states[token], adapter_of[token]
-            h = self._linear(x, self.up_name, expert, adapters, mine)
+            h = self._linear(x, self.up_name, expert, factors[self.up_name], mine)
             h = self._activate(h)
-            h = self._linear(h, "down_proj", expert, adapters, mine)
+            h = self._linear(h, "down_proj", expert, factors["down_proj"], mine)
             if getattr(self.base, "has_post_expert_norm", False):
                 h = self.base.post_expert_norm(h)  # type: ignore[operator]
             h = h * top_k_weights[token, slot, None]
             result.index_add_(0, token, h.to(result.dtype))
         return result
 
-    def _linear(self, x: Tensor, leaf: str, expert: int, adapters: list[Adapter], mine: Tensor) -> Tensor:
+    def _factors(self, adapter: Adapter, leaf: str, dtype: torch.dtype) -> ExpertFactors | None:
+        factors = adapter.factors.get(f"{self.name}.{leaf}")
+        if factors is None:
+            return None
+        A, B = factors.to(dtype)
+        return A.unbind(), B.unbind(), factors.scale
+
+    def _linear(
+        self, x: Tensor, leaf: str, expert: int, factors: Sequence[ExpertFactors | None], mine: Tensor
+    ) -> Tensor:
         weight, bias = getattr(self.base, leaf)[expert], getattr(self.base, f"{leaf}_bias", None)
         if getattr(self.base, "is_transposed", False):
             y = x @ weight if bias is None else x @ weight + bias[expert]  # one addmm would round otherwise
         else:
             y = nn.functional.linear(x, weight, None if bias is None else bias[expert])
-        for i, adapter in enumerate(adapters):
-            if (factors := adapter.factors.get(f"{self.name}.{leaf}")) is None:
+        for i, own in enumerate(factors):
+            if own is None:
                 continue
-            A, B = (factor[expert] for factor in factors.to(x.dtype))
-            if len(adapters) == 1:
-                y.addmm_(x @ A.t(), B.t(), alpha=factors.scale)
+            A, B, scale = own[0][expert], own[1][expert], own[2]
+            if len(factors) == 1:
+                y.addmm_(x @ A.t(), B.t(), alpha=scale)
             else:
                 rows = torch.where(mine == i)[0]
-                y.index_add_(0, rows, x[rows] @ A.t() @ B.t(), alpha=factors.scale)
+                y.index_add_(0, rows, x[rows] @ A.t() @ B.t(), alpha=scale)
         return y
 
     def _activate(self, h: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from rl_lora.head import Head
 from rl_lora.lora import AdapterBank
 from rl_lora.types import Batch
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Dtype = Literal["auto", "float32", "bfloat16"]
 
 
 class Policy:
@@ -145,10 +145,13 @@ class Policy:
         segments = torch.zeros_like(tokens)
         segments[0, p:n], segments[0, n:], segments[1, n:] = 1, 2, -1
         try:
-            packed = self.hidden(tokens, [None] * 2, Packed(positions, segments), positions)
+            layout = Packed(positions, segments)
+            packed = self.hidden(tokens, [None] * 2, layout, positions)
             packed = torch.stack([packed[0, :n], torch.cat([packed[0, :p], packed[0, n:]]), packed[1, :n]])
             if not (gap := _gap(packed, plain)) <= self._tolerance:
                 return f"its packed hidden states differ from the plain ones by {gap:.2g} of their spread"
+            if has_window(self.model.config) and layout.windows == {None}:
+                return "its config has an attention window that its layers do not pass on"
             prefix = Prefix()
             prompts, at = ids[[0, 2], :p], position[:p].expand(2, -1)
             self.hidden(prompts, [None] * 2, Packed(at, at * 0), at, prefix)
@@ -188,6 +191,14 @@ def _gap(a: Tensor, b: Tensor) -> float:
 def context_length(config: PreTrainedConfig) -> int:
     """Tokens that a model's positions reach; practically unlimited where its config names no limit."""
     return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
+
+
+def has_window(config: PreTrainedConfig) -> bool:
+    """Whether some layers see a part of the context only."""
+    text = config.get_text_config()
+    if (layer_types := getattr(text, "layer_types", None)) is not None:
+        return bool({"sliding_attention", "chunked_attention"} & set(layer_types))
+    return bool(getattr(text, "sliding_window", None)) and getattr(text, "use_sliding_window", True) is not False
 
 
 def compute_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:

@@ -1,6 +1,6 @@
 """What a run shows, and what it leaves to look at: progress, samples, the summary, `reward.png`.
 
-Nothing here is read back by the training; a run without a terminal prints the same lines without the bar.
+The training reads back only whether it is finished. Without a terminal the same lines come, without the bar.
 """
 
 from __future__ import annotations

@@ -210,6 +210,7 @@ class _PlainDecoder:
         self.prompts = torch.tensor([row.request.prompt_ids for row in rows], device=policy.device)
         self.adapters = [row.request.adapter for row in rows]
         self.rows = torch.arange(len(rows), device=policy.device)
+        self.blank = torch.zeros(len(rows), dtype=torch.int64, device=policy.device)
         self.cache = policy.cache()
 
     def prefill(self) -> Tensor:
@@ -217,11 +218,10 @@ class _PlainDecoder:
 
     def step(self, tokens: Tensor) -> Tensor:
         # Finished rows stay: not every cache can give rows up.
-        current = self.padded.scatter(0, self.rows, tokens) if hasattr(self, "padded") else tokens
+        current = self.blank.scatter(0, self.rows, tokens)
         return self.policy.hidden(current[:, None], self.adapters, cache=self.cache)[self.rows, -1]
 
     def keep(self, rows: Tensor) -> None:
-        self.padded = torch.zeros(len(self.prompts), dtype=torch.int64, device=rows.device)
         self.rows = self.rows[rows]
 
 

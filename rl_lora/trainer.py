@@ -6,17 +6,19 @@ What happens inside a stage is in its own room; what is shown and written is in 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from pathlib import Path
 
 import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator, PartialState
-from accelerate.utils import ProjectConfiguration, gather_object
+from accelerate.utils import ProjectConfiguration, gather_object, set_seed
 
 from rl_lora.adapter_io import load_adapter, save_adapter
 from rl_lora.advantages import shuffle_rewards
-from rl_lora.checkpoint import Checkpoints
+from rl_lora.checkpoint import Checkpoints, random_state
 from rl_lora.config import TrainConfig, flatten
 from rl_lora.environment import environment, held_out
 from rl_lora.evaluate import Evaluation, evaluate
@@ -31,6 +33,8 @@ from rl_lora.types import Group
 
 ADAPTER = "policy"
 """The name of the adapter that is trained."""
+MAX_CHECKED = 2048
+"""Training problems whose prompts are checked against the model's context before it is loaded."""
 
 
 def train(config: TrainConfig) -> Path:
@@ -46,7 +50,8 @@ def train(config: TrainConfig) -> Path:
         preflight(config, [])
         RunReport(run_dir, visible=PartialState(cpu=no_accelerator()).is_main_process).show()
         return run_dir
-    preflight(config, problem_seeds(config, 0))
+    seeds = itertools.chain.from_iterable(problem_seeds(config, step) for step in range(config.steps))
+    preflight(config, itertools.islice(seeds, MAX_CHECKED))
     Trainer(config).run()
     return run_dir
 
@@ -93,7 +98,11 @@ class Trainer:
                 trust_remote_code=model.trust_remote_code,
                 stop_tokens=model.stop_tokens,
             )
-        self.step = self._adapter()
+        set_seed(config.seed, device_specific=True)  # nothing here draws from these; environments and rewards may
+        self.learner = Learner(
+            self.policy, config.learner, temperature=config.rollout.temperature, accelerator=self.accelerator
+        )
+        self.step = self._start_or_resume()
         sampler = NativeSampler(self.policy, config.rollout.max_rows)
         make_eval_env, self.eval_seeds = held_out(config.env, config.eval.env_kwargs, config.eval.episodes)
         self.worker, self.eval_worker = (
@@ -107,7 +116,8 @@ class Trainer:
             )
             for make_env in (environment(config.env), make_eval_env)
         )
-        self.scores: dict[int, float] = {}
+        best = self.checkpoints.best()
+        self.scores = {best.step: best.state["score"]} if config.resume and best else {}
         """Held-out score after each step that was evaluated."""
 
     def run(self) -> None:
@@ -161,7 +171,8 @@ class Trainer:
                 random_seed=self.config.seed,
                 on_token=self.report.evaluating,
             )
-            groups = sorted(gather_object(list(share.groups)), key=lambda group: self.eval_seeds.index(group.seed))
+            place = {seed: i for i, seed in enumerate(self.eval_seeds)}
+            groups = sorted(gather_object(list(share.groups)), key=lambda group: place[group.seed])
         evaluation = Evaluation(ADAPTER, tuple(groups))
         self.scores[self.step] = evaluation.score
         record = evaluation.record | {"seconds/evaluate": seconds.seconds["evaluate"]}
@@ -172,8 +183,10 @@ class Trainer:
 
     def checkpoint_if_due(self) -> None:
         """Keep what is needed to go on from here."""
-        if self.step % self.config.checkpoint.every and self.step != self.config.steps:
+        due = self.step % self.config.checkpoint.every == 0 or self.step == self.config.steps
+        if not due and not self.new_best:
             return
+        random_states = gather_object([random_state()])
         if self.accelerator.is_main_process:
             self.checkpoints.save(
                 self.step,
@@ -182,7 +195,14 @@ class Trainer:
                 base_model=self.policy.name,
                 config=flatten(self.config),
                 score=self.scores.get(self.step),
+                random_states=random_states,
             )
+
+    @property
+    def new_best(self) -> bool:
+        """Whether this step has just been evaluated, and better than every trained one before it."""
+        others = [score for step, score in self.scores.items() if 0 < step < self.step]
+        return self.step in self.scores and self.scores[self.step] > max(others, default=-math.inf)
 
     def log(self, record: Record, groups: list[Group]) -> None:
         """One step's record: to metrics.jsonl, the trackers and the terminal."""
@@ -198,16 +218,13 @@ class Trainer:
         numbers = {f"{kind}/{name}": value for name, value in record.items() if value is not None}
         self.accelerator.log(numbers, step=self.step)
 
-    def _adapter(self) -> int:
-        """Put the adapter into the bank, and its optimizer beside it; returns the step to go on from."""
+    def _start_or_resume(self) -> int:
+        """Put the adapter into the bank, fresh or as the last checkpoint has it; returns the step to go on from."""
         config, bank = self.config, self.policy.bank
-        self.learner = Learner(
-            self.policy, config.learner, temperature=config.rollout.temperature, accelerator=self.accelerator
-        )
         latest = self.checkpoints.latest() if config.resume else None
         if latest is not None:
             adapter = load_adapter(latest.adapter, bank, ADAPTER)
-            latest.restore(adapter, self.learner.optimizer(ADAPTER))
+            latest.restore(adapter, self.learner.optimizer(ADAPTER), self.rank)
             return latest.step
         if config.adapter.init_from is not None:
             load_adapter(Path(config.adapter.init_from), bank, ADAPTER)
@@ -227,7 +244,8 @@ class Trainer:
             self.report.rewind(self.step)
             self.report.header(self.config, self.policy, self.policy.bank[ADAPTER], self.step, self.world)
         flat = {k: v if isinstance(v, int | float | str) else str(v) for k, v in flatten(self.config).items()}
-        self.accelerator.init_trackers("rl_lora", config=flat)
+        purge = {"tensorboard": {"purge_step": self.step + 1}} if self.step else {}  # what will be said again
+        self.accelerator.init_trackers("rl_lora", config=flat, init_kwargs=purge)
 
     def _close(self) -> None:
         """Save the adapter, and say where everything is."""

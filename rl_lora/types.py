@@ -128,7 +128,7 @@ class StepStats:
     entropy: float | None
     """Nats a token, of the whole next-token distribution at the sampling temperature."""
     sampler_learner_kl: float | None
-    """Mean |log p_learner - log p_sampler| over the tokens of the first update, before any weight has moved."""
+    """Mean |log p_learner - log p_sampler| over the tokens learned from, as long as no weight has moved; then None."""
     ratio_max: float | None
     clip_fraction: float | None
     grad_norm: float | None

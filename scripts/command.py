@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from rich.text import Text
 
 Config = TypeVar("Config")
 USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+LIBRARIES = {"accelerate", "numpy", "tokenizers", "torch", "transformers"}
 
 
 def parse(config_type: type[Config], args: Sequence[str] | None = None) -> Config:
@@ -41,16 +43,27 @@ def run(work: Callable[[], object], when_interrupted: str = "") -> int:
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         work()
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
+        if raised_by(error) in LIBRARIES:
+            raise  # not a message of ours: the traceback is what helps
         console.print("[bold red]error:[/]", Text(str(error)))  # as it is: brackets in it are no markup
-        return USER_ERROR
+        return USER_ERROR if isinstance(error, ValueError) else FAILURE
     except KeyboardInterrupt:
         console.print(f"interrupted{when_interrupted}")
         return INTERRUPTED
     return 0
 
 
+def raised_by(error: BaseException) -> str:
+    """The top-level package whose line raised it."""
+    traceback = error.__traceback__
+    while traceback and traceback.tb_next:
+        traceback = traceback.tb_next
+    return str(traceback.tb_frame.f_globals.get("__name__", "")).partition(".")[0] if traceback else ""
+
+
 def main(config_type: type[Config], work: Callable[[Config], object], when_interrupted: str = "") -> None:
     """A command: parse, work, exit."""
+    sys.path.append(os.getcwd())  # environments and rewards of the user's own, also for the installed commands
     config = parse(config_type)
     sys.exit(run(lambda: work(config), when_interrupted))

@@ -12,6 +12,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # also when the package is not installed
 
+import yaml
 from accelerate import PartialState
 from rich.console import Console
 from rich.progress import Progress
@@ -20,6 +21,7 @@ from rich.text import Text
 
 import envs  # noqa: F401  registers the environments
 from rl_lora.adapter_io import check_adapter, load_adapter
+from rl_lora.checkpoint import Checkpoints
 from rl_lora.config import EnvConfig, ModelConfig, RolloutConfig
 from rl_lora.environment import held_out
 from rl_lora.evaluate import evaluate
@@ -28,6 +30,7 @@ from rl_lora.policy import Policy
 from rl_lora.preflight import check_model
 from rl_lora.rollout import RolloutWorker
 from rl_lora.sampler import NativeSampler
+from rl_lora.trainer import no_accelerator
 from scripts.command import main as command
 
 BASE = "base"
@@ -38,7 +41,7 @@ class EvaluateConfig:
     """Evaluate LoRA adapters, and the bare base, on held-out problems: one base, all adapters in the same batches."""
 
     adapters: list[str] = field(default_factory=list)
-    """Adapter folders (PEFT format), or run folders, whose final adapter is meant."""
+    """Adapter folders (PEFT format), checkpoints, or run folders: the final adapter, or else the last checkpoint's."""
     model: ModelConfig = field(default_factory=ModelConfig)
     env: EnvConfig = field(default_factory=EnvConfig)
     env_kwargs: dict[str, Any] | None = None
@@ -59,7 +62,7 @@ class EvaluateConfig:
     """Of sampling."""
     max_rows: int = 256
     """Completions that are decoded at a time: less takes less memory."""
-    out: str = "runs/evaluation"
+    out: str = "evaluation"
     """Folder for results.json and samples.jsonl; what an earlier evaluation left there is replaced."""
 
 
@@ -67,6 +70,9 @@ def run(config: EvaluateConfig) -> list[Record]:
     """Evaluate, print the table, write the files."""
     console = Console(highlight=False, soft_wrap=True)
     validate(config)
+    state = PartialState(cpu=no_accelerator())
+    if state.num_processes > 1:
+        raise ValueError(f"evaluation runs in one process, got {state.num_processes}; start it without a launcher")
     folders = named(config.adapters)
     recorded = {folder: check_adapter(folder).get("base_model_name_or_path") for folder in folders.values()}
     make_env, seeds = held_out(config.env, config.env_kwargs, config.episodes)
@@ -77,12 +83,17 @@ def run(config: EvaluateConfig) -> list[Record]:
         policy = Policy.load(
             model.name,
             dtype=model.dtype,
-            device=PartialState().device,
+            device=state.device,
             trust_remote_code=model.trust_remote_code,
             stop_tokens=model.stop_tokens,
         )
         for name, folder in folders.items():
             load_adapter(folder, policy.bank, name)
+    for folder in folders.values():
+        if other := other_task(folder, config):
+            console.print(
+                f"{folder} was trained with {other}, and is evaluated otherwise", style="yellow", markup=False
+            )
     for folder, base in recorded.items():
         if base not in (None, "", model.name):
             console.print(
@@ -141,9 +152,28 @@ def validate(config: EvaluateConfig) -> None:
         raise ValueError("; ".join(wrong))
 
 
+def adapter_in(folder: Path) -> Path:
+    """The adapter that a run folder, a checkpoint or an adapter folder stands for."""
+    if (folder / "adapter").is_dir():
+        return folder / "adapter"
+    latest = Checkpoints(folder / "checkpoints", 1).latest()
+    return latest.adapter if latest else folder
+
+
+def other_task(folder: Path, config: EvaluateConfig) -> str:
+    """What the run that a folder belongs to was trained on, if that is not what is evaluated."""
+    record = next((parent / "config.yaml" for parent in folder.parents if (parent / "config.yaml").is_file()), None)
+    if record is None:
+        return ""
+    run = yaml.safe_load(record.read_text())
+    mine = {"env": asdict(config.env), "max_tokens": config.max_tokens, "system_prompt": config.system_prompt}
+    trained = {"env": run["env"], **{name: run["rollout"][name] for name in ("max_tokens", "system_prompt")}}
+    return ", ".join(f"{name} {value}" for name, value in trained.items() if value != mine[name])
+
+
 def named(paths: list[str]) -> dict[str, Path]:
     """A short name for every adapter folder: the shortest end of its path that no other shares."""
-    folders = [Path(path) / "adapter" if (Path(path) / "adapter").is_dir() else Path(path) for path in paths]
+    folders = [adapter_in(Path(path)) for path in paths]
     names: dict[str, Path] = {}
     for folder in dict.fromkeys(folders):
         parts = [part for part in folder.resolve().parts if part != "adapter"]
@@ -156,8 +186,8 @@ def named(paths: list[str]) -> dict[str, Path]:
 def table(records: list[Record]) -> Table:
     """One row an adapter; the base is the first."""
     result = Table(show_edge=False, pad_edge=False)
-    result.add_column("adapter", overflow="fold")
-    for column in ("accuracy", "95 %", "to base", "reward", "cut off", "tokens", "episodes"):
+    result.add_column("adapter", overflow="fold", min_width=10)
+    for column in ("accuracy", "95 %", "to base", "reward", "cut off", "tokens"):
         result.add_column(column, justify="right", no_wrap=True)
     base = records[0]["accuracy"]
     for record in records:
@@ -171,7 +201,6 @@ def table(records: list[Record]) -> Table:
             "–" if record["reward"] is None else f"{record['reward']:.3f}",
             "–" if record["truncated"] is None else f"{record['truncated']:.0%}",
             "–" if record["tokens_per_episode"] is None else f"{record['tokens_per_episode']:.1f}",
-            str(record["episodes"]),
         )
     return result
 

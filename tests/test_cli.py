@@ -172,7 +172,7 @@ def test_options_that_are_none_end_with_code_2(command: Callable[..., Result], a
         ("--rollout.group_size 1 --learner.objective grpo", "with the standardized advantage a group of one has no"),
         ("--rollout.temperature 0", "rollout.temperature must be > 0: a policy gradient needs samples, got 0"),
         ("--learner.updates_per_step 17", "must be >= 1 and <= rollout.prompts_per_step=16, got 17"),
-        ("--steps 0 --seed -1", "steps must be >= 1, got 0; seed must be >= 0, got -1"),
+        ("--steps 0 --seed -1", "steps must be >= 1, got 0; seed must be in 0 ... 2999, got -1"),
         ("--rollout.max_tokens 500", "leaves 12 beside rollout.max_tokens=500; shorten the prompt or lower max_tokens"),
         (
             "--env.kwargs.template '{a} + {b} [/b] " + 500 * "x" + "'",
@@ -273,7 +273,7 @@ def test_the_next_command_that_a_run_names_repeats_its_evaluation(
     assert (python, script) == ("python", "scripts/evaluate.py")
     result = command(*args, main=scripts.evaluate.main)
     assert result.code == 0, result.err
-    base, trained = json.loads(Path("runs/evaluation/results.json").read_text())["results"]
+    base, trained = json.loads(Path("evaluation/results.json").read_text())["results"]
     before, after = metrics(Path(finished.run_dir), "eval")
     for found, expected in ((base, before), (trained, after)):
         assert {name: found[name] for name in ("reward", "accuracy", "episodes")} == {
