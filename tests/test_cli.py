@@ -287,3 +287,22 @@ def test_the_script_runs_from_any_folder_and_exits_with_its_code(tmp_path: Path)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == "error: adapter.rank must be >= 1, got 0\n"
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_folder_stands_for_its_adapter_or_its_last_checkpoint_and_names_stay_apart(tmp_path: Path) -> None:
+    done, going, elsewhere = tmp_path / "done", tmp_path / "going", tmp_path / "x" / "done"
+    for folder in (done / "adapter", going / "checkpoints" / "step-000007" / "adapter", elsewhere):
+        folder.mkdir(parents=True)
+    assert scripts.evaluate.named([str(done), str(going), str(elsewhere)]) == {
+        f"{tmp_path.name}/done": done / "adapter",
+        "step-000007": going / "checkpoints" / "step-000007" / "adapter",
+        "x/done": elsewhere,
+    }
+
+
+def test_an_evaluation_on_another_task_than_the_run_was_trained_on_is_said(finished: TrainConfig) -> None:
+    folder = Path(finished.run_dir) / "adapter"
+    config = scripts.evaluate.EvaluateConfig(env=finished.env, max_tokens=finished.rollout.max_tokens)
+    assert scripts.evaluate.other_task(folder, config) == ""
+    config.max_tokens += 1
+    assert "max_tokens" in scripts.evaluate.other_task(folder, config)

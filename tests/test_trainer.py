@@ -447,3 +447,35 @@ def test_training_problems_never_repeat_before_the_environment_does(model: Path,
     assert seeds == list(range(40))
     config.seed = 1
     assert not set(seeds) & set(problem_seeds(config, 0))
+
+
+def test_the_best_step_is_kept_whatever_the_checkpoints_interval(model: Path, tmp_path: Path) -> None:
+    config = tiny_config(model, tmp_path / "run", eval__every=1, checkpoint__every=4, checkpoint__keep=1)
+    run_dir = train(config)
+    scores = {record["step"]: record["accuracy"] or record["reward"] for record in metrics(run_dir, "eval")}
+    best = Checkpoints(run_dir / "checkpoints", 1).best()
+    assert best is not None
+    assert best.state["score"] == max(score for step, score in scores.items() if step > 0)
+
+
+def test_a_reward_that_draws_at_random_draws_the_same_in_the_same_run(model: Path, tmp_path: Path) -> None:
+    runs = []
+    for name in ("a", "b"):
+        random.seed(name)  # wherever the process was before
+        config = tiny_config(model, tmp_path / name)
+        config.env.kwargs["reward"] = "tests.tiny_reward:noise"
+        runs.append(train(config))
+    assert_same_run(*runs)
+
+
+def test_a_prompt_that_does_not_fit_is_found_before_the_model_is_loaded_whichever_step_it_comes_in(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"prompt": f"{i} " * (400 if i == 11 else 1), "answer": "1"} for i in range(12)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(Policy, "load", lambda *args, **kwargs: pytest.fail("the model was loaded"))
+    env = EnvConfig("rl_lora/Prompts-v0", {"path": str(path), "eval_path": str(path)})
+    config = tiny_config(model, tmp_path / "run", env=env, eval__episodes=0)
+    with pytest.raises(ValueError, match=r"prompt of rl_lora/Prompts-v0.* tokens"):
+        train(config)
