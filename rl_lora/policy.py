@@ -17,6 +17,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel,
 from rl_lora import models
 from rl_lora.attention import Decode, Packed, Prefix, shared_prefix_attention_of
 from rl_lora.chat import Chat
+from rl_lora.config import ModelConfig
 from rl_lora.head import Head
 from rl_lora.lora import AdapterBank
 from rl_lora.types import Batch
@@ -77,6 +78,17 @@ class Policy:
             name, dtype=compute_dtype(dtype, device), device=device, trust_remote_code=trust_remote_code
         )
         return cls(model, tokenizer, name=name, stop_tokens=stop_tokens)
+
+    @classmethod
+    def from_config(cls, config: ModelConfig, device: torch.device | str) -> Policy:
+        """`load` what a configuration says."""
+        return cls.load(
+            config.name,
+            dtype=config.dtype,
+            device=device,
+            trust_remote_code=config.trust_remote_code,
+            stop_tokens=config.stop_tokens,
+        )
 
     def hidden(
         self,

@@ -89,15 +89,8 @@ class Trainer:
         self.checkpoints = Checkpoints(self.run_dir / "checkpoints", config.checkpoint.keep)
         self.report = RunReport(self.run_dir, visible=self.accelerator.is_main_process)
 
-        model = config.model
-        with self.report.stage(f"loading {model.name}"):
-            self.policy = Policy.load(
-                model.name,
-                dtype=model.dtype,
-                device=self.accelerator.device,
-                trust_remote_code=model.trust_remote_code,
-                stop_tokens=model.stop_tokens,
-            )
+        with self.report.stage(f"loading {config.model.name}"):
+            self.policy = Policy.from_config(config.model, self.accelerator.device)
         set_seed(config.seed, device_specific=True)  # nothing here draws from these; environments and rewards may
         self.learner = Learner(
             self.policy, config.learner, temperature=config.rollout.temperature, accelerator=self.accelerator

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,31 +75,16 @@ def run(config: EvaluateConfig) -> list[Record]:
     if state.num_processes > 1:
         raise ValueError(f"evaluation runs in one process, got {state.num_processes}; start it without a launcher")
     folders = named(config.adapters)
-    recorded = {folder: check_adapter(folder).get("base_model_name_or_path") for folder in folders.values()}
+    notes = [note for folder in folders.values() for note in differences(folder, config)]
     make_env, seeds = held_out(config.env, config.env_kwargs, config.episodes)
     check_model(config.model)
 
-    model = config.model
-    with console.status(Text(f"loading {model.name} ...")):
-        policy = Policy.load(
-            model.name,
-            dtype=model.dtype,
-            device=state.device,
-            trust_remote_code=model.trust_remote_code,
-            stop_tokens=model.stop_tokens,
-        )
+    with console.status(Text(f"loading {config.model.name} ...")):
+        policy = Policy.from_config(config.model, state.device)
         for name, folder in folders.items():
             load_adapter(folder, policy.bank, name)
-    for folder in folders.values():
-        if other := other_task(folder, config):
-            console.print(
-                f"{folder} was trained with {other}, and is evaluated otherwise", style="yellow", markup=False
-            )
-    for folder, base in recorded.items():
-        if base not in (None, "", model.name):
-            console.print(
-                f"{folder} was made for {base}, and is evaluated on {model.name}", style="yellow", markup=False
-            )
+    for note in notes:
+        console.print(note, style="yellow", markup=False)
     limits = RolloutConfig(max_tokens=config.max_tokens, max_turns=config.max_turns, system_prompt=config.system_prompt)
     sampler = NativeSampler(policy, config.max_rows)
     worker = RolloutWorker(make_env, sampler, policy.chat, limits, context_length=policy.context_length)
@@ -158,6 +144,15 @@ def adapter_in(folder: Path) -> Path:
         return folder / "adapter"
     latest = Checkpoints(folder / "checkpoints", 1).latest()
     return latest.adapter if latest else folder
+
+
+def differences(folder: Path, config: EvaluateConfig) -> Iterator[str]:
+    """Where an adapter comes from something else than it is evaluated on. Raises ValueError if it cannot be read."""
+    base = check_adapter(folder).get("base_model_name_or_path")
+    if base not in (None, "", config.model.name):
+        yield f"{folder} was made for {base}, and is evaluated on {config.model.name}"
+    if task := other_task(folder, config):
+        yield f"{folder} was trained with {task}, and is evaluated otherwise"
 
 
 def other_task(folder: Path, config: EvaluateConfig) -> str:
