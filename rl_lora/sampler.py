@@ -140,6 +140,12 @@ class NativeSampler:
                 decoder.keep(keep)
                 alive, drawn, running = alive[keep], drawn[keep], running[keep]
             hidden = decoder.step(drawn)
+        if not torch.isfinite(logprobs).all():
+            bad = rows[int((~torch.isfinite(logprobs)).any(1).nonzero()[0])].request
+            raise FloatingPointError(
+                f"the model gives no finite probabilities under adapter {bad.adapter!r}; it has diverged, or its "
+                "weights do not fit the dtype"
+            )
         for i, row in enumerate(rows):
             n = int(n_tokens[i])
             row.token_ids, row.logprobs = tokens[i, :n].tolist(), logprobs[i, :n].tolist()
@@ -240,11 +246,12 @@ def sample(logits: Tensor, temperature: Tensor, uniforms: Tensor) -> tuple[Tenso
     blocks = torch.nn.functional.pad(p, (0, -V % n)).view(R, -1, n)
     mass = blocks.sum(-1).cumsum(-1)  # (R, V / n)
     target = _below(uniforms * mass[:, -1], mass[:, -1])[:, None]
-    block = torch.searchsorted(mass, target, right=True)  # the first whose cumulative mass exceeds the target
+    # The first block whose cumulative mass exceeds the target; NaN has none, and is found out by its log-probability.
+    block = torch.searchsorted(mass, target, right=True).clamp_max(mass.shape[1] - 1)
     inside = blocks.take_along_dim(block[:, :, None], 1)[:, 0].cumsum(-1)  # (R, n)
     rest = target - torch.where(block > 0, mass.gather(1, (block - 1).clamp_min(0)), 0)
     token = block * n + torch.searchsorted(inside, _below(rest, inside[:, -1:]), right=True)
-    token = torch.where(greedy, logits.argmax(-1), token[:, 0])
+    token = torch.where(greedy, logits.argmax(-1), token[:, 0].clamp_max(V - 1))
     return token, logprobs.gather(1, token[:, None])[:, 0]
 
 

@@ -311,3 +311,11 @@ def test_bad_requests_are_refused() -> None:
     with pytest.raises(ValueError, match="max_rows must be >= 1, got 0"):
         NativeSampler(sampler.policy, max_rows=0)
     assert sampler.generate([]) == []
+
+
+def test_a_model_that_gives_nan_is_named_and_draws_nothing() -> None:
+    policy = tiny_policy("llama", adapters=("a",))
+    with torch.no_grad():
+        policy.bank["a"].flat.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="under adapter 'a'"):
+        NativeSampler(policy).generate([Request((1, 2, 3), n=2, adapter="a", seed=1)])
