@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -184,7 +185,7 @@ class RunReport:
             "adapter": adapter,
             "best_checkpoint": str(best.folder) if best else None,
             "transcripts": self._newly_solved(evals),
-            "next": shlex.join(["python", "scripts/evaluate.py", *_flags(config), "--adapters", adapter]),
+            "next": shlex.join([_python(), "scripts/evaluate.py", *_flags(config), "--adapters", adapter]),
         }
         plot_rewards(train, evals, self.run_dir / "reward.png")
         partial = self.run_dir / "summary.json.partial"
@@ -283,6 +284,12 @@ def plot_rewards(train: Sequence[Record], evals: Sequence[Record], path: Path) -
     if points or checked:
         axes.legend(loc="best")
     figure.savefig(path, dpi=150)
+
+
+def _python() -> str:
+    """This Python, as a command typed here would name it: an environment of the project is seldom activated."""
+    here, python = Path.cwd(), Path(sys.executable)
+    return str(python.relative_to(here)) if python.is_relative_to(here) else "python"
 
 
 def _flags(config: TrainConfig) -> list[str]:

@@ -270,7 +270,7 @@ def test_the_next_command_that_a_run_names_repeats_its_evaluation(
     command: Callable[..., Result], finished: TrainConfig
 ) -> None:
     python, script, *args = shlex.split(json.loads((Path(finished.run_dir) / "summary.json").read_text())["next"])
-    assert (python, script) == ("python", "scripts/evaluate.py")
+    assert (Path(python).name, script) == ("python", "scripts/evaluate.py")
     result = command(*args, main=scripts.evaluate.main)
     assert result.code == 0, result.err
     base, trained = json.loads(Path("evaluation/results.json").read_text())["results"]
