@@ -34,7 +34,8 @@ def environment(config: EnvConfig, **overrides: Any) -> MakeEnv:
     try:
         make().close()
     except gym.error.Error as error:
-        there = sorted(id for id in gym.registry if id.startswith("rl_lora/"))
+        origin = {id: getattr(spec.entry_point, "__module__", spec.entry_point) for id, spec in gym.registry.items()}
+        there = sorted(id for id, module in origin.items() if not str(module).startswith("gymnasium."))
         raise ValueError(
             f"unknown environment {config.id!r} ({error}); registered here: {', '.join(there) or 'none'}; an "
             "environment of your own is `module:id`, where importing the module registers the id"

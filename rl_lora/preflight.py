@@ -87,13 +87,13 @@ def check_run_dir(config: TrainConfig) -> None:
         problem = "is a file" if not there.is_dir() else "cannot be written to"
         raise ValueError(f"run_dir {config.run_dir!r}: {there} {problem}; choose another --run_dir")
     record = run_dir / "config.yaml"
-    if not record.exists():
-        return
+    latest = Checkpoints(run_dir / "checkpoints", 1).latest()
+    if not record.exists() or (latest is None and not config.resume):
+        return  # nothing of a run that died before its first checkpoint is worth keeping
     if not config.resume:
         raise ValueError(
             f"{config.run_dir} already holds a run; continue it with --resume true, or choose another --run_dir"
         )
-    latest = Checkpoints(run_dir / "checkpoints", 1).latest()
     if latest and latest.step > config.steps:
         raise ValueError(
             f"{config.run_dir} has come to step {latest.step}, behind steps={config.steps}; set --steps to "

@@ -123,22 +123,29 @@ class RunReport:
             )
         if config.shuffle_rewards:
             self.console.print("[yellow]control: rewards are shuffled, there is nothing to learn[/]")
+        self.console.print(
+            "a line a step, of sampled (not greedy) episodes; kl: mean |log p_learner - log p_sampler|; equal: groups "
+            "whose rewards are all the same, which teach nothing; cut: replies that reached max_tokens; seconds: "
+            "sampling + learning",
+            style="dim",
+            soft_wrap=False,
+        )
         if step:
             self.console.print(f"going on from step {step}")
 
     def step(self, step: int, record: Record) -> None:
         """One line a step."""
-        parts = [f"step {step:>4}", f"reward {_number(record['reward'], '.3f')}"]
+        parts = [f"step {step:>3}", f"reward {_number(record['reward'], '.3f')}"]
         if record["accuracy"] is not None and record["accuracy"] != record["reward"]:
             parts.append(f"accuracy {record['accuracy']:.3f}")
         parts += [
             f"entropy {_number(record['entropy'], '.2f')}",
             f"kl {_number(record['sampler_learner_kl'], '.4f')}",
             f"grad {_number(record['grad_norm'], '.2g')}",
-            f"no signal {record['groups_without_signal']:.0%}",
-            f"cut off {_number(record['truncated'], '.0%')}",
-            f"{record['tokens_per_episode'] or 0:.1f} tokens",
-            f"{record['seconds/rollout']:.1f} + {record['seconds/learn']:.1f} s",
+            f"equal {record['groups_without_signal']:.0%}",
+            f"cut {_number(record['truncated'], '.0%')}",
+            f"{record['tokens_per_episode'] or 0:.0f} tokens",
+            f"{record['seconds/rollout']:.1f}+{record['seconds/learn']:.1f} s",
         ]
         self.console.print("  ".join(parts))
         self._reward, self._what = f"reward {_number(record['reward'], '.3f')}", ""
@@ -147,7 +154,7 @@ class RunReport:
 
     def evaluation(self, step: int, evaluation: Evaluation) -> None:
         """One line, and the episodes as `evals/step-N.jsonl`."""
-        self.console.print(f"[cyan]step {step:>4}  held out: {held_out_line(evaluation.record)}[/]")
+        self.console.print(f"[cyan]step {step:>3}  held out: {held_out_line(evaluation.record)}[/]")
         path = self._evals(step)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(sample) + "\n" for sample in evaluation.samples()))
@@ -160,8 +167,8 @@ class RunReport:
         for group in [group for group in groups if group.episodes][:4]:
             by_reward = sorted(group.episodes, key=lambda episode: episode.reward)
             for episode in {id(e): e for e in (by_reward[-1], by_reward[0])}.values():
-                reply = episode.turns[-1].text if episode.turns else ""
-                table.add_row(Text(_short(episode.observations[-1])), Text(_short(reply)), f"{episode.reward:.2f}")
+                replies = " / ".join(turn.text for turn in episode.turns)
+                table.add_row(Text(_short(episode.observations[0])), Text(_short(replies)), f"{episode.reward:.2f}")
         self.console.print(table)
 
     def rewind(self, step: int) -> None:
@@ -184,6 +191,7 @@ class RunReport:
             "seconds": sum(value for r in evals + train for name, value in r.items() if name.startswith("seconds/")),
             "adapter": adapter,
             "best_checkpoint": str(best.folder) if best else None,
+            "best_score": best.state["score"] if best else None,
             "transcripts": self._newly_solved(evals),
             "next": shlex.join([_python(), "scripts/evaluate.py", *_flags(config), "--adapters", adapter]),
         }
@@ -218,12 +226,12 @@ class RunReport:
             out(f"  {escape(_short(transcript['problem'], 200))}")
             out(f"    before: {escape(_short(transcript['before']))}", style="red")
             out(f"    after:  {escape(_short(transcript['after']))}", style="green")
-        lines = [f"\nadapter      {summary['adapter']}  (PEFT format)"]
+        lines = [f"\nadapter       {summary['adapter']}  (PEFT format)"]
         if summary["best_checkpoint"]:
-            lines.append(f"best so far  {summary['best_checkpoint']}")
-        lines.append(f"curve        {self.run_dir / 'reward.png'}")
-        lines.append(f"all numbers  {self.run_dir / 'metrics.jsonl'}")
-        lines.append(f"next         {summary['next']}\n")
+            lines.append(f"best held out {summary['best_checkpoint']}  ({summary['best_score']:.3f})")
+        lines.append(f"curve         {self.run_dir / 'reward.png'}")
+        lines.append(f"all numbers   {self.run_dir / 'metrics.jsonl'}")
+        lines.append(f"next          {summary['next']}\n")
         out("\n".join(lines), markup=False)
 
     def _evals(self, step: int) -> Path:

@@ -164,7 +164,12 @@ class RolloutWorker:
     def _step(self, play: _Play, reply: Completion) -> None:
         text = self.chat.decode(reply.token_ids)
         play.turns.append(Turn(play.prompt_ids, reply.token_ids, reply.logprobs, reply.stop, text))
-        observation, reward, terminated, truncated, info = play.env.step(text)
+        result = play.env.step(text)
+        if not isinstance(result, tuple) or len(result) != 5:
+            raise ValueError(
+                f"{play.env_id}: step() must return (observation, reward, terminated, truncated, info), got {result!r}"
+            )
+        observation, reward, terminated, truncated, info = result
         play.reward += float(reward)
         play.success = bool(info["is_success"]) if "is_success" in info else play.success
         for name, value in info.get("reward_parts", {}).items():

@@ -21,7 +21,7 @@ LIBRARIES = {"accelerate", "numpy", "tokenizers", "torch", "transformers"}
 def parse(config_type: type[Config], args: Sequence[str] | None = None) -> Config:
     """Command line, over --config FILE (YAML), over the defaults of a config dataclass; --print_config shows all."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(description=config_type.__doc__, default_env=False)
+    parser = ArgumentParser(description=config_type.__doc__, default_env=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="A YAML file with any of the options below.")
     hints = get_type_hints(config_type)
     lists = {name for name, hint in hints.items() if hint == list[str]}  # --adapters runs/*: as the shell expands it

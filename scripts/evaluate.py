@@ -74,7 +74,10 @@ def run(config: EvaluateConfig) -> list[Record]:
     state = PartialState(cpu=no_accelerator())
     if state.num_processes > 1:
         raise ValueError(f"evaluation runs in one process, got {state.num_processes}; start it without a launcher")
-    folders = named(config.adapters)
+    folders = named([path for path in config.adapters if not is_unfinished(Path(path))])
+    for path in config.adapters:
+        if is_unfinished(Path(path)):
+            console.print(f"{path} has no checkpoint yet, and is left out", style="yellow", markup=False)
     notes = [note for folder in folders.values() for note in differences(folder, config)]
     make_env, seeds = held_out(config.env, config.env_kwargs, config.episodes)
     check_model(config.model)
@@ -144,6 +147,11 @@ def adapter_in(folder: Path) -> Path:
         return folder / "adapter"
     latest = Checkpoints(folder / "checkpoints", 1).latest()
     return latest.adapter if latest else folder
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether it is the folder of a run that came to no checkpoint."""
+    return (folder / "config.yaml").is_file() and adapter_in(folder) == folder
 
 
 def differences(folder: Path, config: EvaluateConfig) -> Iterator[str]:

@@ -206,10 +206,12 @@ def test_a_run_that_was_killed_and_resumed_is_the_run_that_was_not(
 def test_a_run_killed_before_its_first_checkpoint_starts_over(
     method: str, step: int, whole: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    interrupt(monkeypatch, tiny_config(model, tmp_path), method, step)
+    for resume in (True, False):  # there is nothing that could be lost
+        run_dir = tmp_path / str(resume)
+        interrupt(monkeypatch, tiny_config(model, run_dir), method, step)
+        assert_same_run(train(tiny_config(model, run_dir, resume=resume)), whole)
     with pytest.raises(ValueError, match="already holds a run; continue it with --resume"):
-        train(tiny_config(model, tmp_path))
-    assert_same_run(train(tiny_config(model, tmp_path, resume=True)), whole)
+        train(tiny_config(model, run_dir))
 
 
 def test_a_checkpoint_cut_off_while_it_was_written_is_none(
