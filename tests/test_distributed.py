@@ -73,7 +73,7 @@ def test_two_processes_train_the_adapter_of_one_and_write_one_set_of_files(
     assert [checkpoint.step for checkpoint in Checkpoints(tmp_path / "two" / "checkpoints", 2).all()] == [1, 2]
     for evaluation in (tmp_path / "one" / "evals").iterdir():
         assert (tmp_path / "two" / "evals" / evaluation.name).read_text() == evaluation.read_text()
-    assert result.stdout.count("step    1  reward") == 1  # only the first process speaks
+    assert result.stdout.count("step   1  reward") == 1  # only the first process speaks
     assert result.stdout.count("2 steps in") == 1
 
 
