@@ -50,7 +50,8 @@ def environment(config: EnvConfig, **overrides: Any) -> MakeEnv:
 def held_out(config: EnvConfig, env_kwargs: dict[str, Any] | None, episodes: int) -> tuple[MakeEnv, list[int]]:
     """The evaluation environment, and seeds of `episodes` different problems; see `EvalConfig.env_kwargs`.
 
-    Problems differ if their first observations do; fewer seeds where the environment has fewer problems.
+    Problems differ if their first observations do; fewer seeds where the environment has fewer problems. In a game that
+    always opens with the same words, what differs is hidden: there, every seed counts.
     """
     if episodes == 0:
         return environment(config), []
@@ -65,5 +66,6 @@ def held_out(config: EnvConfig, env_kwargs: dict[str, Any] | None, episodes: int
         if len(seed_of) == episodes:
             break
         seed_of.setdefault(first_observation(env, seed), seed)
+    hidden = len(seed_of) == 1 and getattr(env.unwrapped, "n_problems", None) is None
     env.close()
-    return make, list(seed_of.values())
+    return make, list(range(start, start + episodes)) if hidden else list(seed_of.values())

@@ -129,6 +129,11 @@ def test_an_environment_without_a_split_is_evaluated_far_from_the_training_seeds
     assert held_out(config, {"n": 7}, 3)[1][0] == UNSPLIT_OFFSET
 
 
+def test_a_game_that_always_opens_with_the_same_words_is_played_on_every_seed() -> None:
+    _, seeds = held_out(EnvConfig("tests/Unsplit-v0", {"n": 1}), None, 5)
+    assert seeds == list(range(UNSPLIT_OFFSET, UNSPLIT_OFFSET + 5))
+
+
 def test_an_environment_without_text_is_refused() -> None:
     with pytest.raises(ValueError, match="CartPole-v1 gives ndarray observations; a text environment gives str"):
         held_out(EnvConfig("CartPole-v1"), None, 4)
