@@ -38,11 +38,8 @@ def advantages(group: Group, estimator: str) -> np.ndarray | None:
     Equal rewards are compared, not subtracted: the rounding of a mean must not become a gradient.
     """
     rewards_G = np.array([episode.reward for episode in group.episodes], dtype=np.float64)
-    if estimator == "none":
-        return None if not rewards_G.any() else raw(rewards_G)
-    if len(rewards_G) < 2 or (rewards_G == rewards_G[0]).all():
-        return None
-    return ADVANTAGES[estimator](rewards_G)
+    silent = not rewards_G.any() if estimator == "none" else (rewards_G == rewards_G[:1]).all()
+    return None if silent else ADVANTAGES[estimator](rewards_G)
 
 
 def shuffle_rewards(groups: list[Group], rng: np.random.Generator) -> list[Group]:

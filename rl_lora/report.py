@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -33,10 +33,8 @@ from rl_lora.checkpoint import Checkpoints
 from rl_lora.config import TrainConfig, flatten
 from rl_lora.evaluate import Evaluation
 from rl_lora.metrics import MetricsFile, Record
+from rl_lora.policy import Policy
 from rl_lora.types import Group
-
-if TYPE_CHECKING:
-    from rl_lora.policy import Policy
 
 N_TRANSCRIPTS = 3
 EVALUATE_FLAGS = {
@@ -100,7 +98,7 @@ class RunReport:
             self._progress.update(self._task, description=f"{what}, {self._n:,} tokens")
 
     def header(self, config: TrainConfig, policy: Policy, adapter: Adapter, step: int, n_processes: int) -> None:
-        """What is about to run, in two lines."""
+        """What is about to run, what is special about it, and how to read the lines that follow."""
         r = config.rollout
         self.console.print(
             f"[bold]{escape(config.env.id)}[/]: {r.prompts_per_step} problems x {r.group_size} episodes a step, "
