@@ -1,193 +1,26 @@
-"""Attention over prompts that several completions share, for any model that goes through `AttentionInterface`.
+"""Attention of query blocks to keys that several of them share, and its entry into any `transformers` model.
 
-Two layouts: `Packed` (a whole row at once: learning and prefill) and `Decode` (one new token a row, behind a prompt
-that the rows of a group share and that is stored once). The model's own forward runs; only its attention is ours.
-Models whose attention goes elsewhere (state space models, own kernels) take the plain path: see `Policy.not_shared`.
+    out = softmax(scaling * q [k_1 ... k_S]^T + mask) [v_1 ... v_S]
+
+The S sources of keys are stored once: the beginning that all prompts have in common, a prompt, a row's own tokens. All
+blocks that share a source meet it in one matrix product. Which blocks share what is a layout's business (`tree.py`,
+`kv_cache.py`); the model's own forward runs, and only its attention is ours. Models whose attention goes elsewhere
+(state space models, own kernels) take the plain path: see `Policy.not_shared`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, Cache, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 IMPLEMENTATION = "rl_lora_shared_prefix"
-
-
-@dataclass
-class Packed:
-    """Rows of a prompt and its completions, as in `Batch`: positions, segments: int64 (B, L)."""
-
-    positions: Tensor
-    segments: Tensor
-    _masks: dict[int | None, Tensor] = field(default_factory=dict)
-
-    @property
-    def windows(self) -> set[int | None]:
-        """The sliding windows that the model's layers have asked for; None is full attention."""
-        return set(self._masks)
-
-    def mask(self, window: int | None) -> Tensor:
-        """bool (B, 1, L, L), True where query i may attend to key j: earlier, same segment or shared, in the window."""
-        if window not in self._masks:
-            q, k = self.segments[:, :, None], self.segments[:, None, :]
-            i = torch.arange(q.shape[1], device=q.device)
-            mask = (i[:, None] >= i[None, :]) & ((q == k) | (k == 0)) & (q >= 0)
-            if window is not None:
-                mask &= self.positions[:, :, None] - self.positions[:, None, :] < window
-            mask |= (i[:, None] == i[None, :]) & (q < 0)  # padding attends to itself: no row of the softmax is empty
-            self._masks[window] = mask[:, None]
-        return self._masks[window]
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
-        """query: (B, H, L, D); key, value: (B, H_kv, L, D). Returns (B, H, L, D)."""
-        mask = self.mask(options.window)
-        if options.softcap is None and options.sinks is None:
-            if query.is_cuda:  # there, grouped heads with a mask would take the kernel that keeps all scores
-                key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-            grouped = query.shape[1] != key.shape[1]
-            return F.scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, scale=options.scaling, enable_gqa=grouped
-            )
-        (B, H, L, D), H_kv = query.shape, key.shape[1]
-        scores = query.reshape(B, H_kv, -1, D) @ key.transpose(-1, -2)  # (B, H_kv, H / H_kv * L, L)
-        probabilities = softmax(scores.view(B, H, L, L), mask, options)
-        return (probabilities.to(value.dtype).view(B, H_kv, -1, L) @ value).view(B, H, L, D)
-
-
-class Prefix(Cache):
-    """Keys and values of P prompts, as the prefill leaves them: a list over layers of (P, H_kv, L, D)."""
-
-    def __init__(self) -> None:
-        super().__init__(layers=[])
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
-    ) -> tuple[Tensor, Tensor]:
-        assert layer_idx == len(self.keys), f"layer {layer_idx} came after {len(self.keys)} layers"
-        self.keys.append(key_states)
-        self.values.append(value_states)
-        return key_states, value_states
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
-
-
-class Decode(Cache):
-    """One new token for each of R rows: row r reads prompt `prompt[r]` of the prefix, and its own suffix.
-
-    Args:
-        prefix: the prefilled prompts. lengths: int64 (P,), their tokens; what is behind them is padding.
-        prompt: int64 (R,), the prompt of each row.
-        max_tokens: room for each suffix; allocated at the first token.
-    """
-
-    def __init__(self, prefix: Prefix, lengths: Tensor, prompt: Tensor, max_tokens: int):
-        super().__init__(layers=[])
-        self.prefix, self.lengths, self.max_tokens = prefix, lengths, max_tokens
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
-        self.t = 0
-        """Tokens that each suffix holds already."""
-        self._place(prompt)
-
-    def _place(self, prompt: Tensor) -> None:
-        """Lay rows out as (P, G) places, so that a prompt is multiplied with all of its rows at once."""
-        self.prompt = prompt
-        counts = torch.bincount(prompt, minlength=len(self.lengths))
-        self.G = int(counts.max())
-        order = torch.argsort(prompt, stable=True)
-        within = torch.arange(len(prompt), device=prompt.device) - (counts.cumsum(0) - counts)[prompt[order]]
-        self.place_of_row = torch.empty_like(prompt)
-        self.place_of_row[order] = prompt[order] * self.G + within
-        self.row_of_place = torch.zeros(len(self.lengths) * self.G, dtype=torch.int64, device=prompt.device)
-        self.row_of_place[self.place_of_row] = torch.arange(len(prompt), device=prompt.device)
-        self.regular = bool((self.place_of_row == torch.arange(len(prompt), device=prompt.device)).all()) and len(
-            prompt
-        ) == len(self.row_of_place)
-        self._masks: dict[int | None, Tensor] = {}
-
-    @property
-    def positions(self) -> Tensor:
-        """int64 (R, 1): the position of each row's next token."""
-        return (self.lengths[self.prompt] + self.t)[:, None]
-
-    def advance(self) -> None:
-        """Count the token that the model has just read in."""
-        self.t += 1
-        self._masks.clear()
-
-    def keep(self, rows: Tensor) -> None:
-        """Go on with these rows (int64, increasing), and with the prompts that they still need."""
-        self.keys = [keys[rows] for keys in self.keys]
-        self.values = [values[rows] for values in self.values]
-        prompts, prompt = self.prompt[rows].unique(return_inverse=True)
-        if len(prompts) < len(self.lengths):
-            self.lengths = self.lengths[prompts]
-            self.prefix.keys = [keys[prompts] for keys in self.prefix.keys]
-            self.prefix.values = [values[prompts] for values in self.prefix.values]
-        self._place(prompt)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.t
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Write the new token's keys and values, (R, H_kv, 1, D), behind the suffix; return the suffix so far."""
-        if layer_idx == len(self.keys):
-            R, H_kv, _one, D = key_states.shape
-            self.keys.append(key_states.new_zeros(R, H_kv, self.max_tokens, D))
-            self.values.append(value_states.new_zeros(R, H_kv, self.max_tokens, value_states.shape[-1]))
-        self.keys[layer_idx][:, :, self.t] = key_states[:, :, 0]
-        self.values[layer_idx][:, :, self.t] = value_states[:, :, 0]
-        return self.keys[layer_idx][:, :, : self.t + 1], self.values[layer_idx][:, :, : self.t + 1]
-
-    def mask(self, window: int | None) -> Tensor:
-        """bool (R, 1, 1, L + t + 1): which prompt and suffix tokens the new token may attend to."""
-        if window not in self._masks:
-            length = self.lengths[self.prompt][:, None]  # (R, 1)
-            j = torch.arange(self.prefix.keys[0].shape[2], device=length.device)
-            own = torch.arange(self.t + 1, device=length.device).expand(len(length), -1)
-            mask = torch.cat([j < length, own >= 0], 1)
-            if window is not None:
-                positions = torch.cat([j.expand(len(length), -1), length + own], 1)
-                mask &= self.positions - positions < window
-            self._masks[window] = mask[:, None, None]
-        return self._masks[window]
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
-        """query: (R, H, 1, D); key, value: the suffixes, (R, H_kv, t + 1, D). Returns (R, H, 1, D)."""
-        prefix_key, prefix_value = self.prefix.keys[layer], self.prefix.values[layer]  # (P, H_kv, L, D)
-        (R, H, _, D), (P, H_kv, L, _) = query.shape, prefix_key.shape
-        query = query.view(R, H_kv, -1, D)  # (R, H_kv, n, D): n query heads share a key-value head
-        n = query.shape[2]
-        shared = self._by_prompt(query, P) @ prefix_key.transpose(-1, -2)  # (P, H_kv, G * n, L)
-        own = query @ key.transpose(-1, -2)  # (R, H_kv, n, t + 1)
-        scores = torch.cat([self._by_row(shared, n), own], -1).view(R, H, 1, -1)
-        probabilities = softmax(scores, self.mask(options.window), options).to(value.dtype).view(R, H_kv, n, -1)
-        shared = self._by_row(self._by_prompt(probabilities[..., :L], P) @ prefix_value, n)
-        return (shared + probabilities[..., L:] @ value).reshape(R, H, 1, -1)
-
-    def _by_prompt(self, x: Tensor, P: int) -> Tensor:
-        """(R, H_kv, n, X) -> (P, H_kv, G * n, X)"""
-        x = x if self.regular else x[self.row_of_place]
-        _, H_kv, n, X = x.shape
-        return x.view(P, self.G, H_kv, n, X).transpose(1, 2).reshape(P, H_kv, self.G * n, X)
-
-    def _by_row(self, x: Tensor, n: int) -> Tensor:
-        """(P, H_kv, G * n, X) -> (R, H_kv, n, X)"""
-        P, H_kv, _, X = x.shape
-        x = x.view(P, H_kv, self.G, n, X).transpose(1, 2).reshape(P * self.G, H_kv, n, X)
-        return x if self.regular else x[self.place_of_row]
 
 
 @dataclass(frozen=True)
@@ -201,16 +34,147 @@ class Options:
     """(H,): a logit for each head that takes probability away from every key (gpt-oss)."""
 
 
-def softmax(scores: Tensor, mask: Tensor, options: Options) -> Tensor:
-    """float32 softmax over the last axis. scores: (B, H, Q, K), unscaled; mask: bool, broadcast to it."""
-    scores = scores.float() * options.scaling
-    if options.softcap is not None:
-        scores = torch.tanh(scores / options.softcap) * options.softcap
-    scores = scores.masked_fill(~mask, -torch.inf)
+class Layout(Protocol):
+    """How the tokens of a forward pass lie, and what each of them may attend to."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
+        """query: (B, H, L, D); key, value: (B, H_kv, L, D), as the layer made them. Returns (B, H, L, D)."""
+        ...
+
+
+class Sharing:
+    """Which of n nodes each of B query blocks belongs to; brings the blocks of a node together, (n, G) places.
+
+    Worked out on the host: nothing here waits for a device.
+    """
+
+    def __init__(self, owner: np.ndarray, n: int, device: torch.device | str = "cpu"):
+        counts = np.bincount(owner, minlength=n)
+        self.n, self.G = n, int(counts.max(initial=1))
+        order = np.argsort(owner, kind="stable")
+        place = np.empty_like(owner)
+        place[order] = owner[order] * self.G + np.arange(len(owner)) - (np.cumsum(counts) - counts)[owner[order]]
+        self.regular = len(owner) == n * self.G and bool((place == np.arange(len(owner))).all())
+        if not self.regular:
+            block = np.full(n * self.G, len(owner))
+            block[place] = np.arange(len(owner))
+            self._empty = torch.from_numpy(np.flatnonzero(block == len(owner))).to(device)
+            self._block_of_place = torch.from_numpy(np.where(block == len(owner), 0, block)).to(device)
+            self._place_of_block = torch.from_numpy(place).to(device)
+
+    def together(self, x: Tensor, *, zero: bool = False) -> Tensor:
+        """(B, h, X, Y) -> (n, h, G * X, Y). Empty places hold anything, or zeros where those are asked for."""
+        if not self.regular:
+            x = x[self._block_of_place]
+            if zero and len(self._empty):
+                x[self._empty] = 0
+        if self.G == 1:
+            return x
+        _, h, X, Y = x.shape
+        return x.reshape(self.n, self.G, h, X, Y).transpose(1, 2).reshape(self.n, h, self.G * X, Y)
+
+    def apart(self, x: Tensor) -> Tensor:
+        """(n, h, G * X, Y) -> (B, h, X, Y): what `together` did, undone."""
+        if self.G > 1:
+            n, h, GX, Y = x.shape
+            x = x.reshape(n, h, self.G, GX // self.G, Y).transpose(1, 2).reshape(n * self.G, h, -1, Y)
+        return x if self.regular else x[self._place_of_block]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Keys and values of n nodes, (n, H_kv, L, D); block b attends to node b where there is no sharing."""
+
+    key: Tensor
+    value: Tensor
+    sharing: Sharing | None = None
+
+    def together(self, x: Tensor, *, zero: bool = False) -> Tensor:
+        return x if self.sharing is None else self.sharing.together(x, zero=zero)
+
+    def apart(self, x: Tensor) -> Tensor:
+        return x if self.sharing is None else self.sharing.apart(x)
+
+
+def attend(query: Tensor, sources: Sequence[Source], mask: Tensor, options: Options) -> Tensor:
+    """query: (B, H, Q, D). mask: float32, broadcast to (B, 1, Q, all keys), 0 or -inf. Returns (B, H, Q, D).
+
+    Query heads outnumber key-value heads; those of one key-value head are rows of one product.
+    """
+    q = _grouped(query, sources)
+    p = _probabilities(q, sources, mask, options, query.shape)[0].to(query.dtype).view(*q.shape[:3], -1)
+    return _weighted(p, sources, lambda source: source.value).reshape(*query.shape[:3], -1)
+
+
+def attend_backward(
+    query: Tensor, sources: Sequence[Source], mask: Tensor, options: Options, grad: Tensor
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Gradients of `attend`: with respect to the query, and to each source's key and value.
+
+    The probabilities are computed anew, so that a forward pass keeps nothing of size Q x keys.
+    """
+    q, g = _grouped(query, sources), _grouped(grad, sources)
+    p, slope = _probabilities(q, sources, mask, options, query.shape)
+    ds = _scores(g, sources, lambda source: source.value).reshape(p.shape).float()  # d loss / d p
+    ds = ds.sub((p * ds).sum(-1, keepdim=True)).mul_(p).mul_(options.scaling)
+    if slope is not None:
+        ds.mul_(slope)
+    ds, p = (x.to(query.dtype).view(*q.shape[:3], -1) for x in (ds, p))
+    of_sources = []
+    for source, ds_s, p_s in zip(sources, _split(ds, sources), _split(p, sources), strict=True):
+        dkey = source.together(ds_s, zero=True).transpose(-1, -2) @ source.together(q)
+        dvalue = source.together(p_s, zero=True).transpose(-1, -2) @ source.together(g)
+        of_sources.append((dkey, dvalue))
+    return _weighted(ds, sources, lambda source: source.key).reshape(query.shape), of_sources
+
+
+def _grouped(x: Tensor, sources: Sequence[Source]) -> Tensor:
+    """(B, H, Q, D) -> (B, H_kv, H / H_kv * Q, D)"""
+    return x.reshape(x.shape[0], sources[0].key.shape[1], -1, x.shape[-1])
+
+
+def _split(x: Tensor, sources: Sequence[Source]) -> Sequence[Tensor]:
+    return x.split([source.key.shape[2] for source in sources], -1) if len(sources) > 1 else [x]
+
+
+def _scores(q: Tensor, sources: Sequence[Source], of: Any) -> Tensor:
+    """(B, H_kv, X, D) -> (B, H_kv, X, all keys)"""
+    scores = [source.apart(source.together(q) @ of(source).transpose(-1, -2)) for source in sources]
+    return torch.cat(scores, -1) if len(scores) > 1 else scores[0]
+
+
+def _weighted(p: Tensor, sources: Sequence[Source], of: Any) -> Tensor:
+    """(B, H_kv, X, all keys) -> (B, H_kv, X, D)"""
+    parts = [
+        source.apart(source.together(p_s) @ of(source)) for source, p_s in zip(sources, _split(p, sources), strict=True)
+    ]
+    out = parts[0]
+    for part in parts[1:]:
+        out = out + part
+    return out
+
+
+def _probabilities(
+    q: Tensor, sources: Sequence[Source], mask: Tensor, options: Options, shape: torch.Size
+) -> tuple[Tensor, Tensor | None]:
+    """float32 (B, H, Q, all keys), and the slope of the soft cap where there is one."""
+    scores = _scores(q, sources, lambda source: source.key).reshape(*shape[:3], -1)
+    slope = None
+    if options.softcap is None:
+        scores = torch.add(mask, scores, alpha=options.scaling)  # one pass: to float32, scaled, masked
+    else:
+        capped = torch.tanh(scores.float() * (options.scaling / options.softcap))
+        slope = 1 - capped * capped
+        scores = torch.add(mask, capped, alpha=options.softcap)
     if options.sinks is None:
-        return torch.softmax(scores, -1)
+        return torch.softmax(scores, -1), slope
     sinks = options.sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
-    return torch.softmax(torch.cat([scores, sinks], -1), -1)[..., :-1]
+    return torch.softmax(torch.cat([scores, sinks], -1), -1)[..., :-1], slope
+
+
+def additive(allowed: Tensor) -> Tensor:
+    """bool (B, Q, K) -> float32 (B, 1, Q, K), as `attend` wants its mask."""
+    return torch.zeros(allowed.shape, device=allowed.device).masked_fill_(~allowed, -torch.inf)[:, None]
 
 
 UNDERSTOOD = {
@@ -245,7 +209,7 @@ def shared_prefix_attention(
         softcap=kwargs.get("softcap"),
         sinks=kwargs.get("s_aux"),
     )
-    layout: Packed | Decode = kwargs["layout"]
+    layout: Layout = kwargs["layout"]
     layer: int = module.layer_idx  # type: ignore[assignment]
     return layout.attend(layer, query, key, value, options).transpose(1, 2).contiguous(), None
 

@@ -117,9 +117,9 @@ class Learner:
         )
         loss = -(objective * batch.weights)  # (N,)
         loss.sum().backward()
-        row = batch.index // batch.tokens.shape[1]  # (N,): the row of each target
+        entry = batch.index // (batch.tokens.numel() // len(batch.adapters))  # (N,): the entry of each target
         for name, tally in tallies.items():
-            mine = torch.tensor([adapter == name for adapter in batch.adapters], device=row.device)[row]
+            mine = torch.tensor([adapter == name for adapter in batch.adapters], device=entry.device)[entry]
             tally.add(loss, logprobs.detach() - batch.behaviour_logprobs, entropy, clipped, mine)
 
     def _check_agreement(self, tally: _Tally) -> None:

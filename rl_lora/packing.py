@@ -1,17 +1,20 @@
 """Groups -> packed micro-batches: each prompt once, its completions behind it, no token that nothing is learned from.
 
+What several prompts begin with stands once as well.
 The last token of a completion is a target but never an input. Where a model cannot share prompts, the same code packs
 one sequence a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
+from rl_lora.tree import Span, Tree, Trunk, common_prefix, find_trunks, trunk_of
 from rl_lora.types import Batch, Episode, Group
 
 
@@ -54,6 +57,11 @@ class Row:
     prefix: int
     members: tuple[Trajectory, ...]
 
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """What all members begin with."""
+        return self.members[0].ids[: self.prefix]
+
     def __len__(self) -> int:
         return self.prefix + sum(len(member.ids) - 1 - self.prefix for member in self.members)
 
@@ -71,7 +79,7 @@ def rows_of(group: Group, advantages_G: np.ndarray, budget: int, shared_prefix: 
     if not shared_prefix:
         yield from (Row(group.adapter, len(member.ids) - 1, (member,)) for member in members)
         return
-    prefix = _common_prefix(members)
+    prefix = min(min(member.first_target for member in members), common_prefix([member.ids for member in members]))
     row: list[Trajectory] = []
     length = prefix
     for member in members:
@@ -84,15 +92,6 @@ def rows_of(group: Group, advantages_G: np.ndarray, budget: int, shared_prefix: 
     yield Row(group.adapter, prefix, tuple(row))
 
 
-def _common_prefix(members: Sequence[Trajectory]) -> int:
-    """Tokens that all members begin with, up to the first that one of them wrote."""
-    n = min(member.first_target for member in members)
-    first = members[0].ids
-    while any(member.ids[:n] != first[:n] for member in members):
-        n -= 1
-    return n
-
-
 def pack(
     groups: Sequence[tuple[Group, np.ndarray]],
     *,
@@ -101,59 +100,124 @@ def pack(
     shared_prefix: bool = True,
     device: torch.device | str = "cpu",
 ) -> list[Batch]:
-    """Micro-batches of at most `tokens_per_microbatch` positions, padding included.
+    """Micro-batches of at most `tokens_per_microbatch` tokens, padding included.
 
     groups: with one advantage an episode, (G,). denominators: by adapter, what each of its tokens is divided by.
-    Long rows come first, so that a batch that does not fit memory fails at once.
     """
     rows = [
         row
         for group, advantages_G in groups
         for row in rows_of(group, advantages_G, tokens_per_microbatch, shared_prefix)
     ]
-    rows.sort(key=lambda row: (-len(row), row.adapter or ""))
-    batches: list[list[Row]] = []
-    for row in rows:
-        if batches and len(batches[-1][0]) * (len(batches[-1]) + 1) <= tokens_per_microbatch:
-            batches[-1].append(row)
+    lay = _tree if shared_prefix else _padded
+    trunks = find_trunks((row.adapter, row.prompt) for row in rows) if shared_prefix else []
+    # Neighbours carry the same adapter, so that each adapter reads one slice of the batch; they begin alike, and have
+    # similar lengths. Long rows come first, so that a batch that does not fit memory fails at once.
+    placed = [(row, trunk_of(trunks, row.adapter, row.prompt)) for row in rows]
+    placed.sort(key=lambda item: (item[0].adapter or "", -1 if item[1] is None else item[1], -len(item[0])))
+    batches: list[list[tuple[Row, int]]] = []
+    for row, trunk in placed:
+        n_trunk = 0 if trunk is None else len(trunks[trunk][1])
+        if batches and _size([*batches[-1], (row, n_trunk)], shared_prefix) <= tokens_per_microbatch:
+            batches[-1].append((row, n_trunk))
         else:
-            batches.append([row])
-    # Neighbours carry the same adapter, so that each adapter reads one slice of the batch.
-    return [_batch(sorted(rows, key=lambda row: row.adapter or ""), denominators, device) for rows in batches]
+            batches.append([(row, n_trunk)])
+    return [_batch(lay(batch, device), [row for row, _ in batch], denominators, device) for batch in batches]
 
 
-def _batch(rows: Sequence[Row], denominators: Mapping[str | None, float], device: torch.device | str) -> Batch:
-    B, L = len(rows), max(map(len, rows))
-    tokens, positions = np.zeros((B, L), np.int64), np.zeros((B, L), np.int64)
-    segments = np.full((B, L), -1, np.int64)
+def _size(rows: Sequence[tuple[Row, int]], shared_prefix: bool) -> int:
+    """Tokens that these rows, each with the length of its trunk, would have in one batch."""
+    if not shared_prefix:
+        return len(rows) * max(len(row) for row, _ in rows)
+    shared = {(row.adapter, row.prompt[:n_trunk]) for row, n_trunk in rows}
+    return sum(len(row) - n_trunk for row, n_trunk in rows) + sum(len(ids) for _, ids in shared)
+
+
+Place = Callable[[np.ndarray], np.ndarray]
+"""From indices into a trajectory to where its tokens stand in the batch."""
+
+
+@dataclass(frozen=True)
+class _Laid:
+    """Rows laid out for a forward pass; place[row][member]."""
+
+    tokens: np.ndarray
+    tree: Tree | None
+    adapters: tuple[str | None, ...]
+    place: list[list[Place]]
+
+
+def _tree(rows: Sequence[tuple[Row, int]], device: torch.device | str) -> _Laid:
+    """All rows in one flat sequence: trunks, prompts, completions. Rows of a trunk are neighbours."""
+    tokens: list[int] = []
+    spans: list[Span] = []
+    adapters: list[str | None] = []
+    place: list[list[Place]] = []
+    trunk_spans: dict[Trunk, int] = {}
+
+    def add(ids: Sequence[int], adapter: str | None, parent: int) -> int:
+        """A span behind its parent, unless there is nothing to add; the span to go on from."""
+        if not len(ids):
+            return parent
+        spans.append((len(tokens), len(ids), parent))
+        tokens.extend(ids)
+        adapters.extend([adapter] * len(ids))
+        return len(spans) - 1
+
+    for row, n_trunk in rows:
+        key = row.adapter, row.prompt[:n_trunk]
+        if key not in trunk_spans:
+            trunk_spans[key] = add(key[1], row.adapter, -1)
+        trunk = trunk_spans[key]
+        prompt = add(row.prompt[n_trunk:], row.adapter, trunk)
+        place.append([])
+        for member in row.members:
+            own = add(member.ids[row.prefix : -1], row.adapter, prompt)
+            shifts = np.array([spans[trunk][0], spans[prompt][0] - n_trunk, spans[own][0] - row.prefix])
+            bounds = np.array([n_trunk, row.prefix])
+            place[-1].append(partial(_stand, bounds, shifts))
+    return _Laid(np.array([tokens]), Tree(spans, device), tuple(adapters), place)
+
+
+def _stand(bounds: np.ndarray, shifts: np.ndarray, j: np.ndarray) -> np.ndarray:
+    return j + shifts[np.searchsorted(bounds, j, "right")]
+
+
+def _padded(rows: Sequence[tuple[Row, int]], device: torch.device | str) -> _Laid:
+    """One sequence a row."""
+    L = max(len(row) for row, _ in rows)
+    tokens = np.zeros((len(rows), L), np.int64)
+    for b, (row, _) in enumerate(rows):
+        tokens[b, : len(row)] = row.members[0].ids[:-1]
+    place: list[list[Place]] = [[partial(np.add, b * L)] for b in range(len(rows))]
+    return _Laid(tokens, None, tuple(row.adapter for row, _ in rows), place)
+
+
+def _batch(
+    laid: _Laid, rows: Sequence[Row], denominators: Mapping[str | None, float], device: torch.device | str
+) -> Batch:
     index: list[np.ndarray] = []
     targets: list[int] = []
     behaviour: list[float] = []
     advantages: list[float] = []
     weights: list[float] = []
-    for b, row in enumerate(rows):
-        p = row.prefix
-        tokens[b, :p], positions[b, :p], segments[b, :p] = row.members[0].ids[:p], np.arange(p), 0
-        at = p
-        for k, member in enumerate(row.members, 1):
-            own = slice(at, at + len(member.ids) - 1 - p)
-            tokens[b, own], positions[b, own], segments[b, own] = member.ids[p:-1], np.arange(p, len(member.ids) - 1), k
+    for row, places in zip(rows, laid.place, strict=True):
+        for member, place in zip(row.members, places, strict=True):
             for start, logprobs in member.spans:
-                before = np.arange(start - 1, start - 1 + len(logprobs))  # position j predicts token j + 1
-                index.append(b * L + np.where(before < p, before, at + before - p))
-                targets.extend(member.ids[start : start + len(logprobs)])
+                n = len(logprobs)
+                index.append(place(np.arange(start - 1, start - 1 + n)))  # position j predicts token j + 1
+                targets.extend(member.ids[start : start + n])
                 behaviour.extend(logprobs)
-                advantages.extend([member.advantage] * len(logprobs))
-                weights.extend([1.0 / denominators[row.adapter]] * len(logprobs))
-            at = own.stop
+                advantages.extend([member.advantage] * n)
+                weights.extend([1.0 / denominators[row.adapter]] * n)
     return Batch(
-        tokens=torch.from_numpy(tokens).to(device),
-        positions=torch.from_numpy(positions).to(device),
-        segments=torch.from_numpy(segments).to(device),
+        tokens=torch.from_numpy(laid.tokens).to(device),
+        tree=laid.tree,
         index=torch.from_numpy(np.concatenate(index)).to(device),
         targets=torch.tensor(targets, device=device),
         behaviour_logprobs=torch.tensor(behaviour, device=device),
         advantages=torch.tensor(advantages, dtype=torch.float32, device=device),
         weights=torch.tensor(weights, device=device),
-        adapters=tuple(row.adapter for row in rows),
+        adapters=laid.adapters,
+        n_tokens=laid.tokens.size if laid.tree is not None else sum(map(len, rows)),
     )

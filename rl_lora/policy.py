@@ -6,20 +6,24 @@ Left out: sampling (`sampler.py`), the loss (`learner.py`), and any second copy 
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rl_lora import models
-from rl_lora.attention import Decode, Packed, Prefix, shared_prefix_attention_of
+from rl_lora.attention import Layout, shared_prefix_attention_of
 from rl_lora.chat import Chat
 from rl_lora.config import ModelConfig
 from rl_lora.head import Head
+from rl_lora.kv_cache import Decode, Nodes, Recorder
 from rl_lora.lora import AdapterBank
+from rl_lora.tree import Tree
 from rl_lora.types import Batch
 
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -94,7 +98,7 @@ class Policy:
         self,
         tokens: Tensor,
         adapters: Sequence[str | None],
-        layout: Packed | Decode | None = None,
+        layout: Layout | None = None,
         positions: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
@@ -113,15 +117,37 @@ class Policy:
             )
         return output.last_hidden_state
 
+    def prefill(
+        self,
+        prompts: Sequence[tuple[str | None, tuple[int, ...]]],
+        past: Nodes | None = None,
+        past_of_prompt: Sequence[int] = (),
+    ) -> tuple[Nodes, Tensor]:
+        """Keys and values of prompts, each with its adapter, and the hidden states behind their last tokens, (P, d).
+
+        With `past`, a prompt begins with the tokens of that node of it, and only the rest is computed.
+        """
+        adapters, ids = zip(*prompts, strict=True)
+        if past is not None:
+            ids = tuple(x[past.lengths[node] :] for x, node in zip(ids, past_of_prompt, strict=True))
+        lengths = np.array([len(x) for x in ids])
+        spans = [(int(stop - n), int(n), -1) for stop, n in zip(lengths.cumsum(), lengths, strict=True)]
+        tree = Tree(spans, self.device, past, past_of_prompt)
+        tokens = torch.tensor([list(itertools.chain(*ids))], device=self.device)
+        recorder = Recorder()
+        of_tokens = [adapter for adapter, n in zip(adapters, lengths, strict=True) for _ in range(n)]
+        hidden = self.hidden(tokens, of_tokens, tree, tree.positions, recorder)
+        keys, values = ([tree.padded(x, 0) for x in xs] for xs in (recorder.keys, recorder.values))
+        return Nodes(keys, values, lengths), hidden[0, tree.last()]
+
     def cache(self) -> Cache:
         """An empty one of the model's own, for `hidden` without a layout."""
         return DynamicCache(config=self.model.config.get_text_config())
 
     def logprobs(self, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log-probability of every target of the batch, and the entropy of its distribution: float32 (N,), (N,)."""
-        layout = None if self.not_shared else Packed(batch.positions, batch.segments)
-        positions = None if layout is None else batch.positions
-        hidden = self.hidden(batch.tokens, batch.adapters, layout, positions)
+        positions = None if batch.tree is None else batch.tree.positions
+        hidden = self.hidden(batch.tokens, batch.adapters, batch.tree, positions)
         return self.head.logprobs(hidden.flatten(0, 1)[batch.index], batch.targets, temperature)
 
     @torch.no_grad()
@@ -151,29 +177,31 @@ class Policy:
         """ids: (3, n), of which two begin alike; plain: (3, n, d), what the model's own attention makes of them."""
         n = ids.shape[1]
         p = n // 2
-        tokens = torch.stack([torch.cat([ids[0], ids[1, p:]]), torch.cat([ids[2], ids[2, p:] * 0])])
-        position = torch.arange(n, device=self.device)
-        positions = torch.cat([position, position[p:]]).expand(2, -1)
-        segments = torch.zeros_like(tokens)
-        segments[0, p:n], segments[0, n:], segments[1, n:] = 1, 2, -1
+        none = [None] * 3
         try:
-            layout = Packed(positions, segments)
-            packed = self.hidden(tokens, [None] * 2, layout, positions)
-            packed = torch.stack([packed[0, :n], torch.cat([packed[0, :p], packed[0, n:]]), packed[1, :n]])
-            if not (gap := _gap(packed, plain)) <= self._tolerance:
+            # A trunk, a prompt behind it, two completions behind that; and a sequence of its own.
+            spans = [(0, p // 2, -1), (p // 2, p - p // 2, 0), (p, n - p, 1), (n, n - p, 1), (2 * n - p, n, -1)]
+            tree = Tree(spans, self.device)
+            tokens = torch.cat([ids[0], ids[1, p:], ids[2]])[None]
+            flat = self.hidden(tokens, [None] * tokens.shape[1], tree, tree.positions)[0]
+            found = torch.stack([flat[:n], torch.cat([flat[:p], flat[n : 2 * n - p]]), flat[2 * n - p :]])
+            if not (gap := _gap(found, plain)) <= self._tolerance:
                 return f"its packed hidden states differ from the plain ones by {gap:.2g} of their spread"
-            if has_window(self.model.config) and layout.windows == {None}:
+            if has_window(self.model.config) and tree.windows == {None}:
                 return "its config has an attention window that its layers do not pass on"
-            prefix = Prefix()
-            prompts, at = ids[[0, 2], :p], position[:p].expand(2, -1)
-            self.hidden(prompts, [None] * 2, Packed(at, at * 0), at, prefix)
-            rows = torch.tensor([0, 0, 1], device=self.device)
-            decode = Decode(prefix, torch.full((2,), p, device=self.device), rows, n - p)
-            for t in range(p, n):
-                step = self.hidden(ids[:, t : t + 1], [None] * 3, decode, decode.positions, decode)
-                decode.advance()
-                if not (gap := _gap(step[:, 0], plain[:, t])) <= self._tolerance:
-                    return f"its decoded hidden states differ from the plain ones by {gap:.2g} of their spread"
+            a, b = (tuple(ids[i, :p].tolist()) for i in (0, 2))
+            decode = Decode(self.device)
+            decode.trunks, _ = self.prefill([(None, a[: p // 2])])
+            decode.trunks.append_empty()
+            prompts, behind = self.prefill([(None, a), (None, b)], decode.trunks, [0, 1])
+            states = [behind[[0, 0, 1]]]
+            decode.admit(prompts, np.array([0, 1]), np.array([0, 0, 1]), n - p)
+            for t, m in ((p, 2), *((t, 1) for t in range(p + 2, n))):  # two tokens at once, then one by one
+                positions = decode.begin(m)
+                states.extend(self.hidden(ids[:, t : t + m], none, decode, positions, decode).unbind(1))
+                decode.advance(m)
+            if not (gap := _gap(torch.stack(states, 1), plain[:, p - 1 :])) <= self._tolerance:
+                return f"its decoded hidden states differ from the plain ones by {gap:.2g} of their spread"
         except Exception as error:
             return f"{type(error).__name__}: {error}"
         return None

@@ -124,5 +124,5 @@ def flatten_record(nested: dict[str, Any]) -> dict[str, Any]:
 class _NoSampler:
     """Stands where prompts are rendered and nothing is sampled."""
 
-    def generate(self, requests: Any, on_token: Any = None) -> list[list[Completion]]:
+    def generate(self, requests: Any, on_token: Any = None, follow: Any = None) -> list[list[Completion]]:
         raise AssertionError("nothing is sampled before the model is loaded")

@@ -112,27 +112,28 @@ class RolloutWorker:
         envs = iter(self._envs)
         groups = [[self._reset(next(envs), seed, adapter, k) for k in range(n)] for adapter, seed in problems]
         plays = [play for group in groups for play in group]
-        while active := [play for play in plays if play.stop is None]:
-            requests: dict[tuple[Any, ...], list[_Play]] = {}
-            for play in active:
-                requests.setdefault((play.adapter, play.seed, play.prompt_ids), []).append(play)
-            completions = self.sampler.generate(
-                [
-                    Request(
-                        prompt_ids=prompt_ids,
-                        n=len(same),
-                        max_tokens=self.config.max_tokens,
-                        temperature=temperature,
-                        adapter=adapter,
-                        seed=(*random_seed, seed % (1 << 64), len(same[0].turns), same[0].k),
-                    )
-                    for (adapter, seed, prompt_ids), same in requests.items()
-                ],
-                on_token,
+        requests: dict[tuple[Any, ...], list[_Play]] = {}
+        for play in plays:
+            requests.setdefault((play.adapter, play.seed, play.prompt_ids), []).append(play)
+
+        def request(play: _Play, n: int) -> Request:
+            return Request(
+                prompt_ids=play.prompt_ids,
+                n=n,
+                max_tokens=self.config.max_tokens,
+                temperature=temperature,
+                adapter=play.adapter,
+                seed=(*random_seed, play.seed % (1 << 64), len(play.turns), play.k),
             )
-            for same, replies in zip(requests.values(), completions, strict=True):
-                for play, reply in zip(same, replies, strict=True):
-                    self._step(play, reply)
+
+        same = list(requests.values())
+
+        def follow(i: int, k: int, reply: Completion) -> Request | None:
+            play = same[i][k]
+            self._step(play, reply)
+            return request(play, 1) if play.stop is None else None
+
+        self.sampler.generate([request(plays[0], len(plays)) for plays in same], on_token, follow)
         return [self._group(group) for group in groups]
 
     def close(self) -> None:

@@ -1,14 +1,17 @@
 """Drawing completions: the `Sampler` protocol, and the native engine that implements it on the policy's own forward.
 
-A prompt is prefilled once, its n completions share its keys and values, and finished rows leave the batch. Every row
-has its own stream of uniform numbers, so what it draws does not depend on its neighbours. The distribution is never
-filtered (top-k, top-p): the log-probabilities returned are those of what was sampled from, and of what is learned.
+Prompts are prefilled once for all their completions, what they begin with once for all prompts; finished rows make room
+for waiting ones, and a conversation goes on in its row. Every row has its own stream of uniform numbers, so what it
+draws does not depend on its neighbours. The distribution is never filtered (top-k, top-p): the log-probabilities
+returned are those of what was sampled from, and of what is learned.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,9 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rl_lora.attention import Decode, Packed, Prefix
+from rl_lora.kv_cache import Decode, Nodes
 from rl_lora.policy import Policy
+from rl_lora.sampling import sample
+from rl_lora.tree import Trunk, find_trunks, trunk_of
 from rl_lora.types import Stop
+
+TURNOVER = 0.2
+"""Share of the rows that must have finished before others take their place: moving costs about as much as a step."""
+PREFILL_TOKENS = 4096
+"""Prompt tokens that are read in at a time."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +56,24 @@ class Completion:
     stop: Stop
 
 
+Follow = Callable[[int, int, Completion], Request | None]
+"""Told completion k of request i as soon as it ends; may answer with what is asked for next, n = 1, such as the next
+turn of a conversation. Its completion comes under the same i and k."""
+
+
 class Sampler(Protocol):
     """Whatever turns requests into completions: the native engine here, a server elsewhere."""
 
     def generate(
-        self, requests: Sequence[Request], on_token: Callable[[int], None] | None = None
+        self,
+        requests: Sequence[Request],
+        on_token: Callable[[int], None] | None = None,
+        follow: Follow | None = None,
     ) -> list[list[Completion]]:
-        """The n completions of each request, in order. `on_token` is told how many tokens were drawn, as they are."""
+        """The n completions of each request, in order; the last ones, where `follow` asked for more.
+
+        `on_token` is told how many tokens were drawn, as they are.
+        """
         ...
 
 
@@ -60,36 +81,52 @@ class NativeSampler:
     """Samples from the policy itself: it reads the adapters that the learner writes, nothing is synchronised.
 
     Args:
-        max_rows: completions that are decoded at a time; memory grows with it.
+        max_rows: completions that are decoded at a time.
+        max_cache_bytes: of the keys and values of those rows and their prompts; fewer rows are decoded where they
+            would not fit, but always one request.
+        check_every: tokens between looks at which rows have finished. A look makes a GPU wait.
     """
 
-    def __init__(self, policy: Policy, max_rows: int = 256):
+    def __init__(
+        self,
+        policy: Policy,
+        max_rows: int = 256,
+        *,
+        max_cache_bytes: float = math.inf,
+        check_every: int | None = None,
+    ):
         if max_rows < 1:
             raise ValueError(f"max_rows must be >= 1, got {max_rows}")
-        self.policy, self.max_rows = policy, max_rows
+        self.policy, self.max_rows, self.max_cache_bytes = policy, max_rows, max_cache_bytes
+        self.check_every = check_every or (8 if policy.device.type == "cuda" else 1)
 
     @torch.inference_mode()
     def generate(
-        self, requests: Sequence[Request], on_token: Callable[[int], None] | None = None
+        self,
+        requests: Sequence[Request],
+        on_token: Callable[[int], None] | None = None,
+        follow: Follow | None = None,
     ) -> list[list[Completion]]:
+        """See `Sampler`."""
         for request in requests:
             self._check(request)
-        results: list[list[Completion]] = [[] for _ in requests]
         # Neighbours carry the same adapter, and prompts of one batch have similar lengths.
         order = sorted(range(len(requests)), key=lambda i: (requests[i].adapter or "", len(requests[i].prompt_ids)))
-        rows = [_Row(i, requests[i], k) for i in order for k in range(requests[i].n)]
-        batches: Iterable[list[_Row]] = [rows[i : i + self.max_rows] for i in range(0, len(rows), self.max_rows)]
-        if self.policy.not_shared:  # without our own mask, rows of a batch need prompts of one length
-            batches = [
-                list(batch)
-                for chunk in batches
-                for _, batch in itertools.groupby(chunk, key=lambda row: len(row.request.prompt_ids))
-            ]
-        for batch in batches:
-            self._run(batch, on_token)
-        for row in rows:
-            results[row.index].append(row.completion())
-        return results
+        jobs = [_Job(requests[i], [(i, k) for k in range(requests[i].n)], requests[i].seed) for i in order]
+        results: dict[tuple[int, int], Completion] = {}
+
+        def finish(job: _Job, place: int, completion: Completion) -> _Job | None:
+            i, k = job.of[place]
+            results[i, k] = completion
+            if follow is None or (request := follow(i, k, completion)) is None:
+                return None
+            self._check(request)
+            if request.n != 1:
+                raise ValueError(f"what follows one completion is one completion, got a request of n={request.n}")
+            return _Job(request, [(i, k)], request.seed)
+
+        (_PlainRun if self.policy.not_shared else _Run)(self, jobs, finish, on_token or (lambda n: None)).run()
+        return [[results[i, k] for k in range(request.n)] for i, request in enumerate(requests)]
 
     def _check(self, request: Request) -> None:
         if not request.temperature >= 0:
@@ -106,155 +143,340 @@ class NativeSampler:
                 f"fit the model's context of {self.policy.context_length}; shorten the prompt or lower max_tokens"
             )
 
-    def _run(self, rows: list[_Row], on_token: Callable[[int], None] | None) -> None:
-        device = self.policy.device
-        stop_ids = torch.tensor(sorted(self.policy.chat.stop_ids), dtype=torch.int64, device=device)
-        max_tokens = max(row.request.max_tokens for row in rows)
-        uniforms = torch.tensor(np.array([row.uniforms(max_tokens) for row in rows]), device=device)  # (R, T)
-        temperature = torch.tensor([row.request.temperature for row in rows], device=device)
-        limit = torch.tensor([row.request.max_tokens for row in rows], device=device)
-        tokens = torch.zeros(len(rows), max_tokens, dtype=torch.int64, device=device)
-        logprobs = torch.zeros(len(rows), max_tokens, device=device)
-        n_tokens = torch.zeros(len(rows), dtype=torch.int64, device=device)
-        ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
 
-        decoder = (_PlainDecoder if self.policy.not_shared else _SharedPrefixDecoder)(self.policy, rows, max_tokens)
-        alive = torch.arange(len(rows), device=device)  # the rows that are in the batch, finished or not
-        running = torch.ones(len(rows), dtype=torch.bool, device=device)  # of those, the unfinished
-        n_running = len(rows)
-        hidden = decoder.prefill()
-        for t in range(max_tokens):
-            drawn, logprob = sample(self.policy.head.logits(hidden), temperature[alive], uniforms[alive, t])
-            tokens[alive, t], logprobs[alive, t] = drawn, logprob
-            n_tokens[alive] += running
-            stopped = torch.isin(drawn, stop_ids)
-            ended[alive] |= running & stopped
-            running &= ~stopped & (limit[alive] > t + 1)
-            if on_token is not None:
-                on_token(n_running)
-            n_running = int(running.sum())
-            if n_running == 0:
-                break
-            if n_running <= 0.8 * len(alive):  # moving keys and values costs about as much as a step saves
-                keep = torch.where(running)[0]
-                decoder.keep(keep)
-                alive, drawn, running = alive[keep], drawn[keep], running[keep]
-            hidden = decoder.step(drawn)
-        if not torch.isfinite(logprobs).all():
-            bad = rows[int((~torch.isfinite(logprobs)).any(1).nonzero()[0])].request
-            raise FloatingPointError(
-                f"the model gives no finite probabilities under adapter {bad.adapter!r}; it has diverged, or its "
-                "weights do not fit the dtype"
-            )
-        for i, row in enumerate(rows):
-            n = int(n_tokens[i])
-            row.token_ids, row.logprobs = tokens[i, :n].tolist(), logprobs[i, :n].tolist()
-            row.stop = Stop.END if ended[i] else Stop.LENGTH
+@dataclass
+class _Job:
+    """A request that waits for room: `of` says, for each of its completions, (request, k) as the caller counts."""
+
+    request: Request
+    of: list[tuple[int, int]]
+    seed: int | tuple[int, ...]
+    first: int = 0
+    """Completions of the same request that other jobs draw before: the uniforms go on behind theirs."""
+
+    def split(self, n: int) -> list[_Job]:
+        """Jobs of at most n completions."""
+        return [_Job(self.request, self.of[i : i + n], self.seed, self.first + i) for i in range(0, len(self.of), n)]
+
+
+Finish = Callable[[_Job, int, Completion], _Job | None]
 
 
 class _Row:
-    """One completion in the making."""
+    """One completion in the making, and the conversation it goes on from."""
 
-    def __init__(self, index: int, request: Request, k: int):
-        self.index, self.request, self.k = index, request, k
-        self.token_ids: list[int] = []
-        self.logprobs: list[float] = []
-        self.stop = Stop.LENGTH
+    def __init__(self, job: _Job, place: int):
+        self.job, self.place = job, place
+        self.adapter = job.request.adapter
+        self.ids = job.request.prompt_ids  # what the row's keys and values are of, but for the last token drawn
+        self.base = 0  # how many of those are the prompt's that the row came in with
+        self.finished = False
 
-    def uniforms(self, n: int) -> np.ndarray:
-        seed = self.request.seed if isinstance(self.request.seed, tuple) else (self.request.seed,)
-        return np.random.Generator(np.random.Philox(np.random.SeedSequence((*seed, self.k)))).random(
-            n, dtype=np.float32
-        )
+    @property
+    def request(self) -> Request:
+        return self.job.request
 
-    def completion(self) -> Completion:
-        return Completion(tuple(self.token_ids), tuple(self.logprobs), self.stop)
-
-
-class _SharedPrefixDecoder:
-    """Prompts prefilled once; each row's own keys and values behind them."""
-
-    def __init__(self, policy: Policy, rows: list[_Row], max_tokens: int):
-        self.policy, self.max_tokens = policy, max_tokens
-        prompts: dict[tuple[tuple[int, ...], str | None], int] = {}
-        self.prompt = [prompts.setdefault((row.request.prompt_ids, row.request.adapter), len(prompts)) for row in rows]
-        self.prompts = list(prompts)
-        self.adapters = [row.request.adapter for row in rows]
-
-    def prefill(self) -> Tensor:
-        """Hidden state behind each row's prompt, (R, d)."""
-        device = self.policy.device
-        lengths = torch.tensor([len(ids) for ids, _ in self.prompts], device=device)
-        tokens = torch.zeros(len(self.prompts), int(lengths.max()), dtype=torch.int64)
-        for i, (ids, _) in enumerate(self.prompts):
-            tokens[i, : len(ids)] = torch.tensor(ids)
-        positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
-        segments = torch.where(positions < lengths[:, None], 0, -1)
-        prefix = Prefix()
-        adapters = [adapter for _, adapter in self.prompts]
-        hidden = self.policy.hidden(tokens.to(device), adapters, Packed(positions, segments), positions, prefix)
-        prompt = torch.tensor(self.prompt, device=device)
-        self.decode = Decode(prefix, lengths, prompt, self.max_tokens)
-        return hidden[torch.arange(len(lengths), device=device), lengths - 1][prompt]
-
-    def step(self, tokens: Tensor) -> Tensor:
-        """Read one token a row, (R,); hidden states, (R, d)."""
-        hidden = self.policy.hidden(tokens[:, None], self.adapters, self.decode, self.decode.positions, self.decode)
-        self.decode.advance()
-        return hidden[:, 0]
-
-    def keep(self, rows: Tensor) -> None:
-        self.decode.keep(rows)
-        self.adapters = [self.adapters[i] for i in rows.tolist()]
+    def uniforms(self) -> np.ndarray:
+        seed = self.job.seed if isinstance(self.job.seed, tuple) else (self.job.seed,)
+        sequence = np.random.SeedSequence((*seed, self.job.first + self.place))
+        return np.random.Generator(np.random.Philox(sequence)).random(self.request.max_tokens, dtype=np.float32)
 
 
-class _PlainDecoder:
-    """The model's own attention and cache, for architectures that ours does not cover. Prompts have one length."""
+class _Drawing:
+    """What is drawn: device tensors with one entry for each of R rows."""
 
-    def __init__(self, policy: Policy, rows: list[_Row], max_tokens: int):
-        self.policy = policy
-        self.prompts = torch.tensor([row.request.prompt_ids for row in rows], device=policy.device)
-        self.adapters = [row.request.adapter for row in rows]
-        self.rows = torch.arange(len(rows), device=policy.device)
-        self.blank = torch.zeros(len(rows), dtype=torch.int64, device=policy.device)
-        self.cache = policy.cache()
+    def __init__(self, policy: Policy):
+        self.policy, device = policy, policy.device
+        self.stop_ids = torch.tensor(sorted(policy.chat.stop_ids), dtype=torch.int64, device=device)
+        self.hidden = torch.empty(0, policy.head.weight.shape[1], dtype=policy.dtype, device=device)
+        self.temperature, self.limit, self.n = (torch.empty(0, dtype=d, device=device) for d in _TYPES)
+        self.uniforms = torch.empty(0, 0, device=device)  # (R, T)
+        self.tokens = torch.empty(0, 1, dtype=torch.int64, device=device)  # (R, T + 1); the last column takes anything
+        self.logprobs = torch.empty(0, 1, device=device)
+        self.plain = True  # every temperature is 1
 
-    def prefill(self) -> Tensor:
-        return self.policy.hidden(self.prompts, self.adapters, cache=self.cache)[:, -1]
+    def admit(self, rows: Sequence[_Row], hidden: Tensor) -> None:
+        """New rows, and the hidden states (R', d) that their first tokens are drawn from."""
+        self._widen(max(row.request.max_tokens for row in rows))
+        R = len(self.n)
+        self.hidden = torch.cat([self.hidden, hidden])
+        for name in ("temperature", "limit", "n", "uniforms", "tokens", "logprobs"):
+            x = getattr(self, name)
+            setattr(self, name, torch.cat([x, x.new_zeros(len(rows), *x.shape[1:])]))
+        self._start(range(R, R + len(rows)), rows)
 
-    def step(self, tokens: Tensor) -> Tensor:
-        # Finished rows stay: not every cache can give rows up.
-        current = self.blank.scatter(0, self.rows, tokens)
-        return self.policy.hidden(current[:, None], self.adapters, cache=self.cache)[self.rows, -1]
+    def restart(self, places: Sequence[int], rows: Sequence[_Row], hidden: Tensor) -> None:
+        """Rows that go on with a new request."""
+        self._widen(max(row.request.max_tokens for row in rows))
+        self.hidden[torch.tensor(places, device=hidden.device)] = hidden
+        self._start(places, rows)
+
+    def _start(self, places: Sequence[int], rows: Sequence[_Row]) -> None:
+        T = self.uniforms.shape[1]
+        device = self.n.device
+        at = torch.tensor(places, device=device)
+        self.temperature[at] = torch.tensor([row.request.temperature for row in rows], device=device)
+        self.plain = self.plain and all(row.request.temperature == 1 for row in rows)
+        self.limit[at] = torch.tensor([row.request.max_tokens for row in rows], device=device)
+        self.n[at] = 0
+        uniforms = np.zeros((len(rows), T), np.float32)
+        for i, row in enumerate(rows):
+            uniforms[i, : row.request.max_tokens] = row.uniforms()
+        self.uniforms[at] = torch.from_numpy(uniforms).to(device)
+
+    def _widen(self, T: int) -> None:
+        if (more := T - self.uniforms.shape[1]) > 0:
+            for name in ("uniforms", "tokens", "logprobs"):
+                setattr(self, name, torch.nn.functional.pad(getattr(self, name), (0, more)))
 
     def keep(self, rows: Tensor) -> None:
-        self.rows = self.rows[rows]
+        for name in ("hidden", "temperature", "limit", "n", "uniforms", "tokens", "logprobs"):
+            setattr(self, name, getattr(self, name)[rows])
+
+    def draw(self, running: Tensor) -> tuple[Tensor, Tensor]:
+        """One token for each row, taken down where `running`; the tokens, and who runs on."""
+        at = self.n[:, None]
+        uniforms = self.uniforms.gather(1, at.clamp_max(self.uniforms.shape[1] - 1))[:, 0]
+        logits = self.policy.head.logits(self.hidden)
+        drawn, logprob = sample(logits, None if self.plain else self.temperature, uniforms)
+        self.tokens.scatter_(1, torch.where(running[:, None], at, self.tokens.shape[1] - 1), drawn[:, None])
+        self.logprobs.scatter_(1, torch.where(running[:, None], at, self.tokens.shape[1] - 1), logprob[:, None])
+        self.n += running
+        return drawn, running & ~torch.isin(drawn, self.stop_ids) & (self.n < self.limit)
+
+    def completion(self, place: int, row: _Row) -> Completion:
+        n = int(self.n[place])
+        tokens, logprobs = self.tokens[place, :n].tolist(), self.logprobs[place, :n].tolist()
+        if not all(map(math.isfinite, logprobs)):
+            raise FloatingPointError(
+                f"the model gives no finite probabilities under adapter {row.adapter!r}; it has diverged, or its "
+                "weights do not fit the dtype"
+            )
+        stop = Stop.END if tokens[-1] in self.policy.chat.stop_ids else Stop.LENGTH
+        return Completion(tuple(tokens), tuple(logprobs), stop)
 
 
-def sample(logits: Tensor, temperature: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """Draw one token a row by inverse CDF, in two levels: first a block of the vocabulary, then a token in it.
+_TYPES = (torch.float32, torch.int64, torch.int64)
 
-    logits: float32 (R, V); temperature: (R,), 0 for greedy; uniforms: (R,) in [0, 1).
-    Returns tokens int64 (R,), and their log-probabilities float32 (R,).
+
+class _Run:
+    """One call of `generate`: rows come, draw, and leave.
+
+    Each round draws `check_every` tokens a row and then looks who has finished. Their completions are handed over, and
+    either the row has another turn or it is done with. When enough rows stand still, they are moved out, and new
+    prompts and next turns are read in.
     """
-    greedy = temperature == 0
-    logits = logits / torch.where(greedy, 1.0, temperature)[:, None]
-    logprobs = torch.log_softmax(logits, -1)
-    p = torch.exp(logprobs)
-    R, V = p.shape
-    n = 1 << (V.bit_length() // 2)  # tokens of a block
-    blocks = torch.nn.functional.pad(p, (0, -V % n)).view(R, -1, n)
-    mass = blocks.sum(-1).cumsum(-1)  # (R, V / n)
-    target = _below(uniforms * mass[:, -1], mass[:, -1])[:, None]
-    # The first block whose cumulative mass exceeds the target; NaN has none, and is found out by its log-probability.
-    block = torch.searchsorted(mass, target, right=True).clamp_max(mass.shape[1] - 1)
-    inside = blocks.take_along_dim(block[:, :, None], 1)[:, 0].cumsum(-1)  # (R, n)
-    rest = target - torch.where(block > 0, mass.gather(1, (block - 1).clamp_min(0)), 0)
-    token = block * n + torch.searchsorted(inside, _below(rest, inside[:, -1:]), right=True)
-    token = torch.where(greedy, logits.argmax(-1), token[:, 0].clamp_max(V - 1))
-    return token, logprobs.gather(1, token[:, None])[:, 0]
+
+    def __init__(self, sampler: NativeSampler, jobs: Sequence[_Job], finish: Finish, on_token: Callable[[int], None]):
+        self.policy, self.check_every, self.finish, self.on_token = (
+            sampler.policy,
+            sampler.check_every,
+            finish,
+            on_token,
+        )
+        self.max_rows, self.max_bytes = sampler.max_rows, sampler.max_cache_bytes
+        self.waiting = deque(part for job in jobs for part in job.split(self.max_rows))
+        self.rows: list[_Row] = []
+        self.turns: dict[_Row, _Job] = {}
+        """Next turns that wait to be read in, by the row that they go on in."""
+        self.drawing = _Drawing(self.policy)
+        self.decode = Decode(self.policy.device)
+        self.trunks: list[Trunk] = []
+
+    def run(self) -> None:
+        self._read_trunks()
+        while self.rows or self.waiting:
+            self._arrive()
+            running = torch.tensor([not row.finished for row in self.rows], device=self.policy.device)
+            n_before = int(self.drawing.n.sum())
+            for i in range(self.check_every):
+                drawn, running = self.drawing.draw(running)
+                if i + 1 < self.check_every:
+                    self._step(drawn)
+            self._retire(running.tolist())
+            self.on_token(int(self.drawing.n.sum()) - n_before)
+            drawn = self._compact(drawn)
+            if not all(row.finished for row in self.rows):
+                self._step(drawn)
+            self._settle()
+
+    def _step(self, tokens: Tensor) -> None:
+        """Read one token a row, (R,)."""
+        positions = self.decode.begin().clamp_max(self.policy.context_length - 1)  # rows that stand still run past it
+        adapters = [row.adapter for row in self.rows]
+        hidden = self.policy.hidden(tokens[:, None], adapters, self.decode, positions, self.decode)
+        self.decode.advance()
+        self.drawing.hidden = hidden[:, 0]
+
+    def _retire(self, running: Sequence[bool]) -> None:
+        """Hand over the completions that have ended."""
+        for place, (row, runs) in enumerate(zip(self.rows, running, strict=True)):
+            if runs or row.finished:
+                continue
+            row.finished = True
+            completion = self.drawing.completion(place, row)
+            row.ids = row.ids + completion.token_ids
+            if (job := self.finish(row.job, row.place, completion)) is not None:
+                ids = job.request.prompt_ids
+                if job.request.adapter == row.adapter and len(ids) > len(row.ids) and ids[: len(row.ids)] == row.ids:
+                    self.turns[row] = job
+                else:
+                    self.waiting.append(job)
+
+    def _idle(self) -> bool:
+        """Whether enough rows stand still for others to take their place."""
+        still = sum(row.finished for row in self.rows)
+        return still == len(self.rows) or still >= TURNOVER * len(self.rows)
+
+    def _compact(self, drawn: Tensor) -> Tensor:
+        """Move out rows that are done with; the tokens drawn by those that stay."""
+        keep = [i for i, row in enumerate(self.rows) if not row.finished or row in self.turns]
+        if len(keep) == len(self.rows) or not self._idle():
+            return drawn
+        self.rows = [self.rows[i] for i in keep]
+        self.decode.keep(np.array(keep, np.int64))
+        index = torch.tensor(keep, dtype=torch.int64, device=drawn.device)
+        self.drawing.keep(index)
+        return drawn[index]
+
+    def _settle(self) -> None:
+        """Rows that stand still have not read the tokens that they were given to keep the batch whole."""
+        for place, row in enumerate(self.rows):
+            if row.finished:
+                self.decode.t[place] = len(row.ids) - row.base - 1
+
+    def _arrive(self) -> None:
+        """Read in next turns and new prompts, where rows stand still or are missing."""
+        if self.turns and self._idle():
+            self._take_turns()
+        free = self.max_rows - len(self.rows)
+        if self.waiting and (not self.rows or free >= TURNOVER * self.max_rows):
+            jobs: list[_Job] = []
+            while self.waiting and len(self.waiting[0].of) <= free and self._fits([*jobs, self.waiting[0]]):
+                jobs.append(self.waiting.popleft())
+                free -= len(jobs[-1].of)
+            if jobs:
+                self._admit(jobs)
+
+    def _fits(self, jobs: Sequence[_Job]) -> bool:
+        """Whether these can come in beside what is there; a first one always can."""
+        if not self.decode.keys or (len(jobs) == 1 and not self.rows):
+            return len(jobs) == 1 or math.isinf(self.max_bytes)
+        token = sum(x.shape[1] * x.shape[3] * x.element_size() for x in (*self.decode.keys, *self.decode.values))
+        rows = len(self.rows) + sum(len(job.of) for job in jobs)
+        room = max(self.decode.keys[0].shape[2], *(job.request.max_tokens for job in jobs))
+        prompts = sum(len(job.request.prompt_ids) for job in jobs)
+        if self.decode.prompts is not None:
+            prompts += int(self.decode.prompts.lengths.sum())
+        return token * (rows * room + prompts) <= self.max_bytes
+
+    def _admit(self, jobs: Sequence[_Job]) -> None:
+        """Prefill the jobs' prompts, each once, and start their rows."""
+        prompts: dict[Trunk, int] = {}
+        rows, prompt_of_row = [], []
+        for job in jobs:
+            for place in range(len(job.of)):
+                rows.append(_Row(job, place))
+                rows[-1].base = len(job.request.prompt_ids)
+                key = job.request.adapter, job.request.prompt_ids
+                prompt_of_row.append(prompts.setdefault(key, len(prompts)))
+        found = [trunk_of(self.trunks, *key) for key in prompts]
+        trunk = [len(self.trunks) if t is None else t for t in found]
+        nodes, hidden = self._prefill(list(prompts), trunk)
+        room = max(job.request.max_tokens for job in jobs) + self.check_every
+        self.decode.admit(nodes, np.array(trunk), np.array(prompt_of_row), room)
+        self.rows += rows
+        self.drawing.admit(rows, hidden[torch.tensor(prompt_of_row, device=hidden.device)])
+
+    def _prefill(self, prompts: Sequence[Trunk], trunk: Sequence[int]) -> tuple[Nodes, Tensor]:
+        """Keys and values of prompts behind their trunks, and the hidden states of their last tokens, (P, d)."""
+        nodes, hiddens = None, []
+        for part in _parts([len(ids) for _, ids in prompts], PREFILL_TOKENS):
+            new, hidden = self.policy.prefill(prompts[part], self.decode.trunks, trunk[part])
+            hiddens.append(hidden)
+            if nodes is None:
+                nodes = new
+            else:
+                nodes.append(new)
+        assert nodes is not None
+        return nodes, torch.cat(hiddens)
+
+    def _read_trunks(self) -> None:
+        """Prefill what prompts of the same adapter begin with in common."""
+        self.trunks = find_trunks((job.request.adapter, job.request.prompt_ids) for job in self.waiting)
+        if self.trunks:
+            self.decode.trunks, _ = self._prefill(self.trunks, [0] * len(self.trunks))
+            self.decode.trunks.append_empty()  # for prompts that begin otherwise
+
+    def _take_turns(self) -> None:
+        """Read in what is new in the next turns of conversations: the last token drawn, and what came in reply."""
+        places = [place for place, row in enumerate(self.rows) if row in self.turns]
+        rows = [self.rows[place] for place in places]
+        new = []
+        for row in rows:
+            job = self.turns.pop(row)
+            new.append(job.request.prompt_ids[len(row.ids) - 1 :])
+            row.job, row.place, row.ids, row.finished = job, 0, job.request.prompt_ids, False
+        lengths = np.array([len(ids) for ids in new])
+        room = max(len(row.ids) - row.base + row.request.max_tokens for row in rows)
+        # Rows that are padded to the longest write behind their own tokens.
+        self.decode.reserve(len(self.rows), room + int(lengths.max()) + self.check_every)
+        tokens = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
+        for i, ids in enumerate(new):
+            tokens[i, : len(ids)] = torch.tensor(ids)
+        at = np.array(places)
+        positions = self.decode.begin(tokens.shape[1], at).clamp_max(self.policy.context_length - 1)
+        adapters = [row.adapter for row in rows]
+        hidden = self.policy.hidden(tokens.to(self.policy.device), adapters, self.decode, positions, self.decode)
+        self.decode.advance(lengths, at)
+        last = torch.from_numpy(lengths - 1).to(hidden.device)
+        self.drawing.restart(places, rows, hidden[torch.arange(len(rows), device=hidden.device), last])
 
 
-def _below(x: Tensor, limit: Tensor) -> Tensor:
-    """x, or the next number under the limit: rounding must not choose a token without probability."""
-    return torch.minimum(x, torch.nextafter(limit, torch.zeros_like(limit)))
+def _parts(lengths: Sequence[int], budget: int) -> list[slice]:
+    """Neighbours whose lengths add up to the budget at most; a longer one is alone."""
+    parts, start, total = [], 0, 0
+    for i, length in enumerate(lengths):
+        if i > start and total + length > budget:
+            parts.append(slice(start, i))
+            start, total = i, 0
+        total += length
+    return [*parts, slice(start, len(lengths))]
+
+
+class _PlainRun:
+    """The same for architectures that our attention does not cover: the model's own attention and cache.
+
+    Without our own mask, rows of a batch need prompts of one length, and nobody comes in before all have left.
+    """
+
+    def __init__(self, sampler: NativeSampler, jobs: Sequence[_Job], finish: Finish, on_token: Callable[[int], None]):
+        self.policy, self.max_rows, self.finish, self.on_token = sampler.policy, sampler.max_rows, finish, on_token
+        self.waiting = list(jobs)
+
+    def run(self) -> None:
+        while self.waiting:
+            jobs = sorted(self.waiting, key=lambda job: len(job.request.prompt_ids))
+            self.waiting = []
+            for _, alike in itertools.groupby(jobs, key=lambda job: len(job.request.prompt_ids)):
+                rows = [_Row(job, place) for job in alike for place in range(len(job.of))]
+                for i in range(0, len(rows), self.max_rows):
+                    self._batch(rows[i : i + self.max_rows])
+
+    def _batch(self, rows: Sequence[_Row]) -> None:
+        policy, adapters = self.policy, [row.adapter for row in rows]
+        cache = policy.cache()
+        prompts = torch.tensor([row.request.prompt_ids for row in rows], device=policy.device)
+        hidden = policy.hidden(prompts, adapters, cache=cache)[:, -1]
+        drawing = _Drawing(policy)
+        drawing.admit(rows, hidden)
+        running = torch.ones(len(rows), dtype=torch.bool, device=policy.device)
+        n_running = len(rows)
+        while n_running:
+            self.on_token(n_running)
+            drawn, running = drawing.draw(running)
+            if n_running := int(running.sum()):  # finished rows stay: not every cache can give rows up
+                drawing.hidden = policy.hidden(drawn[:, None], adapters, cache=cache)[:, -1]
+        for place, row in enumerate(rows):
+            if (job := self.finish(row.job, row.place, drawing.completion(place, row))) is not None:
+                self.waiting.append(job)

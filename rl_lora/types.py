@@ -11,6 +11,8 @@ from enum import StrEnum
 
 from torch import Tensor
 
+from rl_lora.tree import Tree
+
 
 class Stop(StrEnum):
     """Why a reply, or an episode, ended."""
@@ -87,32 +89,27 @@ class Group:
 
 @dataclass(frozen=True)
 class Batch:
-    """A packed micro-batch: B rows of at most L tokens. A row holds one prompt and the completions behind it.
+    """A micro-batch: the tokens of one forward pass, and what is learned at which of them.
 
-    tokens, positions, segments: int64 (B, L). `positions` restarts behind the shared prompt for every completion.
-    `segments` is 0 on tokens that the whole row may attend to (the shared prompt), k >= 1 on tokens that only later
-    tokens of segment k may attend to, and -1 on padding.
-    The other fields are flat, over the N positions whose next token the model wrote:
+    tokens: int64 (B, L). With a `tree`, one row of L tokens without padding, in which each prompt stands once and its
+    completions behind it. Without, B sequences padded on the right, for models that cannot share prompts.
+    The next fields are flat, over the N positions whose next token the model wrote:
     index: int64 (N,), into the flattened B * L positions: where the hidden state that predicts a target stands.
     targets: int64 (N,). behaviour_logprobs, advantages, weights: float32 (N,).
     `weights` sum to at most one over all micro-batches of a step and an adapter: the denominator is global.
-    adapters: the adapter of each row (B).
+    adapters: the adapter of each token of a tree (L), or of each row (B).
+    n_tokens: tokens that have to be computed, padding apart.
     """
 
     tokens: Tensor
-    positions: Tensor
-    segments: Tensor
+    tree: Tree | None
     index: Tensor
     targets: Tensor
     behaviour_logprobs: Tensor
     advantages: Tensor
     weights: Tensor
     adapters: tuple[str | None, ...]
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens that have to be computed, padding apart."""
-        return int((self.segments >= 0).sum())
+    n_tokens: int
 
 
 @dataclass(frozen=True)

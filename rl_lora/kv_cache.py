@@ -1,0 +1,222 @@
+"""Keys and values that a rollout keeps: of what several prompts begin with, of prompts, and of each row's own tokens.
+
+The first two are stored once and shared by all rows behind them; a row's own live in buffers that are allocated once
+and outlast a turn. What leaves and what comes is `sampler.py`'s business.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import Cache
+
+from rl_lora.attention import Options, Sharing, Source, additive, attend
+
+
+class Nodes:
+    """Keys and values of n token spans: lists over layers of (n, H_kv, L, D), padded behind `lengths` (n,)."""
+
+    def __init__(self, keys: list[Tensor], values: list[Tensor], lengths: np.ndarray):
+        self.keys, self.values, self.lengths = keys, values, lengths
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def select(self, nodes: np.ndarray) -> None:
+        """Keep these."""
+        if len(nodes) < len(self):
+            index = torch.from_numpy(nodes).to(self.keys[0].device)
+            self.lengths = self.lengths[nodes]
+            L = int(self.lengths.max())
+            self.keys, self.values = ([x[index, :, :L] for x in xs] for xs in (self.keys, self.values))
+
+    def append(self, other: Nodes) -> None:
+        L = max(self.keys[0].shape[2], other.keys[0].shape[2])
+        self.keys, self.values = (
+            [torch.cat([F.pad(x, (0, 0, 0, L - x.shape[2])) for x in pair]) for pair in zip(mine, theirs, strict=True)]
+            for mine, theirs in ((self.keys, other.keys), (self.values, other.values))
+        )
+        self.lengths = np.concatenate([self.lengths, other.lengths])
+
+    def append_empty(self) -> None:
+        """A node without tokens."""
+        keys, values = ([x.new_zeros(1, x.shape[1], 0, x.shape[3]) for x in xs] for xs in (self.keys, self.values))
+        self.append(Nodes(keys, values, np.zeros(1, np.int64)))
+
+
+class Recorder(Cache):
+    """Takes down what a forward pass computes, (B, H_kv, L, D) a layer."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        assert layer_idx == len(self.keys), f"layer {layer_idx} came after {len(self.keys)} layers"
+        self.keys.append(key_states)
+        self.values.append(value_states)
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+
+class Decode(Cache):
+    """R rows, each behind a prompt, and the layout of forward passes over their next tokens.
+
+    Row r reads what its prompt's trunk holds (the beginning that prompts have in common, where there is one), then the
+    rest of its prompt, then its own `t[r]` tokens. `begin` says which tokens come next.
+    """
+
+    def __init__(self, device: torch.device | str):
+        super().__init__(layers=[])
+        self.device = device
+        self.trunks: Nodes | None = None
+        self.prompts: Nodes | None = None
+        self.trunk_of_prompt = np.zeros(0, np.int64)
+        self.prompt_of_row = np.zeros(0, np.int64)
+        self.t = np.zeros(0, np.int64)
+        """(R,): tokens that each row's own buffer holds."""
+        self.keys: list[Tensor] = []
+        """Of each layer, (rows >= R, H_kv, tokens >= max t, D)."""
+        self.values: list[Tensor] = []
+        self._sharing: list[tuple[Nodes, Sharing]] = []
+        self._lengths: list[Tensor] = []  # of each row's trunk and prompt, int64 (R,), on the device
+
+    def __len__(self) -> int:
+        return len(self.t)
+
+    def admit(self, prompts: Nodes, trunk_of_prompt: np.ndarray, prompt_of_row: np.ndarray, room: int) -> None:
+        """New rows behind new prompts; `prompt_of_row` counts the new prompts only. `room`: own tokens of a row."""
+        offset = len(self.trunk_of_prompt)
+        if self.prompts is None:
+            self.prompts = prompts
+        else:
+            self.prompts.append(prompts)
+        self.trunk_of_prompt = np.concatenate([self.trunk_of_prompt, trunk_of_prompt])
+        self.prompt_of_row = np.concatenate([self.prompt_of_row, prompt_of_row + offset])
+        self.t = np.concatenate([self.t, np.zeros_like(prompt_of_row)])
+        self.reserve(len(self), room)
+        self._arrange()
+
+    def reserve(self, rows: int, room: int) -> None:
+        """Make buffers for so many rows of so many own tokens, unless they are there."""
+        assert self.prompts is not None
+        have = self.keys[0].shape if self.keys else (0, 0, 0, 0)
+        rows, room = max(rows, have[0]), max(room, have[2])
+        if (rows, room) == (have[0], have[2]):
+            return
+        for mine, like in ((self.keys, self.prompts.keys), (self.values, self.prompts.values)):
+            new = [x.new_zeros(rows, x.shape[1], room, x.shape[3]) for x in like]
+            for x, old in zip(new, mine, strict=False):
+                x[: old.shape[0], :, : old.shape[2]] = old
+            mine[:] = new
+
+    def keep(self, rows: np.ndarray) -> None:
+        """Go on with these rows (increasing), and with the prompts that they still need."""
+        assert self.prompts is not None
+        first = int((np.arange(len(rows)) == rows).sum())  # these stay where they are
+        width = int(self.t[rows].max(initial=0))
+        index = torch.from_numpy(rows[first:]).to(self.device)
+        if len(index) and width:
+            for buffer in (*self.keys, *self.values):
+                buffer[first : len(rows), :, :width] = buffer[index, :, :width]
+        self.t = self.t[rows]
+        needed, self.prompt_of_row = np.unique(self.prompt_of_row[rows], return_inverse=True)
+        self.trunk_of_prompt = self.trunk_of_prompt[needed]
+        if len(needed):
+            self.prompts.select(needed)
+        else:
+            self.prompts = None
+        self._arrange()
+
+    def _arrange(self) -> None:
+        """Bring rows and what they share together."""
+        self._sharing, self._lengths = [], []
+        if self.prompts is None:
+            return
+        for nodes, owner in (
+            (self.trunks, self.trunk_of_prompt[self.prompt_of_row]),
+            (self.prompts, self.prompt_of_row),
+        ):
+            if nodes is not None:
+                self._sharing.append((nodes, Sharing(owner, len(nodes), self.device)))
+                self._lengths.append(torch.from_numpy(nodes.lengths[owner]).to(self.device))
+
+    def begin(self, n_tokens: int = 1, rows: np.ndarray | None = None) -> Tensor:
+        """The next forward pass reads n tokens of every row, or of these rows; returns their positions, (R, n).
+
+        A row of less is padded, and `advance` counts what it really had.
+        """
+        t = self.t if rows is None else self.t[rows]
+        self._width = int(t.max()) + n_tokens
+        self._t = torch.from_numpy(t).to(self.device)
+        self._rows = None if rows is None else torch.from_numpy(rows).to(self.device)
+        self._at = torch.arange(n_tokens, device=self.device)
+        at = self._at_of_rows = self._t[:, None] + self._at  # (R, n): where the tokens go in the row's own buffer
+        self._row_index = (torch.arange(len(t), device=self.device) if self._rows is None else self._rows)[:, None]
+        lengths = self._lengths if rows is None else [x[self._rows] for x in self._lengths]
+        self._seen = lengths
+        self._masks: dict[int | None, Tensor] = {}
+        self._sources = self._sharing
+        if rows is not None:
+            owners = (self.trunk_of_prompt[self.prompt_of_row[rows]], self.prompt_of_row[rows])[-len(self._sharing) :]
+            self._sources = [
+                (nodes, Sharing(owner, len(nodes), self.device))
+                for (nodes, _), owner in zip(self._sharing, owners, strict=True)
+            ]
+        return at + torch.stack(lengths).sum(0)[:, None]
+
+    def advance(self, n_tokens: int | np.ndarray = 1, rows: np.ndarray | None = None) -> None:
+        """Count the tokens that the model has just read."""
+        if rows is None:
+            self.t = self.t + n_tokens
+        else:
+            self.t[rows] += n_tokens
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return int(self.t.max(initial=0))
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write the new tokens' keys and values, (R, H_kv, n, D), behind each row's own; return its own so far."""
+        own = []
+        for buffer, new in ((self.keys[layer_idx], key_states), (self.values[layer_idx], value_states)):
+            buffer[self._row_index, :, self._at_of_rows] = new.transpose(1, 2)
+            rows = buffer[: len(new)] if self._rows is None else buffer[self._rows]
+            own.append(rows[:, :, : self._width])
+        return own[0], own[1]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
+        """query: (R, H, n, D); key, value: the rows' own, (R, H_kv, t + n, D). Returns (R, H, n, D)."""
+        sources = [Source(nodes.keys[layer], nodes.values[layer], sharing) for nodes, sharing in self._sources]
+        return attend(query, [*sources, Source(key, value)], self.mask(options.window), options)
+
+    def mask(self, window: int | None) -> Tensor:
+        """float32 (R, 1, n, keys): which of trunk, prompt and own tokens each new token may attend to."""
+        if window not in self._masks:
+            at = self._at_of_rows[:, :, None]  # (R, n, 1)
+            first = torch.zeros_like(at[:, :1])  # (R, 1, 1): position of a source's first key
+            query = at + torch.stack(self._seen).sum(0)[:, None, None]
+            parts = []
+            for (nodes, _), length in zip(self._sources, self._seen, strict=True):
+                j = torch.arange(nodes.keys[0].shape[2], device=self.device)
+                parts.append(self._allowed(j < length[:, None, None], query - first - j, window))
+                first = first + length[:, None, None]
+            j = torch.arange(self._width, device=self.device)
+            parts.append(self._allowed(j <= at, query - first - j, window))
+            self._masks[window] = additive(torch.cat(parts, -1))
+        return self._masks[window]
+
+    @staticmethod
+    def _allowed(exists: Tensor, distance: Tensor, window: int | None) -> Tensor:
+        """(R, n, keys)"""
+        return exists.expand_as(distance) if window is None else exists & (distance < window)

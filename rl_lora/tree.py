@@ -1,0 +1,281 @@
+"""A tree of token spans in one flat forward pass: sequences that share their beginnings, each shared token once.
+
+What all prompts begin with is the parent of what is particular to each prompt, and that of its completions. A token
+attends to what is before it in its own span and to all of its ancestors. Learning and prefill run on this layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rl_lora.attention import Options, Sharing, Source, additive, attend, attend_backward
+from rl_lora.kv_cache import Nodes
+
+CHUNK_ELEMENTS = 1 << 25
+"""Attention scores that exist at a time: 128 MiB in float32."""
+
+MIN_TRUNK = 16
+"""Tokens that prompts must have in common for their beginning to be a span of its own."""
+PAST = -1
+
+Span = tuple[int, int, int]
+"""(first token, number of tokens >= 1, parent's index among the spans or -1)"""
+
+
+@dataclass
+class _Depth:
+    """The n spans of one depth, padded to L tokens."""
+
+    index: Tensor
+    """int64 (n, L): where the tokens stand in the flat pass; 0 on padding."""
+    padding: Tensor
+    """bool (n, L)"""
+    lengths: np.ndarray
+    """(n,)"""
+    first: np.ndarray
+    """(n,): the position of each first token."""
+    owners: list[np.ndarray]
+    """For every shallower depth, (n,): the ancestor there."""
+
+    @property
+    def positions(self) -> np.ndarray:
+        """int64 (n, L), counted on behind a span's end, so that padding attends to itself."""
+        return self.first[:, None] + np.arange(self.index.shape[1])
+
+
+@dataclass
+class _Chunk:
+    """Query blocks that are computed at a time, and the sources they attend to."""
+
+    depth: int
+    blocks: slice
+    queries: slice
+    sources: list[tuple[int, slice, int, Sharing | None]]
+    """(depth of the source or PAST, its nodes, its first so many keys, sharing)"""
+    masks: dict[int | None, Tensor] = field(default_factory=dict)
+
+
+class Tree:
+    """The layout of a flat forward pass of N tokens, (1, N).
+
+    Args:
+        spans: together they cover all tokens, each once; a parent comes before its children.
+        device: where the forward pass runs.
+        past, past_of_span: keys and values that are there already, and which node of them each span goes on from; then
+            no span has a parent, and nothing is differentiated.
+    """
+
+    def __init__(
+        self,
+        spans: Sequence[Span],
+        device: torch.device | str = "cpu",
+        past: Nodes | None = None,
+        past_of_span: Sequence[int] = (),
+    ):
+        assert past is None or len(past_of_span) == len(spans)
+        self.spans, self.device, self.past = spans, device, past
+        depths: list[int] = []
+        place: list[int] = []  # of each span, among those of its depth
+        members: list[list[int]] = []  # the spans of each depth
+        position_of_first: list[int] = []
+        for i, (_, _, parent) in enumerate(spans):
+            assert -1 <= parent < i
+            depth = 0 if parent < 0 else depths[parent] + 1
+            if depth == len(members):
+                members.append([])
+            depths.append(depth)
+            place.append(len(members[depth]))
+            members[depth].append(i)
+            if parent >= 0:
+                position_of_first.append(position_of_first[parent] + spans[parent][1])
+            else:
+                position_of_first.append(0 if past is None else int(past.lengths[past_of_span[i]]))
+        self.n_tokens = sum(length for _, length, _ in spans)
+        positions, slot = np.empty(self.n_tokens, np.int64), np.empty(self.n_tokens, np.int64)
+        self.depths: list[_Depth] = []
+        offset = 0
+        for own in members:
+            lengths = np.array([spans[i][1] for i in own])
+            index = np.zeros((len(own), lengths.max()), np.int64)
+            owners: list[list[int]] = [[] for _ in self.depths]
+            for k, i in enumerate(own):
+                start, length, parent = spans[i]
+                tokens = np.arange(start, start + length)
+                index[k, :length] = tokens
+                positions[tokens] = position_of_first[i] + np.arange(length)
+                slot[tokens] = offset + k * index.shape[1] + np.arange(length)
+                while parent >= 0:
+                    owners[depths[parent]].append(place[parent])
+                    parent = spans[parent][2]
+            first = np.array([position_of_first[i] for i in own])
+            padding = np.arange(index.shape[1]) >= lengths[:, None]
+            on_device = (torch.from_numpy(x).to(device) for x in (index, padding))
+            self.depths.append(_Depth(*on_device, lengths, first, list(map(np.array, owners))))
+            offset += index.size
+        self._past_owner = np.array(past_of_span)
+        self.positions = torch.from_numpy(positions).to(device)[None]
+        """int64 (1, N)"""
+        self._slot = torch.from_numpy(slot).to(device)  # where a token stands among the padded tokens of all depths
+        self._chunks: list[_Chunk] = []
+        self.windows: set[int | None] = set()
+        """The sliding windows that the model's layers have asked for; None is full attention."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
+        """query: (1, H, N, D); key, value: (1, H_kv, N, D). Returns (1, H, N, D)."""
+        self.windows.add(options.window)
+        return _TreeAttention.apply(query, key, value, self, layer, options)
+
+    def last(self) -> Tensor:
+        """int64: where the last token of every span stands."""
+        return torch.tensor([start + length - 1 for start, length, _ in self.spans], device=self.device)
+
+    def padded(self, x: Tensor, depth: int) -> Tensor:
+        """(1, h, N, D) -> (n, h, L, D), the spans of a depth."""
+        return x[0].transpose(0, 1)[self.depths[depth].index].transpose(1, 2).contiguous()
+
+    def flat(self, parts: Sequence[Tensor]) -> Tensor:
+        """The other way: (n, h, L, D) of every depth -> (1, h, N, D), in the memory order of (1, N, h, D)."""
+        tokens = [part.transpose(1, 2).flatten(0, 1) for part in parts]  # (n * L, h, D)
+        return (torch.cat(tokens) if len(tokens) > 1 else tokens[0])[self._slot].transpose(0, 1)[None]
+
+    def chunks(self, heads: int) -> list[_Chunk]:
+        """The pieces that attention is computed in: their scores stay within `CHUNK_ELEMENTS`."""
+        if not self._chunks:
+            for d, depth in enumerate(self.depths):
+                n, L = depth.index.shape
+                keys = sum(other.index.shape[1] for other in self.depths[: d + 1])
+                keys += 0 if self.past is None else int(self.past.lengths.max())
+                blocks = max(1, CHUNK_ELEMENTS // (heads * L * keys))
+                queries = min(L, max(1, CHUNK_ELEMENTS // (heads * keys)))  # less than L for one block at a time only
+                for b in range(0, n, blocks):
+                    for q in range(0, L, queries):
+                        self._chunks.append(self._chunk(d, slice(b, min(b + blocks, n)), slice(q, min(q + queries, L))))
+        return self._chunks
+
+    def _chunk(self, d: int, blocks: slice, queries: slice) -> _Chunk:
+        sources: list[tuple[int, slice, int, Sharing | None]] = []
+        if self.past is not None:
+            sharing = Sharing(self._past_owner[blocks], len(self.past), self.device)
+            sources.append((PAST, slice(None), self.past.keys[0].shape[2], sharing))
+        for a, owner in enumerate(self.depths[d].owners):
+            mine = owner[blocks]
+            nodes = slice(int(mine.min()), int(mine.max()) + 1)
+            sharing = Sharing(mine - nodes.start, nodes.stop - nodes.start, self.device)
+            sources.append((a, nodes, self.depths[a].index.shape[1], sharing))
+        sources.append((d, blocks, queries.stop, None))  # nothing behind the last query is seen
+        return _Chunk(d, blocks, queries, sources)
+
+    def mask(self, chunk: _Chunk, window: int | None) -> Tensor:
+        """float32 (blocks, 1, queries, keys)"""
+        if window not in chunk.masks:
+            depth = self.depths[chunk.depth]
+            query = depth.positions[chunk.blocks, chunk.queries, None]
+            parts = []
+            for a, _, n_keys, sharing in chunk.sources:
+                if sharing is None:
+                    key = depth.positions[chunk.blocks, None, :n_keys]
+                    allowed = key <= query
+                elif a == PAST:
+                    assert self.past is not None
+                    key = np.arange(n_keys)[None, None]
+                    allowed = key < self.past.lengths[self._past_owner[chunk.blocks], None, None]
+                else:
+                    owner = depth.owners[a][chunk.blocks]
+                    key = self.depths[a].positions[owner, None, :n_keys]
+                    allowed = np.arange(n_keys) < self.depths[a].lengths[owner, None, None]
+                if window is not None:
+                    allowed = allowed & (query - key < window)
+                parts.append(np.broadcast_to(allowed, (*query.shape[:2], n_keys)))
+            chunk.masks[window] = additive(torch.from_numpy(np.concatenate(parts, -1)).to(self.device))
+        return chunk.masks[window]
+
+
+class _TreeAttention(torch.autograd.Function):
+    """Keeps queries, keys and values only; gathers tokens into padded spans, never scatters."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, tree: Tree, layer: int, options: Options
+    ) -> Tensor:
+        ctx.save_for_backward(query, key, value)
+        ctx.tree, ctx.options = tree, options
+        q, k, v = ([tree.padded(x, d) for d in range(len(tree.depths))] for x in (query, key, value))
+        out = [x.new_empty(*x.shape[:3], value.shape[-1]) for x in q]
+        for chunk, of_chunk, sources in _pieces(tree, layer, q, k, v):
+            mask = tree.mask(chunk, options.window)
+            out[chunk.depth][chunk.blocks, :, chunk.queries] = attend(of_chunk, sources, mask, options)
+        return tree.flat(out)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        tree, options = ctx.tree, ctx.options
+        assert tree.past is None
+        q, k, v, g = ([tree.padded(x, d) for d in range(len(tree.depths))] for x in (*ctx.saved_tensors, grad))
+        for x, depth in zip(g, tree.depths, strict=True):
+            x.masked_fill_(depth.padding[:, None, :, None], 0)  # what stands there would reach keys and values
+        # A prompt's keys hear from every completion: their sum is kept in float32.
+        dq, dk, dv = (
+            [torch.zeros_like(x, dtype=torch.float32 if float32 else None) for x in xs]
+            for xs, float32 in ((q, False), (k, True), (v, True))
+        )
+        for chunk, of_chunk, sources in _pieces(tree, 0, q, k, v):
+            mask = tree.mask(chunk, options.window)
+            dout = g[chunk.depth][chunk.blocks, :, chunk.queries]
+            dq_chunk, of_sources = attend_backward(of_chunk, sources, mask, options, dout)
+            dq[chunk.depth][chunk.blocks, :, chunk.queries] = dq_chunk
+            for (a, nodes, n_keys, _), (dkey, dvalue) in zip(chunk.sources, of_sources, strict=True):
+                dk[a][nodes, :, :n_keys] += dkey
+                dv[a][nodes, :, :n_keys] += dvalue
+        return tree.flat(dq), tree.flat(dk).to(k[0].dtype), tree.flat(dv).to(v[0].dtype), None, None, None
+
+
+def _pieces(
+    tree: Tree, layer: int, q: list[Tensor], k: list[Tensor], v: list[Tensor]
+) -> Iterator[tuple[_Chunk, Tensor, list[Source]]]:
+    """Every chunk, with its queries and its sources."""
+    for chunk in tree.chunks(q[0].shape[1]):
+        sources = []
+        for a, nodes, n_keys, sharing in chunk.sources:
+            if a == PAST:
+                assert tree.past is not None
+                sources.append(Source(tree.past.keys[layer], tree.past.values[layer], sharing))
+            else:
+                sources.append(Source(k[a][nodes, :, :n_keys], v[a][nodes, :, :n_keys], sharing))
+        yield chunk, q[chunk.depth][chunk.blocks, :, chunk.queries], sources
+
+
+Trunk = tuple[str | None, tuple[int, ...]]
+"""An adapter, and what several of its prompts begin with."""
+
+
+def find_trunks(prompts: Iterable[Trunk]) -> list[Trunk]:
+    """What at least two of these prompts, each with its adapter, begin with; it leaves each a token of its own."""
+    alike: dict[Trunk, set[tuple[int, ...]]] = {}
+    for adapter, ids in prompts:
+        alike.setdefault((adapter, ids[:MIN_TRUNK]), set()).add(ids)
+    trunks = []
+    for (adapter, _), members in alike.items():
+        n = min(common_prefix(members), min(map(len, members)) - 1)
+        if len(members) > 1 and n >= MIN_TRUNK:
+            trunks.append((adapter, min(members)[:n]))
+    return trunks
+
+
+def trunk_of(trunks: Sequence[Trunk], adapter: str | None, prompt: tuple[int, ...]) -> int | None:
+    """The index of the trunk that a prompt goes on from."""
+    for i, (of, ids) in enumerate(trunks):
+        if of == adapter and len(prompt) > len(ids) and prompt[: len(ids)] == ids:
+            return i
+    return None
+
+
+def common_prefix(sequences: Collection[tuple[int, ...]]) -> int:
+    """Tokens that all sequences begin with."""
+    first, last = min(sequences), max(sequences)  # in the order of a dictionary, these two differ the soonest
+    return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))

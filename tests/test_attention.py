@@ -1,0 +1,194 @@
+"""Attention over shared beginnings is attention: against a dense float64 softmax, forward and backward."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from rl_lora import tree as tree_module
+from rl_lora.attention import Options, Sharing
+from rl_lora.kv_cache import Decode, Nodes
+from rl_lora.tree import Tree, common_prefix, find_trunks, trunk_of
+
+
+def random_spans(rng: np.random.Generator, n: int) -> list[tuple[int, int, int]]:
+    """A forest at most three deep, in an order in which parents come first and siblings need not be neighbours."""
+    spans: list[tuple[int, int, int]] = []
+    depth: list[int] = []
+    start = 0
+    for i in range(n):
+        parents = [j for j in range(i) if depth[j] < 2]
+        parent = int(rng.choice([-1, *parents]))
+        length = int(rng.integers(1, 7))
+        spans.append((start, length, parent))
+        depth.append(0 if parent < 0 else depth[parent] + 1)
+        start += length
+    return spans
+
+
+def allowed(tree: Tree, window: int | None) -> Tensor:
+    """bool (N, N), token by token: own span up to here, and all ancestors."""
+    N = tree.n_tokens
+    span_of = np.concatenate([np.full(length, i) for i, (_, length, _) in enumerate(tree.spans)])
+    mask = torch.zeros(N, N, dtype=torch.bool)
+    for i in range(N):
+        line, span = set(), span_of[i]
+        while span >= 0:
+            line.add(span)
+            span = tree.spans[span][2]
+        for j in range(i + 1):
+            near = window is None or int(tree.positions[0, i] - tree.positions[0, j]) < window
+            mask[i, j] = span_of[j] in line and near
+    return mask
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, options: Options) -> Tensor:
+    """(H, N, D) x (H_kv, M, D) in float64."""
+    k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in (k, v))
+    scores = q @ k.transpose(1, 2) * options.scaling
+    if options.softcap is not None:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if options.sinks is not None:
+        sinks = options.sinks.double()[:, None, None].expand(*scores.shape[:2], 1)
+        return torch.softmax(torch.cat([scores, sinks], -1), -1)[..., :-1] @ v
+    return torch.softmax(scores, -1) @ v
+
+
+OPTIONS = [
+    Options(0.3),
+    Options(0.3, window=4),
+    Options(0.5, softcap=2.0),
+    Options(0.3, window=3, softcap=1.5, sinks=torch.tensor([0.3, -1.0, 2.0, 0.0])),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("chunk", [1 << 25, 60])
+@pytest.mark.parametrize("seed", range(3))
+def test_tree_attention_and_its_gradient_are_those_of_a_dense_mask(seed, chunk, options, monkeypatch):
+    monkeypatch.setattr(tree_module, "CHUNK_ELEMENTS", chunk)  # 60: single blocks, and single queries of them
+    rng = np.random.default_rng(seed)
+    tree = Tree(random_spans(rng, 9))
+    g = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(1, h, tree.n_tokens, 5, generator=g, requires_grad=True) for h in (4, 2, 2))
+    out = tree.attend(0, q, k, v, options)
+    grad = torch.randn(out.shape, generator=g)
+    out.backward(grad)
+    q64, k64, v64 = (x.detach().double().requires_grad_() for x in (q, k, v))
+    expected = dense(q64[0], k64[0], v64[0], allowed(tree, options.window), options)
+    expected.backward(grad[0].double())
+    torch.testing.assert_close(out[0].double(), expected, atol=1e-5, rtol=1e-4)
+    for x, x64 in ((q, q64), (k, k64), (v, v64)):
+        torch.testing.assert_close(x.grad.double(), x64.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_bfloat16_is_float64_within_its_rounding():
+    rng = np.random.default_rng(0)
+    tree = Tree(random_spans(rng, 12))
+    q, k, v = (torch.randn(1, h, tree.n_tokens, 16).bfloat16().requires_grad_() for h in (4, 2, 2))
+    out = tree.attend(0, q, k, v, Options(0.25))
+    out.sum().backward()
+    q64, k64, v64 = (x.detach().double().requires_grad_() for x in (q, k, v))
+    expected = dense(q64[0], k64[0], v64[0], allowed(tree, None), Options(0.25))
+    expected.sum().backward()
+    assert (out[0] - expected).abs().max() < 0.03
+    for x, x64 in ((q, q64), (k, k64), (v, v64)):
+        assert (x.grad - x64.grad).abs().mean() < 0.02 * x64.grad.abs().mean()
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_rows_decode_what_a_dense_mask_gives_whatever_came_before(options):
+    """Rows come, read one or several tokens, leave, others come: all of them agree with dense attention each time."""
+    g = torch.Generator().manual_seed(0)
+    rng = np.random.default_rng(0)
+    H, H_kv, D = 4, 2, 5
+
+    def kv(n: int) -> tuple[Tensor, Tensor]:
+        return torch.randn(H_kv, n, D, generator=g), torch.randn(H_kv, n, D, generator=g)
+
+    def nodes(parts: list[tuple[Tensor, Tensor]]) -> Nodes:
+        lengths = np.array([part[0].shape[1] for part in parts])
+        keys, values = torch.full((2, len(parts), H_kv, lengths.max(), D), 7.0)
+        for i, (k, v) in enumerate(parts):
+            keys[i, :, : lengths[i]], values[i, :, : lengths[i]] = k, v
+        return Nodes([keys], [values], lengths)
+
+    trunks = [kv(4), kv(6)]
+    decode = Decode("cpu")
+    decode.trunks = nodes(trunks)
+    decode.trunks.append_empty()
+    trunks.append(kv(0))
+    rows: list[tuple[Tensor, Tensor]] = []  # of each row, everything it has read
+
+    def admit(trunk_of_prompt: list[int], prompt_of_row: list[int]) -> None:
+        prompts = [kv(int(rng.integers(1, 6))) for _ in trunk_of_prompt]
+        decode.admit(nodes(prompts), np.array(trunk_of_prompt), np.array(prompt_of_row), room=3)
+        for p in prompt_of_row:
+            pair = zip(trunks[trunk_of_prompt[p]], prompts[p], strict=True)
+            rows.append(tuple(torch.cat(x, 1) for x in pair))  # type: ignore[arg-type]
+
+    def read(n: int, some: list[int] | None = None, lengths: list[int] | None = None) -> None:
+        chosen = list(range(len(rows))) if some is None else some
+        lengths = lengths or [n] * len(chosen)
+        index = None if some is None else np.array(some)
+        decode.reserve(len(rows), int(decode.t.max(initial=0)) + n)
+        positions = decode.begin(n, index)
+        q = torch.randn(len(chosen), H, n, D, generator=g)
+        k, v = torch.randn(2, len(chosen), H_kv, n, D, generator=g)
+        out = decode.attend(0, q, *decode.update(k, v, 0), options)
+        decode.advance(np.array(lengths) if index is not None else n, index)
+        for i, row in enumerate(chosen):
+            m = lengths[i]
+            rows[row] = tuple(torch.cat([old, new[i, :, :m]], 1) for old, new in zip(rows[row], (k, v), strict=True))
+            keys, values = rows[row]
+            at = torch.arange(keys.shape[1] - m, keys.shape[1])[:, None]
+            j = torch.arange(keys.shape[1])
+            mask = (j <= at) if options.window is None else (j <= at) & (at - j < options.window)
+            expected = dense(q[i, :, :m].double(), keys.double(), values.double(), mask, options)
+            assert positions[i, :m].tolist() == at[:, 0].tolist()
+            torch.testing.assert_close(out[i, :, :m].double(), expected, atol=1e-5, rtol=1e-4)
+
+    def keep(which: list[int]) -> None:
+        decode.keep(np.array(which, np.int64))
+        rows[:] = [rows[i] for i in which]
+
+    admit([0, 1], [0, 0, 1])
+    read(1)
+    read(1)
+    keep([1, 2])
+    admit([2, 0], [0, 1, 1])
+    read(1)
+    read(3, [0, 3], [3, 1])  # next turns of different lengths
+    read(1)
+    keep([0, 3])
+    read(2)
+    keep([])
+    admit([1], [0])
+    read(1)
+
+
+@pytest.mark.parametrize("owner", [[0, 0, 1, 1], [1, 0, 1, 1], [2, 0, 0, 2, 2], [0]])
+def test_sharing_brings_blocks_together_and_apart(owner):
+    sharing = Sharing(np.array(owner), 3)
+    x = torch.randn(len(owner), 2, 3, 4)
+    together = sharing.together(x, zero=True)
+    assert torch.equal(sharing.apart(together), x)
+    for node in range(3):
+        mine = sum((x[i] for i, o in enumerate(owner) if o == node), torch.zeros(2, 3, 4))
+        parts = together[node].view(2, sharing.G, 3, 4).sum(1)
+        torch.testing.assert_close(parts, mine)
+
+
+def test_trunks_are_what_prompts_of_one_adapter_begin_with():
+    head = tuple(range(100, 120))
+    prompts = [("a", (*head, 1, 2)), ("a", (*head, 3)), ("b", (*head, 1)), (None, (1, 2, 3)), ("a", (*head, 1))]
+    assert find_trunks(prompts) == [("a", head)]
+    assert trunk_of([("a", head)], "a", (*head, 9)) == 0
+    assert trunk_of([("a", head)], "a", head) is None  # nothing would be left to draw behind
+    assert trunk_of([("a", head)], "b", (*head, 9)) is None
+    assert find_trunks([("a", head), ("a", (*head, 1))]) == [("a", head[:-1])]
+    assert find_trunks([("a", head), ("a", head)]) == []
+    assert common_prefix([(1, 2, 3), (1, 2), (1, 2, 4)]) == 2
