@@ -189,7 +189,8 @@ class _Drawing:
         self.policy, device = policy, policy.device
         self.stop_ids = torch.tensor(sorted(policy.chat.stop_ids), dtype=torch.int64, device=device)
         self.hidden = torch.empty(0, policy.head.weight.shape[1], dtype=policy.dtype, device=device)
-        self.temperature, self.limit, self.n = (torch.empty(0, dtype=d, device=device) for d in _TYPES)
+        self.temperature = torch.empty(0, device=device)
+        self.limit, self.n = torch.empty(2, 0, dtype=torch.int64, device=device)
         self.uniforms = torch.empty(0, 0, device=device)  # (R, T)
         self.tokens = torch.empty(0, 1, dtype=torch.int64, device=device)  # (R, T + 1); the last column takes anything
         self.logprobs = torch.empty(0, 1, device=device)
@@ -215,7 +216,7 @@ class _Drawing:
         T = self.uniforms.shape[1]
         device = self.n.device
         at = torch.tensor(places, device=device)
-        self.temperature[at] = torch.tensor([row.request.temperature for row in rows], device=device)
+        self.temperature[at] = torch.tensor([float(row.request.temperature) for row in rows], device=device)
         self.plain = self.plain and all(row.request.temperature == 1 for row in rows)
         self.limit[at] = torch.tensor([row.request.max_tokens for row in rows], device=device)
         self.n[at] = 0
@@ -254,9 +255,6 @@ class _Drawing:
             )
         stop = Stop.END if tokens[-1] in self.policy.chat.stop_ids else Stop.LENGTH
         return Completion(tuple(tokens), tuple(logprobs), stop)
-
-
-_TYPES = (torch.float32, torch.int64, torch.int64)
 
 
 class _Run:

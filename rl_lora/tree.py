@@ -115,8 +115,8 @@ class Tree:
                     parent = spans[parent][2]
             first = np.array([position_of_first[i] for i in own])
             padding = np.arange(index.shape[1]) >= lengths[:, None]
-            on_device = (torch.from_numpy(x).to(device) for x in (index, padding))
-            self.depths.append(_Depth(*on_device, lengths, first, list(map(np.array, owners))))
+            at, beyond = torch.from_numpy(index).to(device), torch.from_numpy(padding).to(device)
+            self.depths.append(_Depth(at, beyond, lengths, first, list(map(np.array, owners))))
             offset += index.size
         self._past_owner = np.array(past_of_span)
         self.positions = torch.from_numpy(positions).to(device)[None]

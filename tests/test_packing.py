@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from rl_lora import tree
 from rl_lora.packing import pack, trajectories
 from rl_lora.policy import Policy
 from rl_lora.types import Batch, Episode, Group, Stop, Turn
@@ -26,22 +27,33 @@ Target = tuple[str | None, tuple[int, ...], int, float, float, float]
 """adapter, context, token, behaviour log-probability, advantage, weight"""
 
 
+def sees(batch: Batch, flat: int) -> tuple[list[int], list[int]]:
+    """The tokens that a hidden state may depend on, and their positions, by the rules in the docstrings."""
+    if batch.tree is None:
+        L = batch.tokens.shape[1]
+        return list(range(flat // L * L, flat + 1)), list(range(flat % L + 1))
+    (span,) = (k for k, (start, n, _) in enumerate(batch.tree.spans) if start <= flat < start + n)
+    seen: list[int] = list(range(batch.tree.spans[span][0], flat + 1))
+    while (span := batch.tree.spans[span][2]) >= 0:
+        start, n, _ = batch.tree.spans[span]
+        seen = [*range(start, start + n), *seen]
+    return seen, batch.tree.positions[0, seen].tolist()
+
+
 def read_back(batch: Batch) -> list[Target]:
-    """Every target with the tokens that its hidden state may depend on, by the rules in the docstring of `Batch`."""
-    B, L = batch.tokens.shape
+    """Every target with the tokens that its hidden state may depend on."""
     found: list[Target] = []
-    reached = torch.zeros(B, L, dtype=torch.bool)
+    tokens = batch.tokens.flatten()
+    reached: set[int] = set()
     for n, flat in enumerate(batch.index.tolist()):
-        b, i = divmod(flat, L)
-        segment = batch.segments[b]
-        assert segment[i] >= 0, "a target stands on padding"
-        visible = ((segment == 0) | (segment == segment[i])) & (torch.arange(L) <= i)
-        assert batch.positions[b][visible].tolist() == list(range(int(visible.sum())))
-        reached[b] |= visible
+        visible, positions = sees(batch, flat)
+        assert positions == list(range(len(visible)))
+        reached |= set(visible)
         floats = [float(x[n]) for x in (batch.behaviour_logprobs, batch.advantages, batch.weights)]
-        context = tuple(batch.tokens[b][visible].tolist())
-        found.append((batch.adapters[b], context, int(batch.targets[n]), floats[0], floats[1], floats[2]))
-    assert torch.equal(reached, batch.segments >= 0), "a token is computed from which nothing is learned"
+        context = tuple(tokens[visible].tolist())
+        adapter = batch.adapters[flat * len(batch.adapters) // len(tokens)]
+        found.append((adapter, context, int(batch.targets[n]), floats[0], floats[1], floats[2]))
+    assert len(reached) == batch.n_tokens, "a token is computed from which nothing is learned"
     return found
 
 
@@ -93,21 +105,18 @@ def test_every_written_token_is_a_target_once_behind_its_own_context(
     signal: Signal, budget: int, shared_prefix: bool
 ) -> None:
     denominators: dict[str | None, float] = {"a": 7.0, "b": 11.0}
-    batches = pack(signal, denominators=denominators, tokens_per_microbatch=budget, shared_prefix=shared_prefix)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tree, "MIN_TRUNK", 1)  # so that prompts this short have trunks
+        batches = pack(signal, denominators=denominators, tokens_per_microbatch=budget, shared_prefix=shared_prefix)
     assert Counter(target for batch in batches for target in read_back(batch)) == Counter(
         expected(signal, denominators)
     )
     for batch in batches:
-        B, L = batch.tokens.shape
-        if budget < L:  # a trajectory that is too long has a batch of its own
-            assert B == 1
-            assert len(batch.segments.unique()) <= 2, "a row beyond the budget holds several trajectories"
-        else:
-            assert batch.tokens.numel() <= budget, "padding included"
+        if batch.tokens.numel() > budget:  # a trajectory that is too long has a batch of its own
+            assert batch.tree is None or len(batch.tree.spans) <= 3, "a batch beyond the budget holds several"
+            assert len(batch.tokens) == 1
         assert list(batch.adapters) == sorted(batch.adapters, key=str), "an adapter's rows are not neighbours"
-        if not shared_prefix:
-            assert batch.segments.max() == 0
-    assert [b.tokens.shape[1] for b in batches] == sorted((b.tokens.shape[1] for b in batches), reverse=True)
+        assert (batch.tree is not None) == shared_prefix
 
 
 @settings(max_examples=50, deadline=None)
@@ -124,7 +133,7 @@ def test_weights_sum_to_the_share_of_tokens_that_have_a_signal(signal: Signal, b
             float(b.weights[n])
             for b in batches
             for n, i in enumerate(b.index.tolist())
-            if b.adapters[i // b.tokens.shape[1]] == name
+            if b.adapters[i * len(b.adapters) // b.tokens.numel()] == name
         ]
         assert sum(mine) == pytest.approx(learned[name] / written[name])
 
@@ -136,6 +145,18 @@ def test_a_prompt_is_computed_once_and_no_last_token_at_all() -> None:
     assert batch.n_tokens == batch.tokens.numel() == 10 + 0 + 2 + 5 + 5
     plain = pack([(g, np.ones(4))], denominators={"a": 1.0}, tokens_per_microbatch=100, shared_prefix=False)
     assert sum(b.n_tokens for b in plain) == 4 * 10 + 0 + 2 + 5 + 5
+
+
+def test_what_prompts_of_an_adapter_begin_with_is_computed_once() -> None:
+    head, tails = token_ids(1, 20)[0].tolist(), [[1, 2, 3], [4], [4, 5]]
+    groups = [group(*(episode(turn(head + tail, n, seed=n)) for n in (2, 4))) for tail in tails]
+    other = group(episode(turn([*head, 6, 7], 3, seed=0), adapter="b"), adapter="b")  # has nobody to share with
+    signal = [(g, np.ones(len(g.episodes))) for g in (*groups, other)]
+    denominators: dict[str | None, float] = {"a": 1.0, "b": 1.0}
+    (batch,) = pack(signal, denominators=denominators, tokens_per_microbatch=200)
+    assert batch.n_tokens == 20 + (3 + 1 + 2) + 3 * (1 + 3) + (22 + 2)
+    assert Counter(read_back(batch)) == Counter(expected(signal, denominators))
+    assert all(b.tokens.numel() <= 40 for b in pack(signal, denominators=denominators, tokens_per_microbatch=40))
 
 
 def test_episodes_without_advantage_and_empty_replies_cost_nothing() -> None:
@@ -246,6 +267,8 @@ def test_packed_batches_give_the_logprobs_and_gradients_of_one_sequence_at_a_tim
             assert relative_error(grad, exact_gradient[name]) < 1e-4, (shared_prefix, budget, name)
         if shared_prefix and budget == 1000:
             assert len(batches) == 1
+            assert batches[0].tree is not None
+            assert len(batches[0].tree.depths) == 2
             assert set(batches[0].adapters) == {"a", "b"}
         if budget == 30:
             assert len(batches) > 2

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BloomConfig, MambaConfig, PreTrainedConfig, PreTrainedModel, RwkvConfig
 
-from rl_lora.attention import Decode, Packed
 from rl_lora.config import LearnerConfig
+from rl_lora.kv_cache import Decode
 from rl_lora.learner import Learner
 from rl_lora.policy import Dtype, Policy, compute_dtype, context_length
 from rl_lora.sampler import NativeSampler, Request
+from rl_lora.tree import Tree
 from tests.oracles import Oracle, as_turn, episode, gradient, group, relative_error
 from tests.tiny import (
     ARCHITECTURES,
@@ -106,7 +107,7 @@ def nothing_but_nan(self: Any, layer: int, query: Tensor, *_: Any) -> Tensor:
 
 
 def without_window(mask: Any) -> Any:
-    return lambda self, window: mask(self, None)
+    return lambda *args: mask(*args[:-1], None)
 
 
 def test_a_window_that_only_the_models_own_mask_knows_of_is_not_shared() -> None:
@@ -119,12 +120,12 @@ def test_a_window_that_only_the_models_own_mask_knows_of_is_not_shared() -> None
 @pytest.mark.parametrize(
     "arch, layout, name, broken, reason",
     [
-        ("llama", Packed, "attend", nothing_but_nan, "packed hidden states differ .* by nan"),
+        ("llama", Tree, "attend", nothing_but_nan, "packed hidden states differ .* by nan"),
         ("llama", Decode, "attend", nothing_but_nan, "decoded hidden states differ .* by nan"),
-        ("gemma3", Packed, "mask", without_window(Packed.mask), "packed hidden states differ"),
+        ("gemma3", Tree, "mask", without_window(Tree.mask), "packed hidden states differ"),
         ("gpt_oss", Decode, "mask", without_window(Decode.mask), "decoded hidden states differ"),
-        ("llama", Decode, "advance", lambda self: None, "decoded hidden states differ"),
-        ("llama", Packed, "attend", None, "TypeError: 'NoneType' object is not callable"),
+        ("llama", Decode, "advance", lambda self, n: None, "decoded hidden states differ"),
+        ("llama", Tree, "attend", None, "TypeError: 'NoneType' object is not callable"),
     ],
 )
 def test_the_self_check_finds_shared_attention_that_is_not_the_models(

@@ -14,7 +14,7 @@ from rl_lora.config import RolloutConfig
 from rl_lora.metrics import summarize_groups
 from rl_lora.policy import Policy
 from rl_lora.rollout import MakeEnv, RolloutWorker
-from rl_lora.sampler import Completion, NativeSampler, Request
+from rl_lora.sampler import Completion, Follow, NativeSampler, Request
 from rl_lora.types import Group, Stop
 from tests.tiny import randomize, tiny_model, tiny_tokenizer
 
@@ -179,9 +179,17 @@ def test_every_reply_is_drawn_from_a_stream_of_its_own(policy: Policy) -> None:
     streams: list[tuple[Any, ...]] = []
 
     class Recording(NativeSampler):
-        def generate(self, requests: Sequence[Request], on_token: Any = None) -> list[list[Completion]]:
+        def generate(
+            self, requests: Sequence[Request], on_token: Any = None, follow: Follow | None = None
+        ) -> list[list[Completion]]:
+            def listen(i: int, k: int, completion: Completion) -> Request | None:
+                assert follow is not None
+                if (request := follow(i, k, completion)) is not None:
+                    streams.append((request.seed, 0))
+                return request
+
             streams.extend((request.seed, row) for request in requests for row in range(request.n))
-            return super().generate(requests, on_token)
+            return super().generate(requests, on_token, listen)
 
     same = worker(policy)
     same.sampler = Recording(policy)
