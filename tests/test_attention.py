@@ -82,6 +82,7 @@ def test_tree_attention_and_its_gradient_are_those_of_a_dense_mask(seed, chunk, 
     expected.backward(grad[0].double())
     torch.testing.assert_close(out[0].double(), expected, atol=1e-5, rtol=1e-4)
     for x, x64 in ((q, q64), (k, k64), (v, v64)):
+        assert x.grad is not None
         torch.testing.assert_close(x.grad.double(), x64.grad, atol=1e-5, rtol=1e-4)
 
 
@@ -96,6 +97,8 @@ def test_bfloat16_is_float64_within_its_rounding():
     expected.sum().backward()
     assert (out[0] - expected).abs().max() < 0.03
     for x, x64 in ((q, q64), (k, k64), (v, v64)):
+        assert x.grad is not None
+        assert x64.grad is not None
         assert (x.grad - x64.grad).abs().mean() < 0.02 * x64.grad.abs().mean()
 
 
@@ -142,7 +145,7 @@ def test_rows_decode_what_a_dense_mask_gives_whatever_came_before(options):
         decode.advance(np.array(lengths) if index is not None else n, index)
         for i, row in enumerate(chosen):
             m = lengths[i]
-            rows[row] = tuple(torch.cat([old, new[i, :, :m]], 1) for old, new in zip(rows[row], (k, v), strict=True))
+            rows[row] = torch.cat([rows[row][0], k[i, :, :m]], 1), torch.cat([rows[row][1], v[i, :, :m]], 1)
             keys, values = rows[row]
             at = torch.arange(keys.shape[1] - m, keys.shape[1])[:, None]
             j = torch.arange(keys.shape[1])

@@ -37,7 +37,7 @@ from rl_lora.evaluate import evaluate
 from rl_lora.learner import SamplerLearnerMismatch
 from rl_lora.policy import Policy
 from rl_lora.rollout import RolloutWorker
-from rl_lora.sampler import NativeSampler
+from rl_lora.sampler import Completion, NativeSampler, _Drawing
 from rl_lora.trainer import ADAPTER, Trainer, problem_seeds, train
 from tests.tiny import tiny_folder, token_ids
 
@@ -415,15 +415,13 @@ def test_a_run_without_evaluation_has_no_before_and_after(model: Path, tmp_path:
 def test_a_run_whose_sampler_and_learner_disagree_stops_before_it_learns_from_noise(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    generate = NativeSampler.generate
+    completion = _Drawing.completion
 
-    def wrong(self: NativeSampler, *args: Any) -> Any:
-        return [
-            [dataclasses.replace(reply, logprobs=tuple(p - 1.0 for p in reply.logprobs)) for reply in replies]
-            for replies in generate(self, *args)
-        ]
+    def wrong(self: _Drawing, *args: Any) -> Completion:
+        reply = completion(self, *args)
+        return dataclasses.replace(reply, logprobs=tuple(p - 1.0 for p in reply.logprobs))
 
-    monkeypatch.setattr(NativeSampler, "generate", wrong)
+    monkeypatch.setattr(_Drawing, "completion", wrong)
     trainer = Trainer(tiny_config(model, tmp_path))
     fresh = trainer.policy.bank[ADAPTER].flat.detach().clone()
     with pytest.raises(SamplerLearnerMismatch, match="sampler and learner disagree"):
