@@ -228,6 +228,8 @@ class LoRALinear(_Wrapper):
 def _add_delta(y: Tensor, x: Tensor, factors: Factors) -> Tensor:
     """y += scale * x A^T B^T, in place. x: (N, in), y: (N, out)."""
     A, B = factors.to(x.dtype)
+    if A.shape[0] == 1 and not torch.is_grad_enabled():  # elementwise, in half the time of a product of inner size one
+        return y.addcmul_(x @ A.t(), B.t(), value=factors.scale)
     return y.addmm_(x @ A.t(), B.t(), alpha=factors.scale)
 
 
