@@ -157,10 +157,11 @@ class Decode(Cache):
         """
         t = self.t if rows is None else self.t[rows]
         self._width = int(t.max()) + n_tokens
-        self._t = torch.from_numpy(t).to(self.device)
         self._rows = None if rows is None else torch.from_numpy(rows).to(self.device)
-        self._at = torch.arange(n_tokens, device=self.device)
-        at = self._at_of_rows = self._t[:, None] + self._at  # (R, n): where the tokens go in the row's own buffer
+        new = torch.arange(n_tokens, device=self.device)
+        at = self._at_of_rows = (
+            torch.from_numpy(t).to(self.device)[:, None] + new
+        )  # (R, n): where the tokens go in the row's own buffer
         self._row_index = (torch.arange(len(t), device=self.device) if self._rows is None else self._rows)[:, None]
         lengths = self._lengths if rows is None else [x[self._rows] for x in self._lengths]
         self._seen = lengths

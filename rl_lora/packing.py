@@ -111,8 +111,8 @@ def pack(
     ]
     lay = _tree if shared_prefix else _padded
     trunks = find_trunks((row.adapter, row.prompt) for row in rows) if shared_prefix else []
-    # Neighbours carry the same adapter, so that each adapter reads one slice of the batch; they begin alike, and have
-    # similar lengths. Long rows come first, so that a batch that does not fit memory fails at once.
+    # Neighbours carry the same adapter, so that each adapter reads one slice of the batch; they begin alike. Of
+    # those the long ones come first: padded rows have similar lengths, and what does not fit memory fails early.
     placed = [(row, trunk_of(trunks, row.adapter, row.prompt)) for row in rows]
     placed.sort(key=lambda item: (item[0].adapter or "", -1 if item[1] is None else item[1], -len(item[0])))
     batches: list[list[tuple[Row, int]]] = []

@@ -112,7 +112,7 @@ class NativeSampler:
             self._check(request)
         # Neighbours carry the same adapter, and prompts of one batch have similar lengths.
         order = sorted(range(len(requests)), key=lambda i: (requests[i].adapter or "", len(requests[i].prompt_ids)))
-        jobs = [_Job(requests[i], [(i, k) for k in range(requests[i].n)], requests[i].seed) for i in order]
+        jobs = [_Job(requests[i], [(i, k) for k in range(requests[i].n)]) for i in order]
         results: dict[tuple[int, int], Completion] = {}
 
         def finish(job: _Job, place: int, completion: Completion) -> _Job | None:
@@ -123,7 +123,7 @@ class NativeSampler:
             self._check(request)
             if request.n != 1:
                 raise ValueError(f"what follows one completion is one completion, got a request of n={request.n}")
-            return _Job(request, [(i, k)], request.seed)
+            return _Job(request, [(i, k)])
 
         (_PlainRun if self.policy.not_shared else _Run)(self, jobs, finish, on_token or (lambda n: None)).run()
         return [[results[i, k] for k in range(request.n)] for i, request in enumerate(requests)]
@@ -150,13 +150,12 @@ class _Job:
 
     request: Request
     of: list[tuple[int, int]]
-    seed: int | tuple[int, ...]
     first: int = 0
     """Completions of the same request that other jobs draw before: the uniforms go on behind theirs."""
 
     def split(self, n: int) -> list[_Job]:
         """Jobs of at most n completions."""
-        return [_Job(self.request, self.of[i : i + n], self.seed, self.first + i) for i in range(0, len(self.of), n)]
+        return [_Job(self.request, self.of[i : i + n], self.first + i) for i in range(0, len(self.of), n)]
 
 
 Finish = Callable[[_Job, int, Completion], _Job | None]
@@ -169,7 +168,7 @@ class _Row:
         self.job, self.place = job, place
         self.adapter = job.request.adapter
         self.ids = job.request.prompt_ids  # what the row's keys and values are of, but for the last token drawn
-        self.base = 0  # how many of those are the prompt's that the row came in with
+        self.base = len(self.ids)  # how many of those are the prompt's that the row came in with
         self.finished = False
 
     @property
@@ -177,7 +176,7 @@ class _Row:
         return self.job.request
 
     def uniforms(self) -> np.ndarray:
-        seed = self.job.seed if isinstance(self.job.seed, tuple) else (self.job.seed,)
+        seed = self.request.seed if isinstance(self.request.seed, tuple) else (self.request.seed,)
         sequence = np.random.SeedSequence((*seed, self.job.first + self.place))
         return np.random.Generator(np.random.Philox(sequence)).random(self.request.max_tokens, dtype=np.float32)
 
@@ -266,13 +265,8 @@ class _Run:
     """
 
     def __init__(self, sampler: NativeSampler, jobs: Sequence[_Job], finish: Finish, on_token: Callable[[int], None]):
-        self.policy, self.check_every, self.finish, self.on_token = (
-            sampler.policy,
-            sampler.check_every,
-            finish,
-            on_token,
-        )
-        self.max_rows, self.max_bytes = sampler.max_rows, sampler.max_cache_bytes
+        self.policy, self.finish, self.on_token = sampler.policy, finish, on_token
+        self.check_every, self.max_rows, self.max_bytes = sampler.check_every, sampler.max_rows, sampler.max_cache_bytes
         self.waiting = deque(part for job in jobs for part in job.split(self.max_rows))
         self.rows: list[_Row] = []
         self.turns: dict[_Row, _Job] = {}
@@ -375,7 +369,6 @@ class _Run:
         for job in jobs:
             for place in range(len(job.of)):
                 rows.append(_Row(job, place))
-                rows[-1].base = len(job.request.prompt_ids)
                 key = job.request.adapter, job.request.prompt_ids
                 prompt_of_row.append(prompts.setdefault(key, len(prompts)))
         found = [trunk_of(self.trunks, *key) for key in prompts]
