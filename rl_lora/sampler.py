@@ -83,7 +83,8 @@ class NativeSampler:
     Args:
         max_rows: completions that are decoded at a time.
         max_cache_bytes: of the keys and values of those rows and their prompts; fewer rows are decoded where they
-            would not fit, but always one request.
+            would not fit, but always one request. Counted when a request comes in: later turns may outgrow it. Models
+            that cannot share prompts are bound by `max_rows` alone.
         check_every: tokens between looks at which rows have finished. A look makes a GPU wait.
     """
 
