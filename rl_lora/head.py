@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 CHUNK_ELEMENTS = 1 << 24
-"""Logits that exist at a time: 64 MiB in float32."""
+"""Logits that exist at a time in the compute dtype: enough rows for an efficient product."""
+BLOCK_ELEMENTS = 1 << 21
+"""Of these, as many are in float32 at a time on a CPU: 8 MiB, which it keeps in its cache."""
+
+
+def rows_of_a_block(V: int, device: torch.device) -> int:
+    """How many rows of float32 logits to work on at a time: a GPU would wait for small pieces."""
+    return max(1, (BLOCK_ELEMENTS if device.type == "cpu" else CHUNK_ELEMENTS) // V)
 
 
 @dataclass(frozen=True)
@@ -41,12 +48,25 @@ class Head:
         scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
         return cls(linear.weight, linear.bias, scale, getattr(config, "final_logit_softcapping", None))
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(N, d) -> float32 (N, V)"""
-        logits = F.linear(hidden, self.weight, self.bias).float()
+    def project(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """(..., d) -> (..., V) in the compute dtype: W h + b, all but `finish`. With `out`, for (N, d) only."""
+        if out is None:
+            return F.linear(hidden, self.weight, self.bias)
+        if self.bias is None:
+            return torch.mm(hidden, self.weight.t(), out=out)
+        return torch.addmm(self.bias, hidden, self.weight.t(), out=out)
+
+    def finish(self, projected: Tensor, out: Tensor) -> Tensor:
+        """Logits, float32 (..., V), written to `out`, from what `project` gave."""
+        out.copy_(projected)
         if self.scale != 1.0:
-            logits *= self.scale
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+            out *= self.scale
+        return out if self.softcap is None else out.div_(self.softcap).tanh_().mul_(self.softcap)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., d) -> float32 (..., V)"""
+        projected = self.project(hidden)
+        return self.finish(projected, torch.empty_like(projected, dtype=torch.float32))
 
     def logprobs(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log-probability of each target and entropy of its distribution, in nats, at the given temperature.
@@ -59,27 +79,38 @@ class Head:
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head, temperature: float) -> tuple[Tensor, Tensor]:
-        N = len(targets)
+        N, V = len(targets), len(head.weight)
         logprobs, entropy = hidden.new_empty(N, dtype=torch.float32), hidden.new_empty(N, dtype=torch.float32)
         jacobian = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # (N, d)
-        chunk = max(1, CHUNK_ELEMENTS // len(head.weight))
+        chunk = min(N, max(1, CHUNK_ELEMENTS // V))
+        block = min(chunk, rows_of_a_block(V, hidden.device))
+        products = hidden.new_empty(chunk, V)  # logits in the compute dtype, then p
+        logits_of_block, p_of_block = (hidden.new_empty(block, V, dtype=torch.float32) for _ in range(2))
         for start in range(0, N, chunk):
-            part = slice(start, start + chunk)
-            y = targets[part, None]
-            logits = head.logits(hidden[part])  # (C, V)
-            uncapped_slope = None if head.softcap is None else 1 - (logits / head.softcap) ** 2
-            logits /= temperature
-            chosen = logits.gather(1, y)[:, 0]
-            log_z = torch.logsumexp(logits, -1)
-            logprobs[part] = chosen - log_z
-            p = torch.softmax(logits, -1)
-            entropy[part] = log_z - torch.linalg.vecdot(p, logits)
-            if jacobian is None:
-                continue
-            p.neg_().scatter_add_(1, y, torch.ones_like(y, dtype=p.dtype))  # d log p(y) / d logits, times T
-            if uncapped_slope is not None:
-                p *= uncapped_slope
-            jacobian[part] = (p.to(head.weight.dtype) @ head.weight) * (head.scale / temperature)
+            of_chunk = products[: N - start]
+            head.project(hidden[start : start + chunk], out=of_chunk)
+            for i in range(0, len(of_chunk), block):
+                projected = of_chunk[i : i + block]
+                part = slice(start + i, start + i + len(projected))
+                y = targets[part, None]
+                logits = head.finish(projected, out=logits_of_block[: len(projected)])
+                p = p_of_block[: len(projected)]
+                uncapped_slope = None if head.softcap is None else 1 - (logits / head.softcap) ** 2
+                logits /= temperature
+                torch.softmax(logits, -1, out=p)
+                log_z = logits.amax(-1) - p.amax(-1).log()
+                logprobs[part] = logits.gather(1, y)[:, 0] - log_z
+                entropy[part] = log_z - logits.mul_(p).sum(-1)
+                if jacobian is None:
+                    continue
+                p.neg_().scatter_add_(1, y, torch.ones_like(y, dtype=p.dtype))  # d log p(y) / d logits, times T
+                if uncapped_slope is not None:
+                    p *= uncapped_slope
+                projected.copy_(p)
+            if jacobian is not None:
+                of_chunk_J = jacobian[start : start + chunk]
+                torch.mm(of_chunk, head.weight, out=of_chunk_J)
+                of_chunk_J *= head.scale / temperature
         ctx.save_for_backward(jacobian)
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy

@@ -1,11 +1,12 @@
 """Keys and values that a rollout keeps: of what several prompts begin with, of prompts, and of each row's own tokens.
 
-The first two are stored once and shared by all rows behind them; a row's own live in buffers that are allocated once
-and outlast a turn. What leaves and what comes is `sampler.py`'s business.
+The first two are stored once and shared by all rows behind them; a row's own live in buffers that grow by blocks and
+outlast a turn. What leaves and what comes is `sampler.py`'s business.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,11 @@ from torch import Tensor
 from transformers import Cache
 
 from rl_lora.attention import Options, Sharing, Source, additive, attend
+
+
+BLOCK = 32
+"""Tokens that the rows' own buffers grow by, at least. Attention reads whole buffers: torch copies parts of one on a CPU
+before it multiplies them."""
 
 
 class Nodes:
@@ -85,7 +91,7 @@ class Decode(Cache):
         self.t = np.zeros(0, np.int64)
         """(R,): tokens that each row's own buffer holds."""
         self.keys: list[Tensor] = []
-        """Of each layer, (rows >= R, H_kv, tokens >= max t, D)."""
+        """Of each layer, (rows >= R, H_kv, room >= max t, D)."""
         self.values: list[Tensor] = []
         self._sharing: list[tuple[Nodes, Sharing]] = []
         self._lengths: list[Tensor] = []  # of each row's trunk and prompt, int64 (R,), on the device
@@ -93,8 +99,8 @@ class Decode(Cache):
     def __len__(self) -> int:
         return len(self.t)
 
-    def admit(self, prompts: Nodes, trunk_of_prompt: np.ndarray, prompt_of_row: np.ndarray, room: int) -> None:
-        """New rows behind new prompts; `prompt_of_row` counts the new prompts only. `room`: own tokens of a row."""
+    def admit(self, prompts: Nodes, trunk_of_prompt: np.ndarray, prompt_of_row: np.ndarray) -> None:
+        """New rows behind new prompts; `prompt_of_row` counts the new prompts only."""
         offset = len(self.trunk_of_prompt)
         if self.prompts is None:
             self.prompts = prompts
@@ -103,16 +109,17 @@ class Decode(Cache):
         self.trunk_of_prompt = np.concatenate([self.trunk_of_prompt, trunk_of_prompt])
         self.prompt_of_row = np.concatenate([self.prompt_of_row, prompt_of_row + offset])
         self.t = np.concatenate([self.t, np.zeros_like(prompt_of_row)])
-        self.reserve(len(self), room)
+        self._reserve(0)
         self._arrange()
 
-    def reserve(self, rows: int, room: int) -> None:
-        """Make buffers for so many rows of so many own tokens, unless they are there."""
+    def _reserve(self, room: int) -> None:
+        """Make room for so many own tokens in every row, and for the rows, unless it is there."""
         assert self.prompts is not None
         have = self.keys[0].shape if self.keys else (0, 0, 0, 0)
-        rows, room = max(rows, have[0]), max(room, have[2])
-        if (rows, room) == (have[0], have[2]):
+        if len(self) <= have[0] and room <= have[2]:
             return
+        rows = max(len(self), have[0])
+        room = have[2] if room <= have[2] else math.ceil((room + room // 8) / BLOCK) * BLOCK
         for mine, like in ((self.keys, self.prompts.keys), (self.values, self.prompts.values)):
             new = [x.new_zeros(rows, x.shape[1], room, x.shape[3]) for x in like]
             for x, old in zip(new, mine, strict=False):
@@ -156,7 +163,7 @@ class Decode(Cache):
         A row of less is padded, and `advance` counts what it really had.
         """
         t = self.t if rows is None else self.t[rows]
-        self._width = int(t.max()) + n_tokens
+        self._reserve(int(t.max()) + n_tokens)
         self._rows = None if rows is None else torch.from_numpy(rows).to(self.device)
         new = torch.arange(n_tokens, device=self.device)
         at = self._at_of_rows = (
@@ -188,16 +195,15 @@ class Decode(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write the new tokens' keys and values, (R, H_kv, n, D), behind each row's own; return its own so far."""
+        """Write the new tokens' keys and values, (R, H_kv, n, D), behind each row's own; return its own buffer."""
         own = []
         for buffer, new in ((self.keys[layer_idx], key_states), (self.values[layer_idx], value_states)):
             buffer[self._row_index, :, self._at_of_rows] = new.transpose(1, 2)
-            rows = buffer[: len(new)] if self._rows is None else buffer[self._rows]
-            own.append(rows[:, :, : self._width])
+            own.append(buffer[: len(new)] if self._rows is None else buffer[self._rows])
         return own[0], own[1]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
-        """query: (R, H, n, D); key, value: the rows' own, (R, H_kv, t + n, D). Returns (R, H, n, D)."""
+        """query: (R, H, n, D); key, value: the rows' own, (R, H_kv, room, D). Returns (R, H, n, D)."""
         sources = [Source(nodes.keys[layer], nodes.values[layer], sharing) for nodes, sharing in self._sources]
         return attend(query, [*sources, Source(key, value)], self.mask(options.window), options)
 
@@ -212,7 +218,7 @@ class Decode(Cache):
                 j = torch.arange(nodes.keys[0].shape[2], device=self.device)
                 parts.append(self._allowed(j < length[:, None, None], query - first - j, window))
                 first = first + length[:, None, None]
-            j = torch.arange(self._width, device=self.device)
+            j = torch.arange(self.keys[0].shape[2], device=self.device)
             parts.append(self._allowed(j <= at, query - first - j, window))
             self._masks[window] = additive(torch.cat(parts, -1))
         return self._masks[window]

@@ -195,7 +195,7 @@ class Policy:
             decode.trunks.append_empty()
             prompts, behind = self.prefill([(None, a), (None, b)], decode.trunks, [0, 1])
             states = [behind[[0, 0, 1]]]
-            decode.admit(prompts, np.array([0, 1]), np.array([0, 0, 1]), n - p)
+            decode.admit(prompts, np.array([0, 1]), np.array([0, 0, 1]))
             for t, m in ((p, 2), *((t, 1) for t in range(p + 2, n))):  # two tokens at once, then one by one
                 positions = decode.begin(m)
                 states.extend(self.hidden(ids[:, t : t + m], none, decode, positions, decode).unbind(1))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rl_lora.kv_cache import Decode, Nodes
 from rl_lora.policy import Policy
-from rl_lora.sampling import sample
+from rl_lora.sampling import Draw
 from rl_lora.tree import Trunk, find_trunks, trunk_of
 from rl_lora.types import Stop
 
@@ -187,6 +187,7 @@ class _Drawing:
 
     def __init__(self, policy: Policy):
         self.policy, device = policy, policy.device
+        self.draw_from = Draw(policy.head)
         self.stop_ids = torch.tensor(sorted(policy.chat.stop_ids), dtype=torch.int64, device=device)
         self.hidden = torch.empty(0, policy.head.weight.shape[1], dtype=policy.dtype, device=device)
         self.temperature = torch.empty(0, device=device)
@@ -238,8 +239,7 @@ class _Drawing:
         """One token for each row, taken down where `running`; the tokens, and who runs on."""
         at = self.n[:, None]
         uniforms = self.uniforms.gather(1, at.clamp_max(self.uniforms.shape[1] - 1))[:, 0]
-        logits = self.policy.head.logits(self.hidden)
-        drawn, logprob = sample(logits, None if self.plain else self.temperature, uniforms)
+        drawn, logprob = self.draw_from(self.hidden, None if self.plain else self.temperature, uniforms)
         self.tokens.scatter_(1, torch.where(running[:, None], at, self.tokens.shape[1] - 1), drawn[:, None])
         self.logprobs.scatter_(1, torch.where(running[:, None], at, self.tokens.shape[1] - 1), logprob[:, None])
         self.n += running
@@ -375,8 +375,7 @@ class _Run:
         found = [trunk_of(self.trunks, *key) for key in prompts]
         trunk = [len(self.trunks) if t is None else t for t in found]
         nodes, hidden = self._prefill(list(prompts), trunk)
-        room = max(job.request.max_tokens for job in jobs) + self.check_every
-        self.decode.admit(nodes, np.array(trunk), np.array(prompt_of_row), room)
+        self.decode.admit(nodes, np.array(trunk), np.array(prompt_of_row))
         self.rows += rows
         self.drawing.admit(rows, hidden[torch.tensor(prompt_of_row, device=hidden.device)])
 
@@ -410,9 +409,6 @@ class _Run:
             new.append(job.request.prompt_ids[len(row.ids) - 1 :])
             row.job, row.place, row.ids, row.finished = job, 0, job.request.prompt_ids, False
         lengths = np.array([len(ids) for ids in new])
-        room = max(len(row.ids) - row.base + row.request.max_tokens for row in rows)
-        # Rows that are padded to the longest write behind their own tokens.
-        self.decode.reserve(len(self.rows), room + int(lengths.max()) + self.check_every)
         tokens = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
         for i, ids in enumerate(new):
             tokens[i, : len(ids)] = torch.tensor(ids)

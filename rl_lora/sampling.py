@@ -1,20 +1,54 @@
-"""Drawing one token a row from logits, by inverse CDF."""
+"""Drawing one token a row, by inverse CDF."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from rl_lora.head import Head, rows_of_a_block
 
-def sample(logits: Tensor, temperature: Tensor | None, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+
+class Draw:
+    """Draws from the distribution over next tokens that hidden states stand for.
+
+    Its working memory stays from call to call: a CPU pays more for fresh pages of the size of the logits than for the
+    arithmetic on them.
+    """
+
+    def __init__(self, head: Head):
+        self.head = head
+        weight = head.weight
+        self._block = rows_of_a_block(len(weight), weight.device)
+        self._projected = weight.new_empty(0, len(weight))
+        self._logits, self._p = (weight.new_empty(self._block, len(weight), dtype=torch.float32) for _ in range(2))
+
+    def __call__(self, hidden: Tensor, temperature: Tensor | None, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden: (R, d); the rest, and what is returned, as in `sample`."""
+        R, V = len(hidden), len(self.head.weight)
+        if len(self._projected) < R:
+            self._projected = hidden.new_empty(R, V)
+        projected = self.head.project(hidden, out=self._projected[:R])
+        parts = []
+        for start in range(0, R, self._block):
+            part = slice(start, min(start + self._block, R))
+            logits, p = (x[: part.stop - start] for x in (self._logits, self._p))
+            self.head.finish(projected[part], out=logits)
+            parts.append(sample(logits, None if temperature is None else temperature[part], uniforms[part], out=p))
+        tokens, logprobs = zip(*parts, strict=True)
+        return torch.cat(tokens), torch.cat(logprobs)
+
+
+def sample(
+    logits: Tensor, temperature: Tensor | None, uniforms: Tensor, *, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Draw one token a row, in two levels: first a block of the vocabulary, then a token in it.
 
-    logits: float32 (R, V), may be overwritten; temperature: (R,), 0 for greedy, or None where all are 1;
-    uniforms: (R,) in [0, 1). Returns tokens int64 (R,), and their log-probabilities float32 (R,).
+    logits: float32 (R, V); temperature: (R,), 0 for greedy, or None where all are 1; uniforms: (R,) in [0, 1);
+    out: room for the probabilities. Returns tokens int64 (R,), and their log-probabilities float32 (R,).
     """
     if temperature is not None:
         logits = logits / torch.where(temperature == 0, 1.0, temperature)[:, None]
-    p = torch.softmax(logits, -1)
+    p = torch.softmax(logits, -1, out=out)
     R, V = p.shape
     n = 1 << (V.bit_length() // 2)  # tokens of a block
     blocks = (p if V % n == 0 else torch.nn.functional.pad(p, (0, -V % n))).view(R, -1, n)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rl_lora import tree as tree_module
+from rl_lora import kv_cache
 from rl_lora.attention import Options, Sharing
 from rl_lora.kv_cache import Decode, Nodes
 from rl_lora.tree import Tree, common_prefix, find_trunks, trunk_of
@@ -103,8 +104,10 @@ def test_bfloat16_is_float64_within_its_rounding():
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_rows_decode_what_a_dense_mask_gives_whatever_came_before(options):
+@pytest.mark.parametrize("block", [1, 32])
+def test_rows_decode_what_a_dense_mask_gives_whatever_came_before(options, block, monkeypatch):
     """Rows come, read one or several tokens, leave, others come: all of them agree with dense attention each time."""
+    monkeypatch.setattr(kv_cache, "BLOCK", block)
     g = torch.Generator().manual_seed(0)
     rng = np.random.default_rng(0)
     H, H_kv, D = 4, 2, 5
@@ -128,7 +131,7 @@ def test_rows_decode_what_a_dense_mask_gives_whatever_came_before(options):
 
     def admit(trunk_of_prompt: list[int], prompt_of_row: list[int]) -> None:
         prompts = [kv(int(rng.integers(1, 6))) for _ in trunk_of_prompt]
-        decode.admit(nodes(prompts), np.array(trunk_of_prompt), np.array(prompt_of_row), room=3)
+        decode.admit(nodes(prompts), np.array(trunk_of_prompt), np.array(prompt_of_row))
         for p in prompt_of_row:
             pair = zip(trunks[trunk_of_prompt[p]], prompts[p], strict=True)
             rows.append(tuple(torch.cat(x, 1) for x in pair))  # type: ignore[arg-type]
@@ -137,7 +140,6 @@ def test_rows_decode_what_a_dense_mask_gives_whatever_came_before(options):
         chosen = list(range(len(rows))) if some is None else some
         lengths = lengths or [n] * len(chosen)
         index = None if some is None else np.array(some)
-        decode.reserve(len(rows), int(decode.t.max(initial=0)) + n)
         positions = decode.begin(n, index)
         q = torch.randn(len(chosen), H, n, D, generator=g)
         k, v = torch.randn(2, len(chosen), H_kv, n, D, generator=g)

@@ -82,6 +82,7 @@ def test_logprobs_entropy_and_gradient_are_those_of_full_logits(
     exact = h.double().requires_grad_()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(head, "CHUNK_ELEMENTS", rows_at_a_time * V)
+        patch.setattr(head, "BLOCK_ELEMENTS", (rows_at_a_time + 1) // 2 * V)
         logprobs, entropy = W.logprobs(ours, y, temperature)
     expected, expected_entropy = oracle(exact, y, W, temperature)
     torch.testing.assert_close(logprobs.double(), expected, rtol=1e-5, atol=1e-5)
