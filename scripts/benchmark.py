@@ -12,6 +12,7 @@ import platform
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -41,6 +42,8 @@ from scripts.peers import PEERS, Meter
 Figures = dict[str, Any]
 MATRIX = 2048
 """Rows of the product that the machine's peak is taken from."""
+LAST = 3
+"""Rounds at the end whose reward is shown apart: what was learned by then."""
 
 
 @dataclass
@@ -62,6 +65,8 @@ class BenchmarkConfig:
     """Times that each side is measured, after one for warming up."""
     rank: int = 1
     """Of the adapter."""
+    seed: int = 0
+    """Of problems, adapters and draws, of peers too."""
     out: str = "benchmark.json"
     """File for all figures of all rounds."""
 
@@ -140,7 +145,7 @@ class Bench:
         """The adapter as it is before any step."""
         if "bench" in self.policy.bank.adapters:
             self.policy.bank.remove("bench")
-        self.policy.bank.add("bench", rank=self.config.rank)
+        self.policy.bank.add("bench", rank=self.config.rank, seed=self.config.seed)
 
     def peak(self) -> float:
         """FLOP/s of a large matrix product in the compute dtype: the best of a few."""
@@ -185,7 +190,10 @@ class Bench:
         return {"shape": str(case), "rounds": rounds}
 
     def sample(self, prompts: list[tuple[int, ...]], case: Shape, seed: int) -> tuple[list[Group], Figures]:
-        requests = [Request(ids, case.n, case.tokens, adapter="bench", seed=(seed, i)) for i, ids in enumerate(prompts)]
+        requests = [
+            Request(ids, case.n, case.tokens, adapter="bench", seed=(self.config.seed, seed, i))
+            for i, ids in enumerate(prompts)
+        ]
         stop_ids, self.policy.chat.stop_ids = self.policy.chat.stop_ids, frozenset()
         try:
             self.meter.start()
@@ -231,7 +239,9 @@ class Bench:
     def steps(self, case: Shape) -> Figures:
         """Rounds of training steps on the same problems, TRL in turns."""
         n_steps = self.config.rounds + 1
-        setup = self.trl_setup(case, n_steps)
+        first = self.config.seed * n_steps * case.prompts
+        problems = range(first, first + n_steps * case.prompts)
+        setup = self.trl_setup(case, problems)
         rounds: dict[str, list[Figures]] = {}
         self.fresh()
         learner = Learner(self.policy, LearnerConfig())
@@ -239,8 +249,8 @@ class Bench:
         with Peers(self.config, [p for p in self.config.peer if p == "trl"], setup) as peers:
             for i in range(n_steps):
                 self.meter.start()
-                seeds = range(i * case.prompts, (i + 1) * case.prompts)
-                groups = self.worker.collect(seeds, adapters=["bench"], n=case.n, random_seed=(i,))
+                seeds = problems[i * case.prompts : (i + 1) * case.prompts]
+                groups = self.worker.collect(seeds, adapters=["bench"], n=case.n, random_seed=(self.config.seed, i))
                 rollout_seconds = self.meter.now() - self.meter.began
                 learner.step(groups)
                 measured = self.meter.stop()
@@ -257,9 +267,9 @@ class Bench:
                         rounds.setdefault(name, []).append(answer)
         return {"shape": str(case), "rounds": rounds}
 
-    def trl_setup(self, case: Shape, n_steps: int) -> Figures:
+    def trl_setup(self, case: Shape, seeds: Sequence[int]) -> Figures:
         env = environment(EnvConfig())()
-        problems = [env.reset(seed=seed) for seed in range(n_steps * case.prompts)]
+        problems = [env.reset(seed=seed) for seed in seeds]
         return {
             "prompts": [[{"role": "user", "content": text}] for text, _ in problems],
             "references": [str(sum(map(int, numbers(text)[:2]))) for text, _ in problems],
@@ -269,7 +279,7 @@ class Bench:
             "rank": self.config.rank,
             "alpha": 32,
             "learning_rate": LearnerConfig().learning_rate,
-            "seed": 0,
+            "seed": self.config.seed,
             "temperature": 1.0,
             "gradient_checkpointing": False,
             "use_cb": False,
@@ -372,7 +382,17 @@ def rollout_table(figures: Figures) -> Table:
 def step_table(figures: Figures) -> Table:
     rounds = figures["rounds"]
     table = Table(title=f"{figures['shape']}: a training step", title_justify="left")
-    for name in ("", "seconds", "rollout", "learning", "sampled tokens", "reward", "peak memory", "times faster"):
+    for name in (
+        "",
+        "seconds",
+        "rollout",
+        "learning",
+        "sampled tokens",
+        "reward",
+        "of the last",
+        "peak memory",
+        "times faster",
+    ):
         table.add_column(name, justify="left" if not name else "right")
     for name, of_name in rounds.items():
         pairs = zip(of_name, rounds["rl_lora"], strict=True)
@@ -382,6 +402,7 @@ def step_table(figures: Figures) -> Table:
             *(f"{median(of_name, key):.2f}" for key in ("seconds", "rollout_seconds", "learn_seconds")),
             f"{median(of_name, 'tokens'):.0f}",
             f"{statistics.fmean(f['reward'] for f in of_name):.3f}",
+            f"{statistics.fmean(f['reward'] for f in of_name[-LAST:]):.3f}",
             gib(median(of_name, "peak_bytes")),
             "" if name == "rl_lora" else f"{ratio:.1f}",
         )
