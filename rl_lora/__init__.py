@@ -8,9 +8,10 @@ from rl_lora.adapter_io import load_adapter, save_adapter
 from rl_lora.config import TrainConfig
 from rl_lora.learner import Learner
 from rl_lora.lora import AdapterBank
+from rl_lora.native_sampler import NativeSampler
 from rl_lora.policy import Policy
 from rl_lora.rollout import RolloutWorker
-from rl_lora.sampler import Completion, NativeSampler, Request, Sampler
+from rl_lora.sampler import Completion, Request, Sampler
 from rl_lora.trainer import Trainer, train
 
 __all__ = [

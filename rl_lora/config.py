@@ -70,6 +70,12 @@ class RolloutConfig:
     """Replies of an episode, at most."""
     max_rows: int = 256
     """Completions that are decoded at a time: less takes less memory."""
+    max_cache_gib: float | None = None
+    """GiB of keys and values of the completions under way and of their prompts; fewer are decoded at a time where they
+    would take more. By default half of the memory that is free."""
+    check_every: int | None = None
+    """Tokens between looks at which completions have ended. By default 8 on a GPU, which has to wait for a look, and 1
+    elsewhere."""
 
 
 @dataclass
@@ -98,6 +104,9 @@ class LearnerConfig:
     """... and at 1 + clip_high."""
     tokens_per_microbatch: int = 4096
     """Positions of one forward and backward pass: less takes less memory, and changes nothing else."""
+    max_activation_gib: float | None = None
+    """GiB that the layers may keep from a forward pass for its backward pass; where it would be more, as many layers as
+    it takes are computed again (at 0 all: a third more time). By default half of the memory that is free."""
     max_sampler_learner_kl: float = 0.5
     """The run stops when mean |log p_learner - log p_sampler| passes this: sampler and learner disagree about what the
     policy is, and what would be learned is noise."""
@@ -195,6 +204,15 @@ def validate(config: TrainConfig) -> None:
         ),
         ("rollout.max_turns", c.rollout.max_turns, c.rollout.max_turns >= 1, ">= 1"),
         ("rollout.max_rows", c.rollout.max_rows, c.rollout.max_rows >= 1, ">= 1"),
+        *[
+            (name, gib, gib >= 0, ">= 0 (GiB)")
+            for name, gib in (
+                ("rollout.max_cache_gib", c.rollout.max_cache_gib),
+                ("learner.max_activation_gib", c.learner.max_activation_gib),
+            )
+            if gib is not None
+        ],
+        *[("rollout.check_every", n, n >= 1, ">= 1") for n in (c.rollout.check_every,) if n is not None],
         ("learner.learning_rate", c.learner.learning_rate, 0 < c.learner.learning_rate < math.inf, "> 0"),
         ("learner.weight_decay", c.learner.weight_decay, c.learner.weight_decay >= 0, ">= 0"),
         ("learner.max_grad_norm", c.learner.max_grad_norm, c.learner.max_grad_norm >= 0, ">= 0"),

@@ -1,7 +1,7 @@
 """Keys and values that a rollout keeps: of what several prompts begin with, of prompts, and of each row's own tokens.
 
 The first two are stored once and shared by all rows behind them; a row's own live in buffers that grow by blocks and
-outlast a turn. What leaves and what comes is `sampler.py`'s business.
+outlast a turn. What leaves and what comes is `native_sampler.py`'s business.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ from transformers import Cache
 
 from rl_lora.attention import Options, Sharing, Source, additive, attend
 
-
 BLOCK = 32
-"""Tokens that the rows' own buffers grow by, at least. Attention reads whole buffers: torch copies parts of one on a CPU
-before it multiplies them."""
+"""Tokens that the rows' own buffers grow by, at least. Attention reads whole buffers: of a part of one, torch makes a
+copy before it multiplies on a CPU."""
 
 
 class Nodes:
@@ -98,6 +97,11 @@ class Decode(Cache):
 
     def __len__(self) -> int:
         return len(self.t)
+
+    @property
+    def room(self) -> int:
+        """Own tokens that a row's buffer can hold."""
+        return self.keys[0].shape[2] if self.keys else 0
 
     def admit(self, prompts: Nodes, trunk_of_prompt: np.ndarray, prompt_of_row: np.ndarray) -> None:
         """New rows behind new prompts; `prompt_of_row` counts the new prompts only."""
@@ -218,7 +222,7 @@ class Decode(Cache):
                 j = torch.arange(nodes.keys[0].shape[2], device=self.device)
                 parts.append(self._allowed(j < length[:, None, None], query - first - j, window))
                 first = first + length[:, None, None]
-            j = torch.arange(self.keys[0].shape[2], device=self.device)
+            j = torch.arange(self.room, device=self.device)
             parts.append(self._allowed(j <= at, query - first - j, window))
             self._masks[window] = additive(torch.cat(parts, -1))
         return self._masks[window]

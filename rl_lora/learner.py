@@ -17,9 +17,11 @@ from torch import Tensor
 
 from rl_lora.advantages import advantages
 from rl_lora.config import LearnerConfig, advantage_of
+from rl_lora.memory import budget
 from rl_lora.objectives import OBJECTIVES, Clip
 from rl_lora.packing import pack
 from rl_lora.policy import Policy
+from rl_lora.recompute import Recompute
 from rl_lora.types import Batch, Group, StepStats
 
 
@@ -40,6 +42,7 @@ class Learner:
     ):
         self.policy, self.config, self.temperature, self.accelerator = policy, config, temperature, accelerator
         self.optimizers: dict[str, torch.optim.AdamW] = {}
+        self.recompute = Recompute(policy, budget(config.max_activation_gib, policy.device))
 
     def optimizer(self, adapter: str) -> torch.optim.AdamW:
         """The adapter's own optimizer; made at its first step."""
@@ -85,6 +88,7 @@ class Learner:
         for name in names:
             self.policy.bank[name].zero_grad()
         tallies = {name: _Tally(self.policy.device) for name in names}
+        n_recomputed = 0
         for batch in pack(
             signal,
             denominators=denominators,
@@ -92,7 +96,7 @@ class Learner:
             shared_prefix=self.policy.not_shared is None,
             device=self.policy.device,
         ):
-            self._accumulate(batch, tallies)
+            n_recomputed = max(n_recomputed, self._accumulate(batch, tallies))
             if on_tokens is not None:
                 on_tokens(len(batch.targets))
         for tally in tallies.values():
@@ -104,13 +108,17 @@ class Learner:
             for name, (n_signal,) in zip(names, n_learned, strict=True)
         ]
         return [  # only now does anything move
-            self._finish(name, tallies[name], int(n_groups), int(n_signal), norm, on_policy)
+            self._finish(name, tallies[name], int(n_groups), int(n_signal), norm, on_policy, n_recomputed)
             for name, (n_groups, _), (n_signal,), norm in zip(names, counts, n_learned, norms, strict=True)
         ]
 
-    def _accumulate(self, batch: Batch, tallies: dict[str, _Tally]) -> None:
-        """One forward and backward pass; the gradient adds up in each adapter's `flat.grad`."""
-        logprobs, entropy = self.policy.logprobs(batch, self.temperature)
+    def _accumulate(self, batch: Batch, tallies: dict[str, _Tally]) -> int:
+        """One forward and backward pass; the gradient adds up in each adapter's `flat.grad`.
+
+        Returns how many layers were computed twice.
+        """
+        recompute = self.recompute.layers(batch.tokens.numel(), next(iter(tallies)))
+        logprobs, entropy = self.policy.logprobs(batch, self.temperature, recompute)
         clip = Clip(self.config.clip_low, self.config.clip_high)
         objective, clipped = OBJECTIVES[self.config.objective](
             logprobs, batch.behaviour_logprobs, batch.advantages, clip
@@ -121,6 +129,7 @@ class Learner:
         for name, tally in tallies.items():
             mine = torch.tensor([adapter == name for adapter in batch.adapters], device=entry.device)[entry]
             tally.add(loss, logprobs.detach() - batch.behaviour_logprobs, entropy, clipped, mine)
+        return len(recompute)
 
     def _check_agreement(self, tally: _Tally) -> None:
         kl = tally.mean(tally.difference)
@@ -143,7 +152,14 @@ class Learner:
         return norm
 
     def _finish(
-        self, name: str, tally: _Tally, n_groups: int, n_learned: int, grad_norm: float | None, on_policy: bool
+        self,
+        name: str,
+        tally: _Tally,
+        n_groups: int,
+        n_learned: int,
+        grad_norm: float | None,
+        on_policy: bool,
+        n_recomputed: int,
     ) -> StepStats:
         """Clip the gradient and take the step; without any signal (no norm) nothing moves, momentum included."""
         adapter = self.policy.bank[name]
@@ -166,6 +182,7 @@ class Learner:
             clip_fraction=tally.mean(tally.clipped),
             grad_norm=grad_norm,
             learning_rate=self.config.learning_rate,
+            n_layers_recomputed=n_recomputed,
         )
 
     def _sum(self, counts: list[list[float]]) -> list[list[float]]:

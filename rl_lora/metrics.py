@@ -74,6 +74,7 @@ def summarize_updates(updates: Sequence[StepStats]) -> Record:
     record: Record = {
         "version": updates[-1].version,
         "learning_rate": updates[-1].learning_rate,
+        "layers_recomputed": max(stats.n_layers_recomputed for stats in updates),
         "tokens_learned": sum(stats.n_tokens_learned for stats in updates),
         "sampler_learner_kl": next((s.sampler_learner_kl for s in updates if s.sampler_learner_kl is not None), None),
         "ratio_max": max((stats.ratio_max for stats in updates if stats.ratio_max is not None), default=None),

@@ -116,21 +116,22 @@ def pack(
     placed = [(row, trunk_of(trunks, row.adapter, row.prompt)) for row in rows]
     placed.sort(key=lambda item: (item[0].adapter or "", -1 if item[1] is None else item[1], -len(item[0])))
     batches: list[list[tuple[Row, int]]] = []
+    size = longest = 0  # tokens of the batch that is being filled; of its longest row
+    begun: set[Trunk] = set()
     for row, trunk in placed:
         n_trunk = 0 if trunk is None else len(trunks[trunk][1])
-        if batches and _size([*batches[-1], (row, n_trunk)], shared_prefix) <= tokens_per_microbatch:
-            batches[-1].append((row, n_trunk))
+        begins = row.adapter, row.prompt[:n_trunk]
+        if shared_prefix:
+            grown = size + len(row) - (n_trunk if begins in begun else 0)
         else:
-            batches.append([(row, n_trunk)])
+            grown = (len(batches[-1]) + 1 if batches else 1) * max(longest, len(row))
+        if not batches or grown > tokens_per_microbatch:
+            batches.append([])
+            grown, longest, begun = len(row), 0, set()
+        batches[-1].append((row, n_trunk))
+        size, longest = grown, max(longest, len(row))
+        begun.add(begins)
     return [_batch(lay(batch, device), [row for row, _ in batch], denominators, device) for batch in batches]
-
-
-def _size(rows: Sequence[tuple[Row, int]], shared_prefix: bool) -> int:
-    """Tokens that these rows, each with the length of its trunk, would have in one batch."""
-    if not shared_prefix:
-        return len(rows) * max(len(row) for row, _ in rows)
-    shared = {(row.adapter, row.prompt[:n_trunk]) for row, n_trunk in rows}
-    return sum(len(row) - n_trunk for row, n_trunk in rows) + sum(len(ids) for _, ids in shared)
 
 
 Place = Callable[[np.ndarray], np.ndarray]

@@ -1,19 +1,20 @@
 """The policy: one frozen base, its bank of adapters, and the conversation format. Everything is one forward pass.
 
-Left out: sampling (`sampler.py`), the loss (`learner.py`), and any second copy of the base.
+Left out: sampling (`native_sampler.py`), the loss (`learner.py`), and any second copy of the base.
 """
 
 from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rl_lora import models
@@ -23,6 +24,7 @@ from rl_lora.config import ModelConfig
 from rl_lora.head import Head
 from rl_lora.kv_cache import Decode, Nodes, Recorder
 from rl_lora.lora import AdapterBank
+from rl_lora.recompute import recomputing
 from rl_lora.tree import Tree
 from rl_lora.types import Batch
 
@@ -58,6 +60,8 @@ class Policy:
         self.dtype = self.head.weight.dtype
         self.context_length = context_length(model.config)
         """Tokens that a prompt and its completion may have together."""
+        self.cache_bytes_per_token = 0
+        """Of the keys and values of all layers; known where prompts are shared."""
         self.not_shared: str | None = None
         """Why prompts are not shared by their completions, or None where they are."""
         self.not_shared = self._self_check()
@@ -101,13 +105,16 @@ class Policy:
         layout: Layout | None = None,
         positions: Tensor | None = None,
         cache: Cache | None = None,
+        recompute: Sequence[nn.Module] = (),
     ) -> Tensor:
         """Last hidden states, (B, L, d), of tokens int64 (B, L).
 
         Without a layout the model's own causal attention runs: rows are single sequences, padded on the right.
+        `recompute`: layers that a backward pass computes again (`recompute.py`).
         """
         kwargs: dict[str, Any] = {} if layout is None else {"layout": layout}
-        with self.bank.route(adapters), nullcontext() if layout is None else shared_prefix_attention_of(self.model):
+        setting = partial(self._setting, adapters, layout)
+        with setting(), recomputing(recompute, setting):
             output = self.backbone(
                 input_ids=tokens,
                 position_ids=positions,
@@ -116,6 +123,13 @@ class Policy:
                 **kwargs,
             )
         return output.last_hidden_state
+
+    @contextmanager
+    def _setting(self, adapters: Sequence[str | None], layout: Layout | None) -> Iterator[None]:
+        """What the model's layers run in."""
+        attention = nullcontext() if layout is None else shared_prefix_attention_of(self.model)
+        with self.bank.route(adapters), attention:
+            yield
 
     def prefill(
         self,
@@ -144,10 +158,12 @@ class Policy:
         """An empty one of the model's own, for `hidden` without a layout."""
         return DynamicCache(config=self.model.config.get_text_config())
 
-    def logprobs(self, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    def logprobs(
+        self, batch: Batch, temperature: float = 1.0, recompute: Sequence[nn.Module] = ()
+    ) -> tuple[Tensor, Tensor]:
         """Log-probability of every target of the batch, and the entropy of its distribution: float32 (N,), (N,)."""
         positions = None if batch.tree is None else batch.tree.positions
-        hidden = self.hidden(batch.tokens, batch.adapters, batch.tree, positions)
+        hidden = self.hidden(batch.tokens, batch.adapters, batch.tree, positions, recompute=recompute)
         return self.head.logprobs(hidden.flatten(0, 1)[batch.index], batch.targets, temperature)
 
     @torch.no_grad()
@@ -195,6 +211,8 @@ class Policy:
             decode.trunks.append_empty()
             prompts, behind = self.prefill([(None, a), (None, b)], decode.trunks, [0, 1])
             states = [behind[[0, 0, 1]]]
+            pairs = zip(prompts.keys, prompts.values, strict=True)
+            self.cache_bytes_per_token = sum(x.shape[1] * x.shape[3] * x.element_size() for kv in pairs for x in kv)
             decode.admit(prompts, np.array([0, 1]), np.array([0, 0, 1]))
             for t, m in ((p, 2), *((t, 1) for t in range(p + 2, n))):  # two tokens at once, then one by one
                 positions = decode.begin(m)

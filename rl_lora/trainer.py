@@ -24,11 +24,11 @@ from rl_lora.environment import environment, held_out
 from rl_lora.evaluate import Evaluation, evaluate
 from rl_lora.learner import Learner
 from rl_lora.metrics import MetricsFile, Record, Stopwatch, summarize_groups, summarize_updates, with_speed
+from rl_lora.native_sampler import NativeSampler
 from rl_lora.policy import Policy
 from rl_lora.preflight import preflight
 from rl_lora.report import RunReport
 from rl_lora.rollout import RolloutWorker
-from rl_lora.sampler import NativeSampler
 from rl_lora.types import Group
 
 ADAPTER = "policy"
@@ -96,7 +96,12 @@ class Trainer:
             self.policy, config.learner, temperature=config.rollout.temperature, accelerator=self.accelerator
         )
         self.step = self._start_or_resume()
-        sampler = NativeSampler(self.policy, config.rollout.max_rows)
+        sampler = NativeSampler(
+            self.policy,
+            config.rollout.max_rows,
+            max_cache_gib=config.rollout.max_cache_gib,
+            check_every=config.rollout.check_every,
+        )
         make_eval_env, self.eval_seeds = held_out(config.env, config.eval.env_kwargs, config.eval.episodes)
         self.worker, self.eval_worker = (
             RolloutWorker(

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from rl_lora.tree import Tree
+if TYPE_CHECKING:  # the records need no transformers
+    from rl_lora.tree import Tree
 
 
 class Stop(StrEnum):
@@ -131,3 +133,5 @@ class StepStats:
     grad_norm: float | None
     """Before clipping."""
     learning_rate: float
+    n_layers_recomputed: int
+    """Of the micro-batch with the most."""

@@ -29,10 +29,11 @@ from rl_lora import models
 from rl_lora.config import EnvConfig, LearnerConfig, ModelConfig, RolloutConfig
 from rl_lora.environment import environment
 from rl_lora.learner import Learner
+from rl_lora.native_sampler import NativeSampler
 from rl_lora.packing import pack
 from rl_lora.policy import Policy
 from rl_lora.rollout import RolloutWorker
-from rl_lora.sampler import NativeSampler, Request
+from rl_lora.sampler import Request
 from rl_lora.trainer import no_accelerator
 from rl_lora.tree import find_trunks
 from rl_lora.types import Episode, Group, Stop, Turn

@@ -27,10 +27,10 @@ from rl_lora.config import EnvConfig, ModelConfig, RolloutConfig
 from rl_lora.environment import held_out
 from rl_lora.evaluate import evaluate
 from rl_lora.metrics import Record
+from rl_lora.native_sampler import NativeSampler
 from rl_lora.policy import Policy
 from rl_lora.preflight import check_model
 from rl_lora.rollout import RolloutWorker
-from rl_lora.sampler import NativeSampler
 from rl_lora.trainer import no_accelerator
 from scripts.command import main as command
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rl_lora import tree as tree_module
 from rl_lora import kv_cache
+from rl_lora import tree as tree_module
 from rl_lora.attention import Options, Sharing
 from rl_lora.kv_cache import Decode, Nodes
 from rl_lora.tree import Tree, common_prefix, find_trunks, trunk_of

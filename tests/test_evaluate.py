@@ -17,9 +17,9 @@ from envs.text import Problem
 from rl_lora.config import EnvConfig, RolloutConfig, TrainConfig
 from rl_lora.environment import UNSPLIT_OFFSET, environment, held_out
 from rl_lora.evaluate import Evaluation, evaluate, wilson
+from rl_lora.native_sampler import NativeSampler
 from rl_lora.policy import Policy
 from rl_lora.rollout import MakeEnv, RolloutWorker
-from rl_lora.sampler import NativeSampler
 from rl_lora.trainer import problem_seeds
 from rl_lora.types import Episode, Group, Stop, Turn
 from tests.test_rollout import GuessEnv

@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, BloomConfig, MambaConfig, PreTrai
 from rl_lora.config import LearnerConfig
 from rl_lora.kv_cache import Decode
 from rl_lora.learner import Learner
+from rl_lora.native_sampler import NativeSampler
 from rl_lora.policy import Dtype, Policy, compute_dtype, context_length
-from rl_lora.sampler import NativeSampler, Request
+from rl_lora.sampler import Request
 from rl_lora.tree import Tree
 from tests.oracles import Oracle, as_turn, episode, gradient, group, relative_error
 from tests.tiny import (

@@ -12,9 +12,10 @@ import envs  # noqa: F401  registers the environments
 from envs import TextEnv
 from rl_lora.config import RolloutConfig
 from rl_lora.metrics import summarize_groups
+from rl_lora.native_sampler import NativeSampler
 from rl_lora.policy import Policy
 from rl_lora.rollout import MakeEnv, RolloutWorker
-from rl_lora.sampler import Completion, Follow, NativeSampler, Request
+from rl_lora.sampler import Completion, Follow, Request
 from rl_lora.types import Group, Stop
 from tests.tiny import randomize, tiny_model, tiny_tokenizer
 

@@ -17,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from rl_lora.native_sampler import NativeSampler
 from rl_lora.packing import pack
 from rl_lora.policy import Policy
-from rl_lora.sampler import Completion, NativeSampler, Request
+from rl_lora.sampler import Completion, Request
 from rl_lora.sampling import sample
 from rl_lora.types import Stop
 from tests.oracles import Oracle, as_turn, episode, group, tiny_policy
@@ -334,7 +335,7 @@ def assert_same(found: list[list[Completion]], expected: list[list[Completion]])
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3", "gpt2", "mixtral"])
-@pytest.mark.parametrize("options", [{"max_rows": 5}, {"max_rows": 4, "check_every": 3}, {"max_cache_bytes": 60_000}])
+@pytest.mark.parametrize("options", [{"max_rows": 5}, {"max_rows": 4, "check_every": 3}, {"max_cache_gib": 6e-5}])
 def test_who_waits_for_whom_changes_nothing_that_is_drawn(arch: str, options: dict[str, Any]) -> None:
     policy = tiny_policy(arch, ["a", "b"], stop_tokens=LETTERS)
     head = prompt(20)  # what all begin with

@@ -35,9 +35,10 @@ from rl_lora.config import (
 from rl_lora.environment import held_out
 from rl_lora.evaluate import evaluate
 from rl_lora.learner import SamplerLearnerMismatch
+from rl_lora.native_sampler import NativeSampler, _Drawing
 from rl_lora.policy import Policy
 from rl_lora.rollout import RolloutWorker
-from rl_lora.sampler import Completion, NativeSampler, _Drawing
+from rl_lora.sampler import Completion
 from rl_lora.trainer import ADAPTER, Trainer, problem_seeds, train
 from tests.tiny import tiny_folder, token_ids
 

@@ -1,0 +1,433 @@
+"""The native sampler: completions drawn with the policy's own forward.
+
+Prompts are prefilled once for all their completions, what they begin with once for all prompts; finished rows make room
+for waiting ones, and a conversation goes on in its row. Every row has its own stream of uniform numbers, so what it
+draws does not depend on its neighbours. The distribution is never filtered (top-k, top-p): the log-probabilities
+returned are those of what was sampled from, and of what is learned.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rl_lora.kv_cache import Decode, Nodes
+from rl_lora.memory import budget
+from rl_lora.policy import Policy
+from rl_lora.sampler import Completion, Follow, Request
+from rl_lora.sampling import Draw
+from rl_lora.tree import Trunk, find_trunks, trunk_of
+from rl_lora.types import Stop
+
+TURNOVER = 0.2
+"""Share of the rows that must have finished before others take their place: moving costs about as much as a step."""
+PREFILL_TOKENS = 4096
+"""Prompt tokens that are read in at a time."""
+
+
+class NativeSampler:
+    """Samples from the policy itself: it reads the adapters that the learner writes, nothing is synchronised.
+
+    Args:
+        max_rows: completions that are decoded at a time.
+        max_cache_gib: of the keys and values of those rows and their prompts; fewer rows are decoded where they would
+            not fit, but always one request. By default half of the memory that is free when `generate` is called.
+            Counted when a request comes in: later turns may outgrow it. Models that cannot share prompts are bound by
+            `max_rows` alone.
+        check_every: tokens between looks at which rows have finished: by default 8 on a GPU, which each look makes
+            wait, else 1.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        max_rows: int = 256,
+        *,
+        max_cache_gib: float | None = None,
+        check_every: int | None = None,
+    ):
+        if check_every is None:
+            check_every = 8 if policy.device.type == "cuda" else 1
+        for name, value in (("max_rows", max_rows), ("check_every", check_every)):
+            if value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
+        self.policy, self.max_rows, self.max_cache_gib = policy, max_rows, max_cache_gib
+        self.check_every = check_every
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        requests: Sequence[Request],
+        on_token: Callable[[int], None] | None = None,
+        follow: Follow | None = None,
+    ) -> list[list[Completion]]:
+        """See `Sampler`."""
+        for request in requests:
+            self._check(request)
+        # Neighbours carry the same adapter, and prompts of one batch have similar lengths.
+        order = sorted(range(len(requests)), key=lambda i: (requests[i].adapter or "", len(requests[i].prompt_ids)))
+        jobs = [_Job(requests[i], [(i, k) for k in range(requests[i].n)]) for i in order]
+        results: dict[tuple[int, int], Completion] = {}
+
+        def finish(job: _Job, place: int, completion: Completion) -> _Job | None:
+            i, k = job.of[place]
+            results[i, k] = completion
+            if follow is None or (request := follow(i, k, completion)) is None:
+                return None
+            self._check(request)
+            if request.n != 1:
+                raise ValueError(f"what follows one completion is one completion, got a request of n={request.n}")
+            return _Job(request, [(i, k)])
+
+        (_PlainRun if self.policy.not_shared else _Run)(self, jobs, finish, on_token or (lambda n: None)).run()
+        return [[results[i, k] for k in range(request.n)] for i, request in enumerate(requests)]
+
+    def _check(self, request: Request) -> None:
+        if not request.temperature >= 0:
+            raise ValueError(f"temperature must be >= 0, got {request.temperature}")
+        if request.max_tokens < 1 or request.n < 1 or not request.prompt_ids:
+            raise ValueError(
+                f"a request needs a prompt, n >= 1 and max_tokens >= 1; got {len(request.prompt_ids)} prompt tokens, "
+                f"n={request.n}, max_tokens={request.max_tokens}"
+            )
+        needed = len(request.prompt_ids) + request.max_tokens
+        if needed > self.policy.context_length:
+            raise ValueError(
+                f"a prompt of {len(request.prompt_ids)} tokens and a completion of up to {request.max_tokens} do not "
+                f"fit the model's context of {self.policy.context_length}; shorten the prompt or lower max_tokens"
+            )
+
+
+@dataclass
+class _Job:
+    """A request that waits for room: `of` says, for each of its completions, (request, k) as the caller counts."""
+
+    request: Request
+    of: list[tuple[int, int]]
+    first: int = 0
+    """Completions of the same request that other jobs draw before: the uniforms go on behind theirs."""
+
+    def split(self, n: int) -> list[_Job]:
+        """Jobs of at most n completions."""
+        return [_Job(self.request, self.of[i : i + n], self.first + i) for i in range(0, len(self.of), n)]
+
+
+Finish = Callable[[_Job, int, Completion], _Job | None]
+
+
+class _Row:
+    """One completion in the making, and the conversation it goes on from."""
+
+    def __init__(self, job: _Job, place: int):
+        self.job, self.place = job, place
+        self.adapter = job.request.adapter
+        self.ids = job.request.prompt_ids  # what the row's keys and values are of, but for the last token drawn
+        self.base = len(self.ids)  # how many of those are the prompt's that the row came in with
+        self.finished = False
+
+    @property
+    def request(self) -> Request:
+        return self.job.request
+
+    def uniforms(self) -> np.ndarray:
+        seed = self.request.seed if isinstance(self.request.seed, tuple) else (self.request.seed,)
+        sequence = np.random.SeedSequence((*seed, self.job.first + self.place))
+        return np.random.Generator(np.random.Philox(sequence)).random(self.request.max_tokens, dtype=np.float32)
+
+
+class _Drawing:
+    """What is drawn: device tensors with one entry for each of R rows."""
+
+    def __init__(self, policy: Policy):
+        self.policy, device = policy, policy.device
+        self.draw_from = Draw(policy.head)
+        self.stop_ids = torch.tensor(sorted(policy.chat.stop_ids), dtype=torch.int64, device=device)
+        self.hidden = torch.empty(0, policy.head.weight.shape[1], dtype=policy.dtype, device=device)
+        self.temperature = torch.empty(0, device=device)
+        self.limit, self.n = torch.empty(2, 0, dtype=torch.int64, device=device)
+        self.uniforms = torch.empty(0, 0, device=device)  # (R, T)
+        self.tokens = torch.empty(0, 1, dtype=torch.int64, device=device)  # (R, T + 1); the last column takes anything
+        self.logprobs = torch.empty(0, 1, device=device)
+        self.plain = True  # every temperature is 1
+
+    def admit(self, rows: Sequence[_Row], hidden: Tensor) -> None:
+        """New rows, and the hidden states (R', d) that their first tokens are drawn from."""
+        self._widen(max(row.request.max_tokens for row in rows))
+        R = len(self.n)
+        self.hidden = torch.cat([self.hidden, hidden])
+        for name in ("temperature", "limit", "n", "uniforms", "tokens", "logprobs"):
+            x = getattr(self, name)
+            setattr(self, name, torch.cat([x, x.new_zeros(len(rows), *x.shape[1:])]))
+        self._start(range(R, R + len(rows)), rows)
+
+    def restart(self, places: Sequence[int], rows: Sequence[_Row], hidden: Tensor) -> None:
+        """Rows that go on with a new request."""
+        self._widen(max(row.request.max_tokens for row in rows))
+        self.hidden[torch.tensor(places, device=hidden.device)] = hidden
+        self._start(places, rows)
+
+    def _start(self, places: Sequence[int], rows: Sequence[_Row]) -> None:
+        T = self.uniforms.shape[1]
+        device = self.n.device
+        at = torch.tensor(places, device=device)
+        self.temperature[at] = torch.tensor([float(row.request.temperature) for row in rows], device=device)
+        self.plain = self.plain and all(row.request.temperature == 1 for row in rows)
+        self.limit[at] = torch.tensor([row.request.max_tokens for row in rows], device=device)
+        self.n[at] = 0
+        uniforms = np.zeros((len(rows), T), np.float32)
+        for i, row in enumerate(rows):
+            uniforms[i, : row.request.max_tokens] = row.uniforms()
+        self.uniforms[at] = torch.from_numpy(uniforms).to(device)
+
+    def _widen(self, T: int) -> None:
+        if (more := T - self.uniforms.shape[1]) > 0:
+            for name in ("uniforms", "tokens", "logprobs"):
+                setattr(self, name, torch.nn.functional.pad(getattr(self, name), (0, more)))
+
+    def keep(self, rows: Tensor) -> None:
+        for name in ("hidden", "temperature", "limit", "n", "uniforms", "tokens", "logprobs"):
+            setattr(self, name, getattr(self, name)[rows])
+
+    def draw(self, running: Tensor) -> tuple[Tensor, Tensor]:
+        """One token for each row, taken down where `running`; the tokens, and who runs on."""
+        at = self.n[:, None]
+        uniforms = self.uniforms.gather(1, at.clamp_max(self.uniforms.shape[1] - 1))[:, 0]
+        drawn, logprob = self.draw_from(self.hidden, None if self.plain else self.temperature, uniforms)
+        self.tokens.scatter_(1, torch.where(running[:, None], at, self.tokens.shape[1] - 1), drawn[:, None])
+        self.logprobs.scatter_(1, torch.where(running[:, None], at, self.tokens.shape[1] - 1), logprob[:, None])
+        self.n += running
+        return drawn, running & ~torch.isin(drawn, self.stop_ids) & (self.n < self.limit)
+
+    def completion(self, place: int, row: _Row) -> Completion:
+        n = int(self.n[place])
+        tokens, logprobs = self.tokens[place, :n].tolist(), self.logprobs[place, :n].tolist()
+        if not all(map(math.isfinite, logprobs)):
+            raise FloatingPointError(
+                f"the model gives no finite probabilities under adapter {row.adapter!r}; it has diverged, or its "
+                "weights do not fit the dtype"
+            )
+        stop = Stop.END if tokens[-1] in self.policy.chat.stop_ids else Stop.LENGTH
+        return Completion(tuple(tokens), tuple(logprobs), stop)
+
+
+class _Run:
+    """One call of `generate`: rows come, draw, and leave.
+
+    Each round draws `check_every` tokens a row and then looks who has finished. Their completions are handed over, and
+    either the row has another turn or it is done with. When enough rows stand still, they are moved out, and new
+    prompts and next turns are read in.
+    """
+
+    def __init__(self, sampler: NativeSampler, jobs: Sequence[_Job], finish: Finish, on_token: Callable[[int], None]):
+        self.policy, self.finish, self.on_token = sampler.policy, finish, on_token
+        self.check_every, self.max_rows, self.max_bytes = (
+            sampler.check_every,
+            sampler.max_rows,
+            budget(sampler.max_cache_gib, sampler.policy.device),
+        )
+        self.waiting = deque(part for job in jobs for part in job.split(self.max_rows))
+        self.rows: list[_Row] = []
+        self.turns: dict[_Row, _Job] = {}
+        """Next turns that wait to be read in, by the row that they go on in."""
+        self.drawing = _Drawing(self.policy)
+        self.decode = Decode(self.policy.device)
+        self.trunks: list[Trunk] = []
+
+    def run(self) -> None:
+        self._read_trunks()
+        while self.rows or self.waiting:
+            self._arrive()
+            running = torch.tensor([not row.finished for row in self.rows], device=self.policy.device)
+            n_before = int(self.drawing.n.sum())
+            for i in range(self.check_every):
+                drawn, running = self.drawing.draw(running)
+                if i + 1 < self.check_every:
+                    self._step(drawn)
+            self._retire(running.tolist())
+            self.on_token(int(self.drawing.n.sum()) - n_before)
+            drawn = self._compact(drawn)
+            if not all(row.finished for row in self.rows):
+                self._step(drawn)
+            self._settle()
+
+    def _step(self, tokens: Tensor) -> None:
+        """Read one token a row, (R,)."""
+        positions = self.decode.begin().clamp_max(self.policy.context_length - 1)  # rows that stand still run past it
+        adapters = [row.adapter for row in self.rows]
+        hidden = self.policy.hidden(tokens[:, None], adapters, self.decode, positions, self.decode)
+        self.decode.advance()
+        self.drawing.hidden = hidden[:, 0]
+
+    def _retire(self, running: Sequence[bool]) -> None:
+        """Hand over the completions that have ended."""
+        for place, (row, runs) in enumerate(zip(self.rows, running, strict=True)):
+            if runs or row.finished:
+                continue
+            row.finished = True
+            completion = self.drawing.completion(place, row)
+            row.ids = row.ids + completion.token_ids
+            if (job := self.finish(row.job, row.place, completion)) is not None:
+                ids = job.request.prompt_ids
+                if job.request.adapter == row.adapter and len(ids) > len(row.ids) and ids[: len(row.ids)] == row.ids:
+                    self.turns[row] = job
+                else:
+                    self.waiting.append(job)
+
+    def _idle(self) -> bool:
+        """Whether enough rows stand still for others to take their place."""
+        still = sum(row.finished for row in self.rows)
+        return still == len(self.rows) or still >= TURNOVER * len(self.rows)
+
+    def _compact(self, drawn: Tensor) -> Tensor:
+        """Move out rows that are done with; the tokens drawn by those that stay."""
+        keep = [i for i, row in enumerate(self.rows) if not row.finished or row in self.turns]
+        if len(keep) == len(self.rows) or not self._idle():
+            return drawn
+        self.rows = [self.rows[i] for i in keep]
+        self.decode.keep(np.array(keep, np.int64))
+        index = torch.tensor(keep, dtype=torch.int64, device=drawn.device)
+        self.drawing.keep(index)
+        return drawn[index]
+
+    def _settle(self) -> None:
+        """Rows that stand still have not read the tokens that they were given to keep the batch whole."""
+        for place, row in enumerate(self.rows):
+            if row.finished:
+                self.decode.t[place] = len(row.ids) - row.base - 1
+
+    def _arrive(self) -> None:
+        """Read in next turns and new prompts, where rows stand still or are missing."""
+        if self.turns and self._idle():
+            self._take_turns()
+        free = self.max_rows - len(self.rows)
+        if self.waiting and (not self.rows or free >= TURNOVER * self.max_rows):
+            jobs: list[_Job] = []
+            while self.waiting and len(self.waiting[0].of) <= free and self._fits([*jobs, self.waiting[0]]):
+                jobs.append(self.waiting.popleft())
+                free -= len(jobs[-1].of)
+            if jobs:
+                self._admit(jobs)
+
+    def _fits(self, jobs: Sequence[_Job]) -> bool:
+        """Whether these can come in beside what is there; a first one always can."""
+        if len(jobs) == 1 and not self.rows:
+            return True
+        rows = len(self.rows) + sum(len(job.of) for job in jobs)
+        room = max(self.decode.room, *(job.request.max_tokens for job in jobs))
+        prompts = sum(len(job.request.prompt_ids) for job in jobs)
+        if self.decode.prompts is not None:
+            prompts += int(self.decode.prompts.lengths.sum())
+        return self.policy.cache_bytes_per_token * (rows * room + prompts) <= self.max_bytes
+
+    def _admit(self, jobs: Sequence[_Job]) -> None:
+        """Prefill the jobs' prompts, each once, and start their rows."""
+        prompts: dict[Trunk, int] = {}
+        rows, prompt_of_row = [], []
+        for job in jobs:
+            for place in range(len(job.of)):
+                rows.append(_Row(job, place))
+                key = job.request.adapter, job.request.prompt_ids
+                prompt_of_row.append(prompts.setdefault(key, len(prompts)))
+        found = [trunk_of(self.trunks, *key) for key in prompts]
+        trunk = [len(self.trunks) if t is None else t for t in found]
+        nodes, hidden = self._prefill(list(prompts), trunk)
+        self.decode.admit(nodes, np.array(trunk), np.array(prompt_of_row))
+        self.rows += rows
+        self.drawing.admit(rows, hidden[torch.tensor(prompt_of_row, device=hidden.device)])
+
+    def _prefill(self, prompts: Sequence[Trunk], trunk: Sequence[int]) -> tuple[Nodes, Tensor]:
+        """Keys and values of prompts behind their trunks, and the hidden states of their last tokens, (P, d)."""
+        nodes, hiddens = None, []
+        for part in _parts([len(ids) for _, ids in prompts], PREFILL_TOKENS):
+            new, hidden = self.policy.prefill(prompts[part], self.decode.trunks, trunk[part])
+            hiddens.append(hidden)
+            if nodes is None:
+                nodes = new
+            else:
+                nodes.append(new)
+        assert nodes is not None
+        return nodes, torch.cat(hiddens)
+
+    def _read_trunks(self) -> None:
+        """Prefill what prompts of the same adapter begin with in common."""
+        self.trunks = find_trunks((job.request.adapter, job.request.prompt_ids) for job in self.waiting)
+        if self.trunks:
+            self.decode.trunks, _ = self._prefill(self.trunks, [0] * len(self.trunks))
+            self.decode.trunks.append_empty()  # for prompts that begin otherwise
+
+    def _take_turns(self) -> None:
+        """Read in what is new in the next turns of conversations: the last token drawn, and what came in reply."""
+        places = [place for place, row in enumerate(self.rows) if row in self.turns]
+        rows = [self.rows[place] for place in places]
+        new = []
+        for row in rows:
+            job = self.turns.pop(row)
+            new.append(job.request.prompt_ids[len(row.ids) - 1 :])
+            row.job, row.place, row.ids, row.finished = job, 0, job.request.prompt_ids, False
+        lengths = np.array([len(ids) for ids in new])
+        tokens = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
+        for i, ids in enumerate(new):
+            tokens[i, : len(ids)] = torch.tensor(ids)
+        at = np.array(places)
+        positions = self.decode.begin(tokens.shape[1], at).clamp_max(self.policy.context_length - 1)
+        adapters = [row.adapter for row in rows]
+        hidden = self.policy.hidden(tokens.to(self.policy.device), adapters, self.decode, positions, self.decode)
+        self.decode.advance(lengths, at)
+        last = torch.from_numpy(lengths - 1).to(hidden.device)
+        self.drawing.restart(places, rows, hidden[torch.arange(len(rows), device=hidden.device), last])
+
+
+def _parts(lengths: Sequence[int], budget: int) -> list[slice]:
+    """Neighbours whose lengths add up to the budget at most; a longer one is alone."""
+    parts, start, total = [], 0, 0
+    for i, length in enumerate(lengths):
+        if i > start and total + length > budget:
+            parts.append(slice(start, i))
+            start, total = i, 0
+        total += length
+    return [*parts, slice(start, len(lengths))]
+
+
+class _PlainRun:
+    """The same for architectures that our attention does not cover: the model's own attention and cache.
+
+    Without our own mask, rows of a batch need prompts of one length, and nobody comes in before all have left.
+    """
+
+    def __init__(self, sampler: NativeSampler, jobs: Sequence[_Job], finish: Finish, on_token: Callable[[int], None]):
+        self.policy, self.max_rows, self.finish, self.on_token = sampler.policy, sampler.max_rows, finish, on_token
+        self.waiting = list(jobs)
+
+    def run(self) -> None:
+        while self.waiting:
+            jobs = sorted(self.waiting, key=lambda job: len(job.request.prompt_ids))
+            self.waiting = []
+            for _, alike in itertools.groupby(jobs, key=lambda job: len(job.request.prompt_ids)):
+                rows = [_Row(job, place) for job in alike for place in range(len(job.of))]
+                for i in range(0, len(rows), self.max_rows):
+                    self._batch(rows[i : i + self.max_rows])
+
+    def _batch(self, rows: Sequence[_Row]) -> None:
+        policy, adapters = self.policy, [row.adapter for row in rows]
+        cache = policy.cache()
+        prompts = torch.tensor([row.request.prompt_ids for row in rows], device=policy.device)
+        hidden = policy.hidden(prompts, adapters, cache=cache)[:, -1]
+        drawing = _Drawing(policy)
+        drawing.admit(rows, hidden)
+        running = torch.ones(len(rows), dtype=torch.bool, device=policy.device)
+        n_running = len(rows)
+        while n_running:
+            self.on_token(n_running)
+            drawn, running = drawing.draw(running)
+            if n_running := int(running.sum()):  # finished rows stay: not every cache can give rows up
+                drawing.hidden = policy.hidden(drawn[:, None], adapters, cache=cache)[:, -1]
+        for place, row in enumerate(rows):
+            if (job := self.finish(row.job, row.place, drawing.completion(place, row))) is not None:
+                self.waiting.append(job)
