@@ -180,7 +180,10 @@ MAY_DIFFER = {
     "checkpoint",
     "log",
     "rollout.max_rows",
+    "rollout.max_cache_gib",
+    "rollout.check_every",
     "learner.tokens_per_microbatch",
+    "learner.max_activation_gib",
 }
 """What a resumed run may change: nothing of it moves the adapter's path, but for the rounding of other batch shapes."""
 

@@ -57,7 +57,8 @@ class BenchmarkConfig:
     steps: list[str] = field(default_factory=lambda: ["16x8x16", "8x8x128"])
     """Prompts x completions x at most so many tokens: whole training steps on two-digit additions."""
     peer: list[str] = field(default_factory=list)
-    """Others to measure in turns: trl (steps), transformers, transformers-continuous, vllm (rollouts)."""
+    """Others to measure in turns: trl (steps); transformers, transformers-continuous, vllm (rollouts, which these draw
+    from the bare base)."""
     peer_python: str = ".venv-peers/bin/python"
     """Interpreter of the environment that holds trl, peft and transformers."""
     vllm_python: str = ".venv-vllm/bin/python"
@@ -74,7 +75,7 @@ class BenchmarkConfig:
 
 def run(config: BenchmarkConfig) -> Figures:
     """Measure, print the tables, write the file."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
     rollouts, steps = ([shape(text) for text in texts] for texts in (config.rollouts, config.steps))
     if config.rounds < 1:
         raise ValueError(f"rounds must be >= 1, got {config.rounds}")

@@ -17,11 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from rl_lora import head as head_module
+from rl_lora.head import Head
 from rl_lora.native_sampler import NativeSampler
 from rl_lora.packing import pack
 from rl_lora.policy import Policy
 from rl_lora.sampler import Completion, Request
-from rl_lora.sampling import sample
+from rl_lora.sampling import Draw, sample
 from rl_lora.types import Stop
 from tests.oracles import Oracle, as_turn, episode, group, tiny_policy
 from tests.tiny import ARCHITECTURES, EOS_ID, PAD_ID, token_ids
@@ -382,3 +384,22 @@ def test_a_conversation_that_goes_on_draws_what_a_fresh_prompt_of_it_would(arch:
 def test_what_follows_one_completion_is_one_completion() -> None:
     with pytest.raises(ValueError, match="one completion, got a request of n=2"):
         NativeSampler(tiny_policy()).generate([Request(prompt(3))], follow=lambda *_: Request(prompt(9), n=2))
+
+
+@pytest.mark.parametrize("temperatures", [None, [1.0, 0.0, 0.5, 2.0, 1.0]])
+def test_drawing_in_blocks_from_hidden_states_is_drawing_from_the_logits(
+    temperatures: list[float] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And again with fewer rows and with more, in the same working memory."""
+    V, d = 37, 6
+    monkeypatch.setattr(head_module, "BLOCK_ELEMENTS", 2 * V)
+    generator = torch.Generator().manual_seed(0)
+    head = Head(torch.randn(V, d, generator=generator), torch.randn(V, generator=generator), scale=0.7, softcap=4.0)
+    draw = Draw(head)
+    for R in (3, 1, 5, 2):
+        hidden, uniforms = torch.randn(R, d, generator=generator), torch.rand(R, generator=generator)
+        temperature = None if temperatures is None else torch.tensor(temperatures[:R])
+        tokens, logprobs = draw(hidden, temperature, uniforms)
+        expected, expected_logprobs = sample(head.logits(hidden), temperature, uniforms)
+        assert torch.equal(tokens, expected)
+        torch.testing.assert_close(logprobs, expected_logprobs)
