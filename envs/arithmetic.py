@@ -58,7 +58,8 @@ class ArithmeticEnv(SingleTurnEnv):
         while True:
             a, b = (self._operand(rng) for _ in range(2))
             if split_of(f"{op} {min(a, b)} {max(a, b)}", EVAL_FRACTION) == self.split:
-                return Problem(fill(self.template, {"a": str(a), "op": op, "b": str(b)}), OPERATIONS[op](a, b))
+                result = OPERATIONS[op](a, b)
+                return Problem(fill(self.template, {"a": str(a), "op": op, "b": str(b)}), result, str(result))
 
     def _operand(self, rng: np.random.Generator) -> int:
         digits = int(rng.integers(self.digits[0], self.digits[1] + 1))

@@ -29,6 +29,8 @@ class PromptsEnv(SingleTurnEnv):
         reference_column: where the reference for the reward function stands, any JSON; None if there is none.
         template: the question. {prompt} stands for the prompt, {name} for the column of that name, but never for the
             reference; all other braces stay as they are.
+        demonstration: a reply that solves the problem, as a template like the question's, in which the reference may
+            stand: "{equation} = {answer}". For `scripts/sft.py`.
         split: "train" or "eval".
         eval_path: a file of its own for "eval"; `path` is then "train" as a whole.
         eval_fraction: without `eval_path`, about this share of the prompts is held out, by a hash of their text:
@@ -45,6 +47,7 @@ class PromptsEnv(SingleTurnEnv):
         prompt_column: str = "prompt",
         reference_column: str | None = "answer",
         template: str = "{prompt}",
+        demonstration: str | None = None,
         split: str = "train",
         eval_path: str | os.PathLike[str] | None = None,
         eval_fraction: float = 0.1,
@@ -56,11 +59,14 @@ class PromptsEnv(SingleTurnEnv):
         if prompt_column == reference_column:
             raise ValueError(f"prompt_column and reference_column must differ, got {prompt_column!r} for both")
         placeholders(template)
+        if demonstration is not None:
+            placeholders(demonstration)
+        templates = (template, demonstration)
         if isinstance(eval_fraction, bool) or not isinstance(eval_fraction, int | float) or not 0 <= eval_fraction <= 1:
             raise ValueError(f"eval_fraction must be between 0 and 1, got {eval_fraction!r}")
         sources = {"train": locate(path), "eval": locate(path if eval_path is None else eval_path)}
         keep = (split, float(eval_fraction)) if eval_path is None else None
-        self._problems = _problems(sources[split], (prompt_column, reference_column), template, keep)
+        self._problems = _problems(sources[split], (prompt_column, reference_column), templates, keep)
 
     @property
     def n_problems(self) -> int:
@@ -73,12 +79,16 @@ class PromptsEnv(SingleTurnEnv):
 
 Columns = tuple[str, str | None]
 """The names of the prompt column and of the reference column, if there is one."""
+Templates = tuple[str, str | None]
+"""Of the question, and of the demonstration, if there is one."""
 
 
 @functools.lru_cache(maxsize=16)
-def _problems(source: Source, columns: Columns, template: str, keep: tuple[str, float] | None) -> tuple[Problem, ...]:
+def _problems(
+    source: Source, columns: Columns, templates: Templates, keep: tuple[str, float] | None
+) -> tuple[Problem, ...]:
     """The problems of a file; with keep = (split, eval_fraction), those of one side."""
-    entries = _entries(source, columns, template)
+    entries = _entries(source, columns, templates)
     if keep is None:
         return tuple(problem for _, problem in entries)
     split, fraction = keep
@@ -92,21 +102,31 @@ def _problems(source: Source, columns: Columns, template: str, keep: tuple[str, 
 
 
 @functools.lru_cache(maxsize=8)
-def _entries(source: Source, columns: Columns, template: str) -> tuple[tuple[str, Problem], ...]:
+def _entries(source: Source, columns: Columns, templates: Templates) -> tuple[tuple[str, Problem], ...]:
     """The prompt and the problem of each row; both splits share them."""
     rows = read_rows(source)
+    template, demonstration = templates
     shown = {"prompt", *(name for row in rows for name in row.columns if name != columns[1])}
     used = placeholders(template) & shown
     if not used:
         raise ValueError(
             f"template must contain {{prompt}} or a column in braces ({', '.join(sorted(shown))}), got {template!r}"
         )
-    return tuple(_entry(row, f"{source.path}, line {row.line}", columns, template, used - {"prompt"}) for row in rows)
+    in_answer = set()
+    if demonstration is not None:
+        in_answer = placeholders(demonstration) & {name for row in rows for name in row.columns}
+        if not in_answer:
+            raise ValueError(f"demonstration must contain a column of {source.path} in braces, got {demonstration!r}")
+    named = (used - {"prompt"}, in_answer)
+    return tuple(_entry(row, f"{source.path}, line {row.line}", columns, templates, named) for row in rows)
 
 
-def _entry(row: Row, where: str, columns: Columns, template: str, used: set[str]) -> tuple[str, Problem]:
+def _entry(
+    row: Row, where: str, columns: Columns, templates: Templates, named: tuple[set[str], set[str]]
+) -> tuple[str, Problem]:
+    """`named`: the columns that each template names."""
     prompt_column, reference_column = columns
-    for column in (prompt_column, reference_column, *sorted(used)):
+    for column in (prompt_column, reference_column, *sorted(named[0] | named[1])):
         if column is not None and column not in row.columns:
             hint = " (reference_column=None: no references)" if column == reference_column else ""
             there = ", ".join(map(repr, row.columns)) or "none"
@@ -115,12 +135,18 @@ def _entry(row: Row, where: str, columns: Columns, template: str, used: set[str]
     if not isinstance(prompt, str) or not prompt.strip():
         wrong = "an empty one" if isinstance(prompt, str) else f"a {type(prompt).__name__}"
         raise ValueError(f"{where}: {prompt_column!r} must be a text, got {wrong}")
-    values = {name: _as_text(row.columns[name]) for name in used} | {"prompt": prompt}
+    question, demonstration = (
+        None if text is None else fill(text, {"prompt": prompt} | {name: _as_text(row.columns[name]) for name in names})
+        for text, names in zip(templates, named, strict=True)
+    )
+    assert question is not None
     reference = None if reference_column is None else row.columns[reference_column]
-    return prompt, Problem(fill(template, values), reference)
+    return prompt, Problem(question, reference, demonstration)
 
 
 def _as_text(value: Any) -> str:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # 145.0, as data sets write whole answers
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 

@@ -95,12 +95,15 @@ class Problem(NamedTuple):
 
     question: str
     reference: Any
+    demonstration: str | None = None
+    """A reply that solves it."""
 
 
 class SingleTurnEnv(TextEnv):
     """Question -> answer -> reward. A subclass writes `problem(seed)`.
 
-    `reset` puts the reference into `info["reference"]`; `step` always terminates, with an empty last observation.
+    `reset` puts the reference into `info["reference"]`, and a reply that solves the problem, where there is one, into
+    `info["demonstration"]`; `step` always terminates, with an empty last observation.
     """
 
     def __init__(self, reward: RewardSpec) -> None:
@@ -115,10 +118,11 @@ class SingleTurnEnv(TextEnv):
         raise NotImplementedError
 
     def start(self, seed: int) -> tuple[str, dict[str, Any]]:
-        question, reference = self.problem(seed)
+        question, reference, demonstration = self.problem(seed)
         self._problem = Problem(question, copy.deepcopy(reference))  # info may be kept, and changed, by its reader
         self._seed = seed
-        return question, {"reference": self._problem.reference}
+        info = {"reference": self._problem.reference}
+        return question, info if demonstration is None else {**info, "demonstration": demonstration}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         """Score the answer and end the episode. Raises RewardError if the reward function fails."""

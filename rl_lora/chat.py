@@ -67,6 +67,19 @@ class Chat:
             behind = behind[1:]  # the model wrote the end of its turn itself
         return [*prompt_ids, *completion_ids, *behind]
 
+    def reply(self, text: str) -> list[int]:
+        """A reply that was written elsewhere, as the model would have written it: with the token that ends a turn."""
+        end = self.tokenizer.eos_token_id
+        if self.has_template:
+            messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": REPLY}]
+            behind = self._encode(self._render(messages, prompt=False).partition(REPLY)[2])
+            end = behind[0] if behind else end
+        if end not in self.stop_ids:
+            end = min(self.stop_ids, default=None)
+        if end is None:
+            raise ValueError("this tokenizer has no token that ends a reply; name one in model.stop_tokens")
+        return [*self._encode(text), end]
+
     def decode(self, completion_ids: Sequence[int]) -> str:
         """The text of a reply, its stop token apart."""
         ids = list(completion_ids)
@@ -74,9 +87,9 @@ class Chat:
             ids.pop()
         return str(self.tokenizer.decode(ids))
 
-    def _render(self, messages: list[dict[str, str]]) -> str:
+    def _render(self, messages: list[dict[str, str]], *, prompt: bool = True) -> str:
         try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
         except TemplateError as error:
             roles = ", ".join(message["role"] for message in messages)
             raise ValueError(f"the model's chat template refuses a conversation of {roles}: {error}") from error

@@ -82,11 +82,12 @@ class RolloutConfig:
 class LearnerConfig:
     """How an adapter learns from groups."""
 
-    objective: Literal["reinforce", "grpo"] = "reinforce"
-    """reinforce: importance ratio times advantage, unclipped; grpo: the clipped ratio of GRPO and PPO."""
+    objective: Literal["reinforce", "grpo", "likelihood"] = "reinforce"
+    """reinforce: importance ratio times advantage, unclipped; grpo: the clipped ratio of GRPO and PPO; likelihood:
+    nothing is sampled, the environment's demonstrations are learned (`scripts/sft.py`)."""
     advantage: Literal["mean", "standardized", "none"] | None = None
     """Reward minus the group's mean, that divided by the group's deviation, or the bare reward. By default what the
-    objective's paper takes: mean for reinforce, standardized for grpo."""
+    objective's paper takes: mean for reinforce, standardized for grpo; none for likelihood, where all are 1."""
     learning_rate: float = 3e-4
     """Constant, without warm-up; for A and B alike. 3e-4 suits the embedded model (hidden size 576); models of 1B and
     more want 1e-5 to 1e-4: about ten times what full fine-tuning would take."""
@@ -248,7 +249,14 @@ def validate(config: TrainConfig) -> None:
         ("log.samples_every", c.log.samples_every, c.log.samples_every >= 0, ">= 0"),
     ]
     wrong = [f"{name} must be {rule}, got {value}" for name, value, holds, rule in rules if not holds]
-    if c.rollout.group_size == 1 and advantage_of(c.learner) != "none":
+    if c.learner.objective == "likelihood":
+        if c.rollout.group_size != 1:
+            wrong.append(f"rollout.group_size must be 1 for demonstrations, got {c.rollout.group_size}")
+        if advantage_of(c.learner) != "none":
+            wrong.append(f"learner.advantage must be none for demonstrations, got {c.learner.advantage}")
+        if c.shuffle_rewards:
+            wrong.append("shuffle_rewards has no meaning for demonstrations: they carry no rewards")
+    elif c.rollout.group_size == 1 and advantage_of(c.learner) != "none":
         wrong.append(
             f"rollout.group_size must be >= 2, got 1: with the {advantage_of(c.learner)} advantage a group of one has "
             "no signal; raise it, or set learner.advantage to none"
@@ -259,7 +267,7 @@ def validate(config: TrainConfig) -> None:
 
 def advantage_of(learner: LearnerConfig) -> str:
     """The name of the advantage estimator, the objective's default applied."""
-    return learner.advantage or {"reinforce": "mean", "grpo": "standardized"}[learner.objective]
+    return learner.advantage or {"reinforce": "mean", "grpo": "standardized", "likelihood": "none"}[learner.objective]
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

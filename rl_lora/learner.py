@@ -42,6 +42,8 @@ class Learner:
     ):
         self.policy, self.config, self.temperature, self.accelerator = policy, config, temperature, accelerator
         self.optimizers: dict[str, torch.optim.AdamW] = {}
+        self.given = config.objective == "likelihood"
+        """Whether the tokens to learn were given instead of sampled: then no sampler has to agree with the learner."""
         self.recompute = Recompute(policy, budget(config.max_activation_gib, policy.device))
 
     def optimizer(self, adapter: str) -> torch.optim.AdamW:
@@ -68,7 +70,8 @@ class Learner:
         n = self.config.updates_per_step
         steps: list[StepStats] = []
         for i in range(n):
-            on_policy = all(stats.grad_norm is None for stats in steps)  # nothing has moved since the rollout
+            # Nothing has moved since the rollout.
+            on_policy = not self.given and all(stats.grad_norm is None for stats in steps)
             steps += self._update(groups[i::n], on_policy, on_tokens)
         return steps
 
@@ -178,7 +181,7 @@ class Learner:
             loss=tally.loss if tally.n else None,
             entropy=tally.mean(tally.entropy),
             sampler_learner_kl=tally.mean(tally.difference) if on_policy else None,
-            ratio_max=tally.ratio_max if tally.n else None,
+            ratio_max=tally.ratio_max if tally.n and not self.given else None,
             clip_fraction=tally.mean(tally.clipped),
             grad_norm=grad_norm,
             learning_rate=self.config.learning_rate,

@@ -37,5 +37,13 @@ def grpo(logprobs: Tensor, behaviour_logprobs: Tensor, advantages: Tensor, clip:
     return torch.minimum(free, bounded), bounded < free
 
 
+def likelihood(logprobs: Tensor, behaviour_logprobs: Tensor, advantages: Tensor, clip: Clip) -> tuple[Tensor, Tensor]:
+    """A log p, for tokens that were given and not sampled: at A = 1, maximum likelihood.
+
+    Its gradient is that of `reinforce` at ratio 1.
+    """
+    return logprobs * advantages, torch.zeros_like(logprobs, dtype=torch.bool)
+
+
 Objective = Callable[[Tensor, Tensor, Tensor, Clip], tuple[Tensor, Tensor]]
-OBJECTIVES: dict[str, Objective] = {"reinforce": reinforce, "grpo": grpo}
+OBJECTIVES: dict[str, Objective] = {"reinforce": reinforce, "grpo": grpo, "likelihood": likelihood}

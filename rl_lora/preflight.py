@@ -18,6 +18,7 @@ from rl_lora.adapter_io import check_adapter
 from rl_lora.chat import Chat
 from rl_lora.checkpoint import Checkpoints
 from rl_lora.config import ModelConfig, TrainConfig, differences, flatten, validate
+from rl_lora.demonstrations import Demonstrations
 from rl_lora.environment import environment, held_out
 from rl_lora.lora import AdapterBank
 from rl_lora.policy import context_length
@@ -36,6 +37,11 @@ def preflight(config: TrainConfig, seeds: Iterable[int]) -> None:
     if config.adapter.init_from is not None:
         check_adapter(Path(config.adapter.init_from))
     chat, context = check_model(config.model, config.adapter.targets)
+    if config.learner.objective == "likelihood":
+        seeds = list(seeds)
+        teacher = Demonstrations(make_env, chat, config.rollout, context_length=context)
+        teacher.collect(seeds, adapters=[None])
+        teacher.close()
     for make, problems in ((make_env, seeds), (make_eval_env, eval_seeds)):
         worker = RolloutWorker(make, _NoSampler(), chat, config.rollout, context_length=context)
         for seed in problems:

@@ -121,30 +121,36 @@ class RunReport:
             )
         if config.shuffle_rewards:
             self.console.print("[yellow]control: rewards are shuffled, there is nothing to learn[/]")
-        self.console.print(
-            "a line a step, of sampled (not greedy) episodes; kl: mean |log p_learner - log p_sampler|; equal: groups "
-            "whose rewards are all the same, which teach nothing; cut: replies that reached max_tokens; seconds: "
-            "sampling + learning",
-            style="dim",
-            soft_wrap=False,
+        lines = (
+            "a line a step; loss: -log p of a token of the demonstrations, in nats; seconds: reading + learning"
+            if config.learner.objective == "likelihood"
+            else "a line a step, of sampled (not greedy) episodes; kl: mean |log p_learner - log p_sampler|; equal: "
+            "groups whose rewards are all the same, which teach nothing; cut: replies that reached max_tokens; "
+            "seconds: sampling + learning"
         )
+        self.console.print(lines, style="dim", soft_wrap=False)
         if step:
             self.console.print(f"going on from step {step}")
 
     def step(self, step: int, record: Record) -> None:
         """One line a step."""
-        parts = [f"step {step:>3}", f"reward {_number(record['reward'], '.3f')}"]
-        if record["accuracy"] is not None and record["accuracy"] != record["reward"]:
-            parts.append(f"accuracy {record['accuracy']:.3f}")
-        parts += [
-            f"entropy {_number(record['entropy'], '.2f')}",
-            f"kl {_number(record['sampler_learner_kl'], '.4f')}",
-            f"grad {_number(record['grad_norm'], '.2g')}",
-            f"equal {record['groups_without_signal']:.0%}",
-            f"cut {_number(record['truncated'], '.0%')}",
-            f"{record['tokens_per_episode'] or 0:.0f} tokens",
-            f"{record['seconds/rollout']:.1f}+{record['seconds/learn']:.1f} s",
-        ]
+        parts = [f"step {step:>3}"]
+        given = record["groups_without_signal"] is None  # replies that were not sampled
+        if given:
+            parts.append(f"loss {_number(record['loss'], '.3f')}")
+        else:
+            parts.append(f"reward {_number(record['reward'], '.3f')}")
+            if record["accuracy"] is not None and record["accuracy"] != record["reward"]:
+                parts.append(f"accuracy {record['accuracy']:.3f}")
+        parts.append(f"entropy {_number(record['entropy'], '.2f')}")
+        if not given:
+            parts.append(f"kl {_number(record['sampler_learner_kl'], '.4f')}")
+        parts.append(f"grad {_number(record['grad_norm'], '.2g')}")
+        if not given:
+            parts.append(f"equal {record['groups_without_signal']:.0%}")
+            parts.append(f"cut {_number(record['truncated'], '.0%')}")
+        parts.append(f"{record['tokens_per_episode'] or 0:.0f} tokens")
+        parts.append(f"{record['seconds/rollout']:.1f}+{record['seconds/learn']:.1f} s")
         self.console.print("  ".join(parts))
         self._reward, self._what = f"reward {_number(record['reward'], '.3f')}", ""
         if self._progress is not None:

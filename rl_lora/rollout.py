@@ -62,11 +62,12 @@ def first_observation(env: gym.Env[str, str], seed: int) -> str:
     """The problem of a seed. Raises ValueError unless it is text."""
     observation, _ = env.reset(seed=seed)
     if not isinstance(observation, str):
-        raise ValueError(f"{_id(env)} gives {type(observation).__name__} observations; a text environment gives str")
+        raise ValueError(f"{env_id(env)} gives {type(observation).__name__} observations; a text environment gives str")
     return observation
 
 
-def _id(env: gym.Env[str, str]) -> str:
+def env_id(env: gym.Env[str, str]) -> str:
+    """How records and messages call an environment."""
     return env.spec.id if env.spec else type(env.unwrapped).__name__
 
 
@@ -148,15 +149,15 @@ class RolloutWorker:
         return list(self._reset(self._envs[0], seed, None, 0).prompt_ids)
 
     def _reset(self, env: gym.Env[str, str], seed: int, adapter: str | None, k: int) -> _Play:
-        observation, env_id = first_observation(env, seed), _id(env)
+        observation, name = first_observation(env, seed), env_id(env)
         version = self.versions(adapter) if adapter is not None else 0
-        play = _Play(env, env_id, seed, adapter, version, k)
+        play = _Play(env, name, seed, adapter, version, k)
         play.observations.append(observation)
         play.prompt_ids = tuple(self.chat.start(observation, self.config.system_prompt))
         room = self.context_length - self.config.max_tokens
         if len(play.prompt_ids) > room:
             raise ValueError(
-                f"the prompt of {env_id}, seed {seed}, has {len(play.prompt_ids)} tokens, but the model's context of "
+                f"the prompt of {name}, seed {seed}, has {len(play.prompt_ids)} tokens, but the model's context of "
                 f"{self.context_length} leaves {room} beside rollout.max_tokens={self.config.max_tokens}; "
                 "shorten the prompt or lower max_tokens"
             )

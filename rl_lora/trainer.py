@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from rl_lora.adapter_io import load_adapter, save_adapter
 from rl_lora.advantages import shuffle_rewards
 from rl_lora.checkpoint import Checkpoints, random_state
 from rl_lora.config import TrainConfig, flatten
+from rl_lora.demonstrations import Demonstrations
 from rl_lora.environment import environment, held_out
 from rl_lora.evaluate import Evaluation, evaluate
 from rl_lora.learner import Learner
@@ -103,17 +105,16 @@ class Trainer:
             check_every=config.rollout.check_every,
         )
         make_eval_env, self.eval_seeds = held_out(config.env, config.eval.env_kwargs, config.eval.episodes)
-        self.worker, self.eval_worker = (
-            RolloutWorker(
-                make_env,
-                sampler,
-                self.policy.chat,
-                config.rollout,
-                context_length=self.policy.context_length,
-                versions=lambda name: self.policy.bank[name].version,
-            )
-            for make_env in (environment(config.env), make_eval_env)
-        )
+        limits: dict[str, Any] = {
+            "context_length": self.policy.context_length,
+            "versions": lambda name: self.policy.bank[name].version,
+        }
+        self.eval_worker = RolloutWorker(make_eval_env, sampler, self.policy.chat, config.rollout, **limits)
+        self.worker: RolloutWorker | Demonstrations
+        if self.learner.given:
+            self.worker = Demonstrations(environment(config.env), self.policy.chat, config.rollout, **limits)
+        else:
+            self.worker = RolloutWorker(environment(config.env), sampler, self.policy.chat, config.rollout, **limits)
         best = self.checkpoints.best()
         self.scores = {best.step: best.state["score"]} if config.resume and best else {}
         """Held-out score after each step that was evaluated."""
@@ -129,6 +130,8 @@ class Trainer:
                 with seconds("rollout"):
                     groups = self.rollout()
                 record = summarize_groups(gather_object(groups))  # before any group is filtered
+                if self.learner.given:
+                    record |= dict.fromkeys(("reward", "reward_std", "groups_without_signal", "groups_solved"))
                 with seconds("learn"):
                     updates = self.learner.step(groups, self.report.learning)
                 self.step += 1

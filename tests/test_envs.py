@@ -290,7 +290,7 @@ def test_the_split_is_the_same_in_every_process() -> None:
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 2**64), st.sampled_from(["+", "-", "*"]), st.integers(1, 18))
 def test_references_are_exact(seed: int, op: str, digits: int) -> None:
-    question, reference = ArithmeticEnv((op,), digits).problem(seed)
+    question, reference, _ = ArithmeticEnv((op,), digits).problem(seed)
     a, _, b = parsed(question)
     assert reference == {"+": a + b, "-": a - b, "*": a * b}[op]
     assert play(ArithmeticEnv((op,), digits), seed, str(reference))[1]["is_success"] is True
@@ -366,7 +366,7 @@ def test_a_template_shows_columns_but_never_the_reference_and_keeps_other_braces
     template = r"{level} {tags} {prompt} {question} \boxed{answer} {} {0} {other}"
     env = PromptsEnv(path, prompt_column="question", template=template, eval_fraction=0.0)
     asked = row["question"]
-    assert env.problem(0) == (rf'3 ["a"] {asked} {asked} \boxed{{answer}} {{}} {{0}} {{other}}', "72")
+    assert env.problem(0)[:2] == (rf'3 ["a"] {asked} {asked} \boxed{{answer}} {{}} {{0}} {{other}}', "72")
 
 
 def test_a_reference_is_any_json_or_none(tmp_path: Path) -> None:

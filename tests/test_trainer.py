@@ -47,8 +47,8 @@ ALWAYS = """
 """.split()  # noqa: SIM905
 TRAIN = """
     reward_std groups_without_signal groups_solved completion_tokens tokens_per_episode_max version learning_rate
-    layers_recomputed tokens_learned sampler_learner_kl ratio_max loss entropy clip_fraction grad_norm seconds/rollout seconds/learn
-    rollout_tokens_per_second learn_tokens_per_second
+    layers_recomputed tokens_learned sampler_learner_kl ratio_max loss entropy clip_fraction grad_norm
+    seconds/rollout seconds/learn rollout_tokens_per_second learn_tokens_per_second
 """.split()  # noqa: SIM905
 EVAL = ["episodes", "accuracy_low", "accuracy_high", "seconds/evaluate"]
 
