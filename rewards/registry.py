@@ -14,10 +14,16 @@ from typing import Any
 from rewards.combine import Part, WeightedSum
 from rewards.format import format_match
 from rewards.length import length_reward
+from rewards.math import math_match
 from rewards.numeric import numeric_match
 from rewards.score import RewardFunction
 
-BUILTINS: dict[str, RewardFunction] = {"format": format_match, "length": length_reward, "numeric": numeric_match}
+BUILTINS: dict[str, RewardFunction] = {
+    "format": format_match,
+    "length": length_reward,
+    "math": math_match,
+    "numeric": numeric_match,
+}
 
 RewardSpec = str | Mapping[str, Any] | RewardFunction
 
@@ -25,7 +31,7 @@ RewardSpec = str | Mapping[str, Any] | RewardFunction
 def resolve(spec: RewardSpec) -> RewardFunction:
     """The reward function that `spec` means.
 
-    - a built-in: `numeric`, `format`, `length`;
+    - a built-in: `math`, `numeric`, `format`, `length`;
     - `module:function`, a function of your own. The module is looked for on Python's path, then in the working
       directory;
     - a mapping from such names to weights, for a weighted sum that reports its parts (weight 0: only reports). In

@@ -312,7 +312,7 @@ def test_a_callable_is_taken_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("numerc", "no reward is called 'numerc'; there are format, length, numeric and 'module:function'"),
+        ("numerc", "no reward is called 'numerc'; there are format, length, math, numeric and 'module:function'"),
         ("", "no reward is called ''"),
         (":same", "'module:function'"),
         ("OWN:", "'module:function'"),

@@ -1,0 +1,227 @@
+r"""The math verifier: is the answer in a completion mathematically the reference?
+
+    completion --math_extraction--> answer --math_numbers--> exact verdict (plain numbers, text: most answers)
+                                           \--math_workers--> math_compare, math_expression, Math-Verify (formulas)
+
+Plain numbers and text are judged here and exactly. Formulas are judged in worker processes under a deadline and a cap
+of memory. Nothing that a model wrote is ever evaluated as code, in any process.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
+from numbers import Integral
+from typing import Any
+
+from rewards import math_workers
+from rewards.math_extraction import boxed, extract, methods_of
+from rewards.math_numbers import Quantity, clean, quantity
+from rewards.math_text import base_numeral, canonical, choice, chosen, words
+from rewards.score import Score, Unscorable
+
+MAX_ANSWER_CHARS = 1000
+MAX_NESTING = 50
+"""Caps of an answer and of a reference: characters, and brackets within brackets."""
+
+
+class Outcome(enum.Enum):
+    """What happened to one completion."""
+
+    CORRECT = "correct"
+    WRONG = "wrong"
+    NO_ANSWER = "no answer"
+    UNSCORABLE = "unscorable"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`answer` is the text that was judged and `method` what found it (None without one); `reason` says why a verdict
+    is UNSCORABLE, or WRONG for another reason than its value."""
+
+    outcome: Outcome
+    answer: str | None = None
+    method: str | None = None
+    reason: str = ""
+
+
+def math_match(
+    completion: str, reference: Any = None, *, extract: str | Sequence[str] = "flexible", timeout: float = 5.0
+) -> Score:
+    """1.0 and success if the completion's answer equals the reference, else 0.0; the built-in reward `math`.
+
+    `parts["answered"]` is 1.0 if an answer was found (so 0.0 tells a missing answer from a wrong one). Everything else
+    is as for `verify`.
+
+    Raises:
+        Unscorable: no verdict (deadline, memory, a reference that cannot be read). The episode is left out and counted.
+        ValueError: as `verify`.
+    """
+    verdict = verify(completion, reference, extract=extract, timeout=timeout)
+    if verdict.outcome is Outcome.UNSCORABLE:
+        raise Unscorable(verdict.reason)
+    correct = verdict.outcome is Outcome.CORRECT
+    return Score(float(correct), {"answered": float(verdict.outcome is not Outcome.NO_ANSWER)}, success=correct)
+
+
+def verify(
+    completion: str, reference: Any, *, extract: str | Sequence[str] = "flexible", timeout: float = 5.0
+) -> Verdict:
+    r"""Judge one completion.
+
+    **Where the answer stands.** `extract` names the methods, tried in order; the first whose place exists decides:
+
+    - "boxed": the last `\boxed{...}`, `\fbox{...}` or `\boxed 5`. Empty or never closed: no answer.
+    - "hash": behind the last `#### ` on its line; markdown headings are not answers.
+    - "tag": the last `<answer>...</answer>`; never closed, it runs to the end.
+    - "phrase": behind the last "the answer is" (also "Final answer:", "**Answer:**"), up to the end of the sentence.
+    - "last_number": the last number.
+    - "last_expression": the last formula in `$...$`, `\(...\)`, `\[...\]` or the last number, whichever ends later.
+
+    "strict" is ("boxed", "hash", "tag"): only an answer that is marked as one. "flexible" is all but "last_number".
+    A place that is there but empty is no answer, whatever else the text says. Only the last 20,000 characters count.
+
+    **The reference** is an int, a finite float, Fraction or Decimal, or a text: of one with "####" what stands behind
+    it, else of one with `\boxed{}` what that holds, else all of it.
+
+    **What is equal.** Values are compared exactly: 0.333 is not 1/3, and 3.14 is not \pi. Choices made:
+
+    - *Units* are compared, not converted. A unit on one side only is ignored, as is one of no known kind (5 eggs);
+      5 cm is not 5 m, nor 15 cm^2 15 cm. Currency signs are units. 5 million is 5000000.
+    - *Percent*: a sign on one side only may be read both ways, so 50% equals 50 and equals 0.5; 50% is not 0.5%.
+    - *Commas*: 1,234 and 1{,}234 are one number; 1,23 and "1, 234" are two. Digits of other scripts are not read.
+    - *Assignments*: x = 5 equals 5, and x \in S equals S; x = 5 is not y = 5. Equations are equal if one is a multiple
+      of the other. An inequality for one name equals its interval.
+    - *Lists* bare or in {} are equal in any order, tuples and intervals in theirs, with their brackets; a bare list
+      equals a tuple in the same order. A matrix is not a tuple.
+    - *Bases*: 52_8 equals itself only, neither 52 nor 42.
+    - *Choices and names*: (A), A, \text{(A)} and "A. 12 cm" are one; names are compared without case.
+    - *Variables*: formulas are equal if they agree wherever both are real: sqrt(1/n) = 1/sqrt(n), but
+      sqrt(x^2) is not x.
+
+    **No verdict.** A formula that takes longer than `timeout` seconds or too much memory is UNSCORABLE, not wrong: it
+    may be the reference that is hard. The price: a model could learn to write such formulas, for an episode left out
+    beats one scored 0. So what can be refused beforehand is WRONG instead (more than 1,000 characters, brackets 50
+    deep, towers of powers, huge factorials), and what is left is counted: watch the share of unscorable episodes.
+    A reference that no rule can read is UNSCORABLE for every completion that is not literally equal.
+
+    Raises:
+        ValueError: an unknown method; a time-out that is not positive; a reference of another type, empty, not finite.
+        RewardError: no worker can be started (sympy or Math-Verify cannot be imported).
+    """
+    methods = methods_of(extract)
+    if not timeout > 0:
+        raise ValueError(f"timeout must be a positive number of seconds, got {timeout!r}")
+    expected = _reference(reference)
+    found = _extract(completion, methods)
+    if found is None or not found.text.strip("$* \n."):
+        return Verdict(Outcome.NO_ANSWER)
+    if expected.refused:
+        return Verdict(Outcome.UNSCORABLE, found.text, found.method, f"the reference is {expected.refused}")
+    refused = _refused(found.text)
+    if refused:
+        return Verdict(Outcome.WRONG, found.text[:MAX_ANSWER_CHARS], found.method, f"the answer is {refused}")
+    answer = clean(found.text)
+    equal = _plain_verdict(answer, expected)
+    if equal is not None:
+        return Verdict(Outcome.CORRECT if equal else Outcome.WRONG, found.text, found.method)
+    try:
+        outcome = math_workers.ask({"answer": answer, "reference": expected.text}, timeout)["outcome"]
+    except Unscorable as error:
+        return Verdict(Outcome.UNSCORABLE, found.text, found.method, str(error))
+    if outcome == "unreadable reference":
+        reason = f"the reference {expected.text!r} cannot be read as mathematics"
+        return Verdict(Outcome.UNSCORABLE, found.text, found.method, reason)
+    return Verdict(Outcome.CORRECT if outcome == "equal" else Outcome.WRONG, found.text, found.method)
+
+
+_extract = extract  # the name that `verify` gives to its parameter
+
+
+# ---- the reference ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Reference:
+    text: str
+    refused: str
+    quantity: Quantity | None
+    choice: str | None
+    words: str | None
+
+
+def _reference(reference: Any) -> _Reference:
+    """Raises ValueError for what cannot be a reference."""
+    text: str | None = None
+    if isinstance(reference, str):
+        text = reference
+    elif isinstance(reference, Integral) and not isinstance(reference, bool):
+        text = _digits(int(reference))
+    elif isinstance(reference, float) and math.isfinite(reference):
+        text = format(Decimal(repr(float(reference))), "f")  # the decimal that was written, not its binary neighbour
+    elif isinstance(reference, Decimal) and reference.is_finite():
+        text = format(reference, "f") if abs(reference.adjusted()) < MAX_ANSWER_CHARS else str(reference)
+    elif isinstance(reference, Fraction):
+        text = f"{_digits(reference.numerator)}/{_digits(reference.denominator)}"
+    if text is None or not text.strip():
+        shown = repr(reference) if len(repr(reference)) <= 200 else f"{repr(reference)[:200]}..."
+        raise ValueError(f"the math reward needs a number or a text with the answer as reference, got {shown}")
+    return _read_reference(text)
+
+
+def _digits(number: int) -> str:
+    """Python refuses to print integers beyond some thousand digits; such a reference is refused anyway."""
+    return str(number) if number.bit_length() < 4 * MAX_ANSWER_CHARS else "1" * (MAX_ANSWER_CHARS + 1)
+
+
+@functools.lru_cache(maxsize=4096)
+def _read_reference(reference: str) -> _Reference:
+    if "####" in reference:
+        answer = reference.rpartition("####")[2]
+    else:
+        held = boxed(reference)
+        answer = reference if held is None else held
+    refused = _refused(answer)
+    if refused:
+        return _Reference("", refused, None, None, None)
+    text = clean(answer)
+    if not text:
+        raise ValueError(f"the math reward needs a reference with an answer in it, got {reference[:200]!r}")
+    return _Reference(text, "", quantity(text), choice(text), words(text))
+
+
+def _refused(text: str) -> str:
+    """Why a text is beyond the caps, or ""."""
+    if len(text) > MAX_ANSWER_CHARS:
+        return f"longer than {MAX_ANSWER_CHARS} characters"
+    depth = deepest = 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        deepest = max(deepest, depth)
+    return f"nested deeper than {MAX_NESTING} brackets" if deepest > MAX_NESTING else ""
+
+
+# ---- verdicts without a worker ----------------------------------------------------------------------------------
+
+
+def _plain_verdict(answer: str, expected: _Reference) -> bool | None:
+    """Equal or not where that needs no formula to be read; None for the rest."""
+    number = quantity(answer)
+    if number is not None and expected.quantity is not None:
+        return number.equals(expected.quantity)
+    if canonical(answer) == canonical(expected.text):
+        return True
+    if expected.choice is not None:
+        return chosen(answer) == expected.choice.upper()
+    if expected.words is not None:
+        return words(answer) == expected.words
+    if words(answer) is not None or not answer.isascii():
+        return False  # a name for a formula; or digits or letters that no rule reads
+    if base_numeral(answer) is not None or base_numeral(expected.text) is not None:
+        return base_numeral(answer) == base_numeral(expected.text)
+    return None

@@ -1,0 +1,409 @@
+r"""Is an answer the reference? Takes both apart (lists, tuples, intervals, sets, matrices, equations, text), compares
+the pieces as values, and asks Math-Verify about what is left (sums, integrals, inequalities in several variables).
+
+Runs inside the worker processes only: it imports mpmath, sympy and the LaTeX parser. Both texts are already cleaned
+(`math_numbers.clean`) and within the caps of length and nesting.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from typing import Any
+
+from rewards.math_expression import TooLarge, Tree, Undefined, Unreadable, read, same_value
+from rewards.math_numbers import clean, quantity, split_unit, units_conflict
+from rewards.math_text import base_numeral, canonical
+
+EQUAL, DIFFERENT, UNREADABLE = "equal", "different", "unreadable reference"
+MAX_ITEMS = 64
+"""Lists and matrices with more entries than this are not taken apart."""
+
+
+class UnreadableReference(Exception):
+    """Neither this module nor Math-Verify can read the reference."""
+
+
+def compare(answer: str, reference: str) -> str:
+    """EQUAL, DIFFERENT or UNREADABLE. An answer that cannot be read is DIFFERENT from a reference that can."""
+    try:
+        return EQUAL if _same(answer, reference) else DIFFERENT
+    except UnreadableReference:
+        return UNREADABLE
+    except RecursionError:
+        return DIFFERENT
+
+
+def warm_up() -> None:
+    """Import and build once what the first item would otherwise pay for."""
+    logging.disable(logging.CRITICAL)
+    _math_verify(r"\int_0^1 x dx", r"\frac{1}{2}")
+
+
+# ---- taking apart -----------------------------------------------------------------------------------------------
+
+
+def _same(answer: str, reference: str) -> bool:
+    if canonical(answer) == canonical(reference):
+        return True
+    number, expected = quantity(answer), quantity(reference)
+    if number is not None and expected is not None:
+        return number.equals(expected)
+    if (base_numeral(answer) or base_numeral(reference)) is not None:
+        return base_numeral(answer) == base_numeral(reference)
+    for compare_parts in (_plus_minus, _assignments, _relations, _unions, _matrices, _collections):
+        verdict = compare_parts(answer, reference)
+        if verdict is not None:
+            return verdict
+    (answer, unit), (reference, expected_unit) = _without_unit(answer), _without_unit(reference)
+    if units_conflict(unit, expected_unit):
+        return False
+    return _same_scalar(answer, reference)
+
+
+def _without_unit(text: str) -> tuple[str, str | None]:
+    stem, unit = split_unit(text)
+    if unit is None:
+        stem = re.sub(r"^(?:\\\$|[$€£])\s*", "", text)
+        return stem, "$" if stem != text else None
+    return stem, unit
+
+
+def _top_level(text: str, separator: str) -> list[str]:
+    """The text split where the regular expression `separator` matches outside of brackets."""
+    parts, depth, start = [], 0, 0
+    for match in re.finditer(
+        rf"\\begin\{{|\\end\{{|(?P<cut>{separator})|\\[{{]|\\[}}]|[(\[{{]|[)\]}}]|\\[a-zA-Z]+", text
+    ):
+        token = match[0]
+        if match["cut"] is not None and depth == 0:
+            parts.append(text[start : match.start()])
+            start = match.end()
+        elif token in ("(", "[", "{", r"\{"):
+            depth += 1
+        elif token in (")", "]", "}", r"\}"):
+            depth -= 1
+        elif token == r"\begin{":
+            depth += 2
+        elif token == r"\end{":
+            depth += 0
+    return [part.strip() for part in [*parts, text[start:]]]
+
+
+def _plus_minus(answer: str, reference: str) -> bool | None:
+    r"""1 \pm \sqrt{2} is the list of both."""
+    if not any(sign in text for sign in (r"\pm", r"\mp") for text in (answer, reference)):
+        return None
+    if canonical(answer) == canonical(reference):
+        return True
+    spread = [_spread(text) for text in (answer, reference)]
+    if any(r"\pm" in text or r"\mp" in text or text.count(",") > MAX_ITEMS for text in spread):
+        return None
+    return _same(*spread)
+
+
+def _spread(text: str) -> str:
+    inner, braces = _braced(text)
+    items = []
+    for item in _top_level(inner, ","):
+        if re.search(r"\\[pm]m(?![a-zA-Z])", item):
+            left, equals, right = item.rpartition("=")
+            for plus, minus in (("+", "-"), ("-", "+")):
+                signs = re.sub(r"\\mp(?![a-zA-Z])", minus, re.sub(r"\\pm(?![a-zA-Z])", plus, right))
+                items.append(left + equals + signs)
+        else:
+            items.append(item)
+    joined = ", ".join(items)
+    return rf"\{{{joined}\}}" if braces else joined
+
+
+def _braced(text: str) -> tuple[str, bool]:
+    if text.startswith(r"\{") and text.endswith(r"\}"):
+        return text[2:-2].strip(), True
+    return text, False
+
+
+# ---- equations and inequalities ---------------------------------------------------------------------------------
+
+_EQUALS = r"(?<![<>!:\\])=(?!=)"
+_NAME = re.compile(r"\\?[a-zA-Z]+(?:_\{?\w+\}?)?'?(?:\s*\([a-zA-Z, ]+\))?|[A-Za-z]{1,2}")
+_LESS = r"\\leq?(?:slant)?(?![a-zA-Z])|<=|<|\\lt(?![a-zA-Z])"
+_MORE = r"\\geq?(?:slant)?(?![a-zA-Z])|>=|>|\\gt(?![a-zA-Z])"
+
+
+def _assignments(answer: str, reference: str) -> bool | None:
+    r"""x = 5 against 5, x \in S against S, and x = 5 against x = 5. The name matters only if both have one."""
+    (name, value), (expected_name, expected) = _assigned(answer), _assigned(reference)
+    if name is None and expected_name is None:
+        return None
+    if name is not None and expected_name is not None:
+        if canonical(name) == canonical(expected_name):
+            return _same(value, expected)
+        return None  # y = 2x and x = y/2 are one equation
+    if name is not None and _is_equation(reference):
+        return None
+    if expected_name is not None and _is_equation(answer):
+        return None
+    return _same(value, expected)
+
+
+def _assigned(text: str) -> tuple[str | None, str]:
+    if len(_top_level(text, ",")) > 1:
+        return None, text
+    member = re.fullmatch(r"(.*?)\\in(?![a-zA-Z])(.*)", text, re.DOTALL)
+    if member and _NAME.fullmatch(member[1].strip()):
+        return member[1].strip(), member[2].strip()
+    sides = _top_level(text, _EQUALS)
+    if len(sides) > 1 and all(sides) and _NAME.fullmatch(sides[0]):
+        return sides[0], sides[-1]
+    return None, text
+
+
+def _is_equation(text: str) -> bool:
+    return len(_top_level(text, _EQUALS)) > 1
+
+
+def _relations(answer: str, reference: str) -> bool | None:
+    a, b = _top_level(answer, _EQUALS), _top_level(reference, _EQUALS)
+    if len(a) == 2 and len(b) == 2 and len(_top_level(answer, ",")) == 1 == len(_top_level(reference, ",")):
+        return _same_equation((a[0], a[1]), (b[0], b[1]))
+    if len(a) > 1 and len(b) == 1 and len(_top_level(answer, ",")) == 1 and not _inequality(reference):
+        return _same(a[-1], reference)  # 12 + 6 = 18
+    interval, expected = _as_interval(answer), _as_interval(reference)
+    if interval != answer or expected != reference:
+        return _same(interval, expected)
+    if _inequality(answer) or _inequality(reference):
+        return bool(_math_verify(answer, reference))
+    return None
+
+
+def _same_equation(a: tuple[str, str], b: tuple[str, str]) -> bool:
+    """Whether two equations say the same: their differences are multiples of each other."""
+    try:
+        difference = ("sum", read(a[0]), ("negative", read(a[1])))
+        expected = ("sum", read(b[0]), ("negative", read(b[1])))
+    except Unreadable:
+        return bool(_math_verify("=".join(a), "=".join(b)))
+    return _proportional(difference, expected)
+
+
+def _proportional(a: Tree, b: Tree) -> bool:
+    """Whether a = c b for a constant c that is not 0."""
+    renamed = {name: f"{name}*" for name in _variables(b)}
+    if _variables(a) != _variables(b) or not renamed:
+        return False
+    cross = same_value(("product", a, _rename(b, renamed)), ("product", _rename(a, renamed), b))
+    zero = ("number", 0)
+    return cross and same_value(a, zero) == same_value(b, zero)
+
+
+def _variables(tree: Tree) -> frozenset[str]:
+    from rewards.math_expression import variables
+
+    return variables(tree)
+
+
+def _rename(tree: Tree, names: dict[str, str]) -> Tree:
+    if tree[0] == "variable":
+        return ("variable", names[tree[1]])
+    return tuple(_rename(part, names) if isinstance(part, tuple) else part for part in tree)
+
+
+def _inequality(text: str) -> bool:
+    return len(_top_level(text, rf"{_LESS}|{_MORE}")) > 1
+
+
+def _as_interval(text: str) -> str:
+    """An inequality for one name as an interval; any other text as it is."""
+    relation = rf"({_LESS}|{_MORE})"
+    if match := re.fullmatch(rf"(.+?){relation}(.+?){relation}(.+)", text):
+        low, first, name, second, high = (part.strip() for part in match.groups())
+        if not _NAME.fullmatch(name) or bool(re.fullmatch(_LESS, first)) != bool(re.fullmatch(_LESS, second)):
+            return text
+        if re.fullmatch(_MORE, first):
+            low, first, second, high = high, second, first, low
+        return f"{'(' if _is_strict(first) else '['}{low},{high}{')' if _is_strict(second) else ']'}"
+    if match := re.fullmatch(rf"(.+?){relation}(.+)", text):
+        left, sign, right = (part.strip() for part in match.groups())
+        less = re.fullmatch(_LESS, sign) is not None
+        if _NAME.fullmatch(right) and not _NAME.fullmatch(left):
+            left, right, less = right, left, not less
+        if not _NAME.fullmatch(left) or "," in right:
+            return text
+        if less:
+            return rf"(-\infty,{right}{')' if _is_strict(sign) else ']'}"
+        return rf"{'(' if _is_strict(sign) else '['}{right},\infty)"
+    return text
+
+
+def _is_strict(sign: str) -> bool:
+    return sign in ("<", ">", r"\lt", r"\gt")
+
+
+# ---- collections ------------------------------------------------------------------------------------------------
+
+
+def _unions(answer: str, reference: str) -> bool | None:
+    a, b = (_top_level(text, r"\\cup(?![a-zA-Z])") for text in (answer, reference))
+    return _same_unordered(a, b) if max(len(a), len(b)) > 1 else None
+
+
+_MATRIX = re.compile(r"\\begin\{([pb]?matrix|array)\}(?:\{[clr|]*\})?(.*)\\end\{\1\}", re.DOTALL)
+
+
+def _matrices(answer: str, reference: str) -> bool | None:
+    a, b = _rows(answer), _rows(reference)
+    if a is None and b is None:
+        return None
+    if a is None or b is None or [len(row) for row in a] != [len(row) for row in b]:
+        return False
+    if sum(len(row) for row in a) > MAX_ITEMS:
+        return False
+    return all(_same(x, y) for row, other in zip(a, b, strict=True) for x, y in zip(row, other, strict=True))
+
+
+def _rows(text: str) -> list[list[str]] | None:
+    """The entries of a matrix; brackets around a bare one change nothing. A determinant (vmatrix) is none."""
+    text = re.sub(r"^[(\[]\s*(?=\\begin)|(?<=\})\s*[)\]]$", "", text)
+    match = _MATRIX.fullmatch(text)
+    if match is None or r"\begin" in match[2]:
+        return None
+    rows = [row for row in re.split(r"\\\\(?:\[[^\]]*\])?|\\cr(?![a-z])", match[2]) if row.strip()]
+    return [[clean(cell) for cell in row.replace(r"\hline", "").split("&")] for row in rows]
+
+
+def _collections(answer: str, reference: str) -> bool | None:
+    """Lists: in braces or bare, in any order; in (...), [...), \\langle...\\rangle in their order and with their
+    brackets. A bare list and one in parentheses are equal in the same order; a list of one is its item."""
+    (kind, items), (expected_kind, expected) = _items(answer), _items(reference)
+    if len(items) == 1 == len(expected):
+        if kind == expected_kind == "":
+            return None
+        return _same(items[0], expected[0])
+    if len(items) != len(expected) or len(items) > MAX_ITEMS:
+        return False
+    ordered = {kind, expected_kind} & {"()", "[]", "(]", "[)", r"\langle"}
+    if not ordered:
+        return _same_unordered(items, expected)
+    if kind != expected_kind and {kind, expected_kind} not in ({"()", ""}, {"()", r"\langle"}):
+        return False
+    return all(_same(a, b) for a, b in zip(items, expected, strict=True))
+
+
+def _items(text: str) -> tuple[str, list[str]]:
+    inner, braces = _braced(text)
+    kind = r"\{" if braces else ""
+    if match := re.fullmatch(r"\\langle(?![a-zA-Z])(.*)\\rangle", text, re.DOTALL):
+        inner, kind = match[1], r"\langle"
+    elif (
+        text[:1] in ("(", "[") and text[-1:] in (")", "]") and len(_top_level(text[1:-1], ",")) > 1 and _encloses(text)
+    ):
+        inner, kind = text[1:-1], text[0] + text[-1]
+    words = r",?\s*(?:\\(?:text|mbox)\s*\{\s*,?\s*(?:and|or)\s*\}|(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z]))\s*"
+    separator = rf"{words}|,|;" if kind in ("", r"\{") else ","
+    items = [clean(item) for item in _top_level(inner, separator)]
+    if kind == "" and all(re.fullmatch(r"[0-9]{3}", item) for item in items[1:]) and re.search(r"[0-9],[0-9]", text):
+        return "", [text] if len(items) > 1 and re.fullmatch(r"-?[0-9]{1,3}(,[0-9]{3})+", text) else items
+    return kind, items
+
+
+def _encloses(text: str) -> bool:
+    """Whether the first bracket closes at the very end: (1,2) does, (a+b)(c,d) does not."""
+    depth = 0
+    for index, character in enumerate(text):
+        depth += (character in "([") - (character in ")]")
+        if depth == 0:
+            return index == len(text) - 1
+    return False
+
+
+def _same_unordered(items: list[str], expected: list[str]) -> bool:
+    if len(items) != len(expected) or len(items) > MAX_ITEMS:
+        return False
+    left = list(items)
+    for wanted in expected:
+        match = next((item for item in left if _same(item, wanted)), None)
+        if match is None:
+            return False
+        left.remove(match)
+    return True
+
+
+# ---- single values ----------------------------------------------------------------------------------------------
+
+_INFINITE = re.compile(r"([+-]?)\s*(?:\\infty|\\infinity|infinity|inf|oo)")
+
+
+def _same_scalar(answer: str, reference: str) -> bool:
+    infinite, expected_infinite = _INFINITE.fullmatch(answer), _INFINITE.fullmatch(reference)
+    if infinite or expected_infinite:
+        return bool(infinite and expected_infinite and (infinite[1] == "-") == (expected_infinite[1] == "-"))
+    expected = _read(reference)
+    found = _read(answer)
+    if expected is None or found is None:
+        return _math_verify(answer, reference, reference_read=expected is not None)
+    try:
+        return same_value(found, expected)
+    except TooLarge:
+        return False  # the same text has been found equal above; a tower is nobody's other way of writing a number
+    except Undefined:
+        return False
+
+
+def _read(text: str) -> Tree | None:
+    try:
+        return read(text)
+    except Unreadable:
+        return None
+
+
+_WORD = re.compile(r"(?<![\\a-zA-Z{])[a-zA-Z]{4,}")
+
+
+def _math_verify(answer: str, reference: str, *, reference_read: bool = False) -> bool:
+    """Math-Verify's verdict, through its LaTeX grammar only: its reader of plain expressions ends in `eval`.
+
+    Its own time-outs are off (they need the main thread and its signals); the worker's deadline holds. What it calls
+    equal because two numbers are close is checked again with 60 digits.
+    """
+    expected = _parse(reference)
+    if not expected and not reference_read:
+        raise UnreadableReference(reference)
+    found = _parse(answer)
+    if not expected or not found:
+        return False
+    import math_verify
+
+    equal: Callable[..., bool] = math_verify.verify
+    if not equal(expected, found, timeout_seconds=None, numeric_precision=60, float_rounding=15):
+        return False
+    return not _refuted(expected[0], found[0])
+
+
+def _parse(text: str) -> list[Any]:
+    import math_verify
+
+    if _WORD.search(re.sub(r"\\[a-zA-Z]+\{[^{}]*\}|\\[a-zA-Z]+", "", text)):
+        return []  # its grammar reads a word as a product of letters, in any order
+    config = math_verify.LatexExtractionConfig(boxed_match_priority=0)
+    parsed: list[Any] = math_verify.parse(
+        f"${text}$",
+        [config],
+        fallback_mode="no_fallback",
+        parsing_timeout=None,
+    )
+    return parsed
+
+
+def _refuted(a: Any, b: Any) -> bool:
+    """Whether two sympy numbers differ in their first 60 digits."""
+    import sympy
+
+    if not all(isinstance(value, sympy.Expr) and not value.free_symbols for value in (a, b)):
+        return False
+    x, y = (sympy.N(value, 80) for value in (a, b))
+    if not (x.is_number and y.is_number):
+        return False
+    scale = max(abs(x), abs(y))
+    return bool(abs(x - y) > scale * sympy.Float(10, 80) ** -60)

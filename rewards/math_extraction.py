@@ -1,0 +1,226 @@
+r"""Where in a completion the answer stands. Text in, text out: nothing is parsed as mathematics here.
+
+The work is linear in the length of the text, which is capped.
+"""
+
+from __future__ import annotations
+
+import collections
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from rewards.math_numbers import DECIMAL
+
+MAX_CHARS = 20_000
+"""Only this many characters at the end of a completion are looked at: an answer stands at the end."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one method found: the text of the answer, "" if the place for it is there but empty."""
+
+    text: str
+    method: str
+
+
+def extract(text: str, methods: Sequence[str]) -> Found | None:
+    """The answer by the first method that finds its place, or None. An empty place (`\\boxed{}`) ends the search:
+    a completion that declares an answer is not searched for a better one."""
+    text = text[-MAX_CHARS:]
+    for method in methods:
+        found = METHODS[method](text)
+        if found is not None:
+            return Found(found.strip(), method)
+    return None
+
+
+def _last(matches: Iterable[re.Match[str]]) -> re.Match[str] | None:
+    return next(iter(collections.deque(matches, maxlen=1)), None)
+
+
+# ---- marked answers ---------------------------------------------------------------------------------------------
+
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
+
+
+def boxed(text: str) -> str | None:
+    r"""What the last `\boxed{...}` or `\fbox{...}` holds; of `\boxed 5` the token behind it. A box inside the last
+    box gives the inner one. A box that is never closed (a truncated completion) is empty, not a shorter answer."""
+    last = _last(_BOX.finditer(text))
+    if last is None:
+        return None
+    rest = text[last.end() :]
+    if not rest.startswith("{"):
+        token = re.match(rf"[-+\N{{MINUS SIGN}}]?(?:{DECIMAL}|\\[a-zA-Z]+(?:\{{[^{{}}]*\}})*|[a-zA-Z])", rest)
+        return token[0] if token else ""
+    end = _closing_brace(rest)
+    return rest[1:end] if end else ""
+
+
+def _closing_brace(text: str) -> int:
+    """Index of the brace that closes the one at 0; 0 if there is none."""
+    depth = 0
+    for match in re.finditer(r"\\.|[{}]", text, re.DOTALL):
+        if match[0] in "{}":
+            depth += 1 if match[0] == "{" else -1
+            if depth == 0:
+                return match.start()
+    return 0
+
+
+def hashes(text: str) -> str | None:
+    """What stands behind the last "####" on its line, as in GSM8K. A markdown heading ("#### Step 2", "#### 1. Add")
+    is not an answer: a number, a formula or nothing must follow."""
+    for line in reversed(re.findall(r"####(?!#)[ \t]*([^\n]*)", text)):
+        if not line.strip():
+            return ""
+        if re.match(r"[-+\N{MINUS SIGN}*($£€{\[.\s]*[0-9\\]", line) and not re.match(r"[0-9]+[.)]\s+\S", line):
+            return str(line)
+    return None
+
+
+def tagged(text: str) -> str | None:
+    """What the last <answer>...</answer> holds (any case); one that is never closed runs to the end of the text, as a
+    stop string often takes the closing tag. A box or a line of #### inside it is the answer."""
+    start = _last(re.finditer(r"<answer>", text, re.IGNORECASE))
+    if start is None:
+        return None
+    inside = re.split(r"</answer>", text[start.end() :], maxsplit=1, flags=re.IGNORECASE)[0]
+    for method in (boxed, hashes):
+        found = method(inside)
+        if found is not None:
+            return found
+    return inside
+
+
+# ---- answers in prose -------------------------------------------------------------------------------------------
+
+_PHRASE = re.compile(
+    r"\b(?:final\s+|correct\s+)?answer(?:\s+to\s+[^.\n:]{0,60}?)?(?:\*\*|__)?\s*"
+    r"(?:is|are|=|:|equals|would\s+be|will\s+be|should\s+be)(?:\*\*|__)?(?:\s*:|\s+(?:therefore|thus|then|simply|just|equal\s+to|given\s+by|option|choice))*\s*",
+    re.IGNORECASE,
+)
+_MATH = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<![\\$])\$(?!\$)([^$\n]*?[^\\$\n])\$", re.DOTALL)
+_SIGN = "[-+\N{MINUS SIGN}]"
+_NUMBER = re.compile(
+    rf"(?<![\w.,/])(?:{_SIGN}?\s?[\\$£€₹]*{_SIGN}?)?"
+    rf"(?:[0-9]+\s+[0-9]+/[0-9]+|[0-9]+\s*\\[dt]?frac\{{[0-9]+\}}\{{[0-9]+\}}|\\[dt]?frac\{{{_SIGN}?[0-9.]+\}}\{{[0-9.]+\}}"
+    rf"|{DECIMAL}(?:[eE]{_SIGN}?[0-9]+)?(?:\s*/\s*{DECIMAL})?)(?:\s?\\?%)?"
+)
+
+
+def phrase(text: str) -> str | None:
+    """What "the answer is ..." says last (also "Final answer: ...", "**Answer:** ..."): the formula in dollars that it
+    names, else up to the end of the sentence; behind an equals sign only its last side ("12 + 6 = 18" is 18)."""
+    last = _last(_PHRASE.finditer(text))
+    if last is None:
+        return None
+    rest = text[last.end() :].lstrip()
+    rest = rest[1:].lstrip() if rest[:1] == ":" else rest
+    found = boxed(rest)
+    if found is not None:
+        return found
+    opening = _MATH.match(rest)
+    if opening and _is_math(opening):
+        return _last_side(_inside(opening))
+    line = re.split(
+        r"\n|(?<=[^\s.])[.!?;](?=\s|$|\*)|,?\s+(?:because|since|so|as|which|therefore)\b", rest, maxsplit=1
+    )[0].strip()
+    for segment in _MATH.finditer(line):
+        if _is_math(segment):
+            return _last_side(_inside(segment))
+    bold = re.search(r"\*\*(.+?)\*\*", line)
+    line = bold[1] if bold else line.strip("*_ ")
+    if "=" in line:
+        return _last_side(line)
+    start = _NUMBER.match(line)
+    if start or not _NUMBER.search(line):
+        return line
+    words = re.findall(r"[A-Za-z]{3,}", line[: _NUMBER.search(line).start()])  # type: ignore[union-attr]
+    return last_number(line) if words and "\\" not in line else line
+
+
+def last_number(text: str) -> str | None:
+    """The last number, with its sign, currency and percent sign: 1,234.5, 3/4, 1 1/2, \\frac{3}{4}."""
+    last = _last(_numbers(text))
+    return None if last is None else _signed(last)
+
+
+def last_expression(text: str) -> str | None:
+    """The last formula in $...$, \\(...\\) or \\[...\\] or the last number, whichever ends later; of a formula with
+    equals signs its last side."""
+    formula = None
+    for match in _MATH.finditer(text):
+        if _is_math(match):
+            formula = match
+    last = _last(_numbers(text))
+    if formula is not None and (last is None or last.end() <= formula.end()):
+        return _last_side(_inside(formula))
+    return None if last is None else _signed(last)
+
+
+def _numbers(text: str) -> list[re.Match[str]]:
+    """Numbers in a text. A digit of another script next to one spoils it: it is not half a number."""
+    found = []
+    for match in _NUMBER.finditer(text):
+        behind = text[match.end() : match.end() + 1]
+        if not behind.isdigit() and not text[match.start() - 1 : match.start()].isdigit():
+            found.append(match)
+    return found
+
+
+def _signed(match: re.Match[str]) -> str:
+    """A number without a sign that is a subtraction ("9 - 4", "(x) -4")."""
+    number = match[0]
+    before = match.string[: match.start()].rstrip()
+    if re.match(_SIGN, number) and before and (before[-1].isalnum() or before[-1] in ")]}"):
+        stuck = match.string[match.start() + 1 : match.start() + 2] != " " and before != match.string[: match.start()]
+        if not stuck:  # "is -4" has a space before the sign and none behind it
+            number = number[1:]
+    return number
+
+
+def _inside(match: re.Match[str]) -> str:
+    return next(group for group in match.groups() if group is not None)
+
+
+def _is_math(match: re.Match[str]) -> bool:
+    """Whether dollars enclose a formula rather than stand for money ("$5 for each and $")."""
+    inside = _inside(match)
+    if match[4] is None:
+        return True
+    bare = re.sub(r"\\[a-zA-Z]+|\\?\{[^{}]*\}", " ", inside)
+    return bool(inside.strip()) and not re.search(r"[a-zA-Z]{2,}\s+\S*\s*[a-zA-Z]{2,}|^[0-9.,]+\s+[a-zA-Z]{2,}", bare)
+
+
+def _last_side(formula: str) -> str:
+    """Behind the last equals sign, if what stands there is more than a name. `x = 5, y = 3` is left as it is."""
+    if formula.count("=") == 0 or re.search(r"=.*[,;].*=", formula, re.DOTALL):
+        return formula
+    return re.split(r"(?<![<>!:\\])=", formula)[-1]
+
+
+METHODS: dict[str, Callable[[str], str | None]] = {
+    "boxed": boxed,
+    "hash": hashes,
+    "tag": tagged,
+    "phrase": phrase,
+    "last_number": last_number,
+    "last_expression": last_expression,
+}
+STRICT = ("boxed", "hash", "tag")
+FLEXIBLE = (*STRICT, "phrase", "last_expression")
+
+
+def methods_of(extraction: str | Sequence[str]) -> tuple[str, ...]:
+    """The methods that "strict", "flexible" or a sequence of their names mean; ValueError for any other."""
+    if extraction in ("strict", "flexible"):
+        return STRICT if extraction == "strict" else FLEXIBLE
+    methods = (extraction,) if isinstance(extraction, str) else tuple(extraction)
+    unknown = [name for name in methods if name not in METHODS]
+    if unknown or not methods:
+        raise ValueError(
+            f"extract must be 'strict', 'flexible' or names out of {', '.join(METHODS)}, got {extraction!r}"
+        )
+    return methods

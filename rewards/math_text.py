@@ -1,0 +1,62 @@
+r"""Answers that are text rather than values: choices (A), names, numerals with a base; and one spelling per formula."""
+
+from __future__ import annotations
+
+import re
+
+_TEXT = re.compile(r"\\(?:text|mbox|textbf|textit|textrm|mathrm|mathbf|mathit|rm|bf)\s*\{([^{}]*)\}")
+_CHOICE = re.compile(r"\(?\s*([A-Ja-j])\s*\)?(?:\s*[.:)]?\s+.*|[.:)])?", re.DOTALL)
+_BARE_CHOICE = re.compile(r"\(\s*([A-Z])\s*\)|([A-J])|\(\s*([A-J])\s*\)")
+_NUMERAL = re.compile(r"([+-]?)([0-9A-Z.]+)\s*_\s*(?:\{\s*([0-9]+)\s*\}|([0-9]+)|\{\s*\\text\s*\{([a-z]+)\}\s*\})")
+_WORDS = re.compile(r"[^\W\d_]+(?:[ ,.'&/-]+[^\W\d_]+)*")
+_FORMULA_WORDS = frozenset(("sqrt", "sin", "cos", "tan", "log", "exp", "infinity", "inf"))
+
+
+def plain(text: str) -> str:
+    """The text with \\text{...} and its kin opened."""
+    for _ in range(3):
+        opened = _TEXT.sub(r"\1", text)
+        if opened == text:
+            break
+        text = opened
+    return text.strip()
+
+
+def choice(text: str) -> str | None:
+    r"""The letter, if a reference is a choice: A to J, bare or in \text{}, or any capital in parentheses."""
+    match = _BARE_CHOICE.fullmatch(plain(text))
+    return next(group for group in match.groups() if group) if match else None
+
+
+def chosen(text: str) -> str | None:
+    r"""The letter an answer chooses: A, (A), a), \text{(A)}, "A. 12 cm", "(A) 12 cm"."""
+    text = re.sub(r"^(?:option|choice|answer)\s+", "", plain(text), flags=re.IGNORECASE)
+    match = _CHOICE.fullmatch(text.strip("*_ "))
+    return match[1].upper() if match else None
+
+
+def words(text: str) -> str | None:
+    r"""A name or phrase in one spelling (case, spaces, \text{} and a leading "the" do not matter), or None if the
+    text is not made of words. A single letter is a variable."""
+    text = plain(text).strip("\"'*_ ")
+    if not _WORDS.fullmatch(text) or len(text) < 3 or text.lower() in _FORMULA_WORDS:
+        return None
+    return re.sub(r"^(?:the|a|an) ", "", " ".join(re.split(r"[ ,-]+", text.lower())))
+
+
+def base_numeral(text: str) -> tuple[str, str] | None:
+    """Digits and base of 4210_{5}. The base is part of the answer: 52 is not 52_8, and neither is 42."""
+    match = _NUMERAL.fullmatch(text.replace(",", "").strip())
+    if match is None or not re.search("[0-9]", match[2]):
+        return None
+    digits = match[2].lstrip("0") or "0"
+    return match[1].replace("+", "") + digits, next(group for group in match.groups()[2:] if group)
+
+
+def canonical(text: str) -> str:
+    """One spelling of a formula: without spaces that mean nothing, braces around single characters and \\text{}."""
+    text = re.sub(r"\\(?:text|mbox|mathrm|textbf|mathbf|rm)\s*\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"(\\[a-zA-Z]+)\s+(?![a-zA-Z])", r"\1", text)
+    text = re.sub(r"(?<!\\)\s+", " ", text)
+    text = re.sub(r"(?<![a-zA-Z0-9]) | (?![a-zA-Z0-9])", "", text)
+    return re.sub(r"(?<=[\^_])\{([a-zA-Z0-9])\}", r"\1", text)
