@@ -11,6 +11,7 @@ __all__ = ["Problem", "SingleTurnEnv", "TextEnv", "TextSpace", "judge"]
 
 _ENVS = {
     "rl_lora/Arithmetic-v0": "envs.arithmetic:ArithmeticEnv",
+    "rl_lora/Math-v0": "envs.math:MathEnv",
     "rl_lora/Prompts-v0": "envs.prompts:PromptsEnv",
 }
 

@@ -7,20 +7,15 @@ import json
 import os
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from envs.finite import FiniteEnv
 from envs.jsonl import Row, Source, locate, read_rows
-from envs.split import check_split, split_of
-from envs.text import Problem, SingleTurnEnv, fill, placeholders
+from envs.split import check_fraction, check_split, split_of
+from envs.text import Problem, fill, placeholders
 from rewards import RewardSpec
 
 
-class PromptsEnv(SingleTurnEnv):
+class PromptsEnv(FiniteEnv):
     """`rl_lora/Prompts-v0`: the prompts of a JSONL file, judged by any reward function.
-
-    Seed s leads to problem (s mod n) of a permutation that belongs to epoch s // n: n seeds in a row, from a multiple
-    of n on, visit each of the n problems once.
 
     Args:
         path: a JSONL file, one object a line. Read once a process, however many copies of the environment there are.
@@ -62,19 +57,10 @@ class PromptsEnv(SingleTurnEnv):
         if demonstration is not None:
             placeholders(demonstration)
         templates = (template, demonstration)
-        if isinstance(eval_fraction, bool) or not isinstance(eval_fraction, int | float) or not 0 <= eval_fraction <= 1:
-            raise ValueError(f"eval_fraction must be between 0 and 1, got {eval_fraction!r}")
+        check_fraction(eval_fraction)
         sources = {"train": locate(path), "eval": locate(path if eval_path is None else eval_path)}
         keep = (split, float(eval_fraction)) if eval_path is None else None
-        self._problems = _problems(sources[split], (prompt_column, reference_column), templates, keep)
-
-    @property
-    def n_problems(self) -> int:
-        return len(self._problems)
-
-    def problem(self, seed: int) -> Problem:
-        epoch, place = divmod(seed, len(self._problems))
-        return self._problems[int(_permutation(len(self._problems), epoch)[place])]
+        self.problems = _problems(sources[split], (prompt_column, reference_column), templates, keep)
 
 
 Columns = tuple[str, str | None]
@@ -136,7 +122,7 @@ def _entry(
         wrong = "an empty one" if isinstance(prompt, str) else f"a {type(prompt).__name__}"
         raise ValueError(f"{where}: {prompt_column!r} must be a text, got {wrong}")
     question, demonstration = (
-        None if text is None else fill(text, {"prompt": prompt} | {name: _as_text(row.columns[name]) for name in names})
+        None if text is None else fill(text, {"prompt": prompt} | {name: as_text(row.columns[name]) for name in names})
         for text, names in zip(templates, named, strict=True)
     )
     assert question is not None
@@ -144,12 +130,8 @@ def _entry(
     return prompt, Problem(question, reference, demonstration)
 
 
-def _as_text(value: Any) -> str:
+def as_text(value: Any) -> str:
+    """A value as a template shows it: texts as they are, whole numbers without a fraction, the rest as JSON."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # 145.0, as data sets write whole answers
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-@functools.lru_cache(maxsize=16)
-def _permutation(n: int, epoch: int) -> NDArray[np.int64]:
-    return np.random.default_rng(epoch).permutation(n)
