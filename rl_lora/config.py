@@ -60,6 +60,9 @@ class RolloutConfig:
     """Groups a step: different problems."""
     group_size: int = 8
     """Episodes of one problem. The group's mean reward is the baseline."""
+    max_replaced: int = 0
+    """Groups a step, at most, that are replaced by groups of other problems because their rewards are all the same,
+    which teaches nothing (dynamic sampling: DAPO, arXiv:2503.14476). A replacement may be replaced in turn."""
     max_tokens: int = 16
     """Limit of one reply; longer ones are cut off and counted as truncated."""
     temperature: float = 1.0
@@ -199,6 +202,7 @@ def validate(config: TrainConfig) -> None:
         ("adapter.alpha", c.adapter.alpha, c.adapter.alpha > 0, "> 0"),
         ("rollout.prompts_per_step", c.rollout.prompts_per_step, c.rollout.prompts_per_step >= 1, ">= 1"),
         ("rollout.group_size", c.rollout.group_size, c.rollout.group_size >= 1, ">= 1"),
+        ("rollout.max_replaced", c.rollout.max_replaced, c.rollout.max_replaced >= 0, ">= 0"),
         ("rollout.max_tokens", c.rollout.max_tokens, c.rollout.max_tokens >= 1, ">= 1"),
         (
             "rollout.temperature",

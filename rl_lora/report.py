@@ -147,7 +147,8 @@ class RunReport:
             parts.append(f"kl {_number(record['sampler_learner_kl'], '.4f')}")
         parts.append(f"grad {_number(record['grad_norm'], '.2g')}")
         if not given:
-            parts.append(f"equal {record['groups_without_signal']:.0%}")
+            replaced = f" ({record['groups_replaced']} replaced)" if record["groups_replaced"] else ""
+            parts.append(f"equal {record['groups_without_signal']:.0%}{replaced}")
             parts.append(f"cut {_number(record['truncated'], '.0%')}")
         parts.append(f"{record['tokens_per_episode'] or 0:.0f} tokens")
         parts.append(f"{record['seconds/rollout']:.1f}+{record['seconds/learn']:.1f} s")

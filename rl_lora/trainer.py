@@ -18,9 +18,9 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import ProjectConfiguration, gather_object, set_seed
 
 from rl_lora.adapter_io import load_adapter, save_adapter
-from rl_lora.advantages import shuffle_rewards
+from rl_lora.advantages import advantages, shuffle_rewards
 from rl_lora.checkpoint import Checkpoints, random_state
-from rl_lora.config import TrainConfig, flatten
+from rl_lora.config import TrainConfig, advantage_of, flatten
 from rl_lora.demonstrations import Demonstrations
 from rl_lora.environment import environment, held_out
 from rl_lora.evaluate import Evaluation, evaluate
@@ -68,7 +68,16 @@ def problem_seeds(config: TrainConfig, step: int) -> list[int]:
 
     Below 2^32, which is all that some random generators take, as long as the run's seed is below 3,000.
     """
-    n = config.rollout.prompts_per_step
+    return _seeds(config, step)[: config.rollout.prompts_per_step]
+
+
+def fresh_seeds(config: TrainConfig, step: int) -> list[int]:
+    """Problems that may take the place of others in a step; those that are not needed are passed over."""
+    return _seeds(config, step)[config.rollout.prompts_per_step :]
+
+
+def _seeds(config: TrainConfig, step: int) -> list[int]:
+    n = config.rollout.prompts_per_step + config.rollout.max_replaced
     return [config.seed * 1_000_003 + step * n + i for i in range(n)]
 
 
@@ -128,8 +137,9 @@ class Trainer:
             while self.step < self.config.steps:
                 seconds = Stopwatch()
                 with seconds("rollout"):
-                    groups = self.rollout()
-                record = summarize_groups(gather_object(groups))  # before any group is filtered
+                    groups, sampled = self.rollout()
+                record = summarize_groups(gather_object(sampled))  # before any group is left out
+                record["groups_replaced"] = sum(gather_object([len(sampled) - len(groups)]))
                 if self.learner.given:
                     record |= dict.fromkeys(("reward", "reward_std", "groups_without_signal", "groups_solved"))
                 with seconds("learn"):
@@ -140,21 +150,39 @@ class Trainer:
                 self.checkpoint_if_due()
         self._close()
 
-    def rollout(self) -> list[Group]:
-        """This process's share of the step's groups: every update learns from the same ones, however many processes."""
+    def rollout(self) -> tuple[list[Group], list[Group]]:
+        """This process's share of the step's groups, and all that were sampled: those that were replaced too.
+
+        Every update learns from the same groups, however many processes there are, unless groups are replaced: each
+        process has its share of the replacements.
+        """
         updates = self.config.learner.updates_per_step
-        seeds = problem_seeds(self.config, self.step)
+        seeds, fresh = (
+            problem_seeds(self.config, self.step),
+            fresh_seeds(self.config, self.step)[self.rank :: self.world],
+        )
+        deal = np.random.default_rng((self.config.seed, self.step, self.rank))
+        groups = self._sample([seed for i, seed in enumerate(seeds) if i // updates % self.world == self.rank], deal)
+        sampled = list(groups)
+        estimator = advantage_of(self.config.learner)
+        while fresh and (silent := [i for i, group in enumerate(groups) if advantages(group, estimator) is None]):
+            more = self._sample(fresh[: len(silent)], deal)
+            fresh = fresh[len(more) :]
+            for i, group in zip(silent, more, strict=False):
+                groups[i] = group
+            sampled += more
+        return groups, sampled
+
+    def _sample(self, seeds: list[int], deal: np.random.Generator) -> list[Group]:
         groups = self.worker.collect(
-            [seed for i, seed in enumerate(seeds) if i // updates % self.world == self.rank],
+            seeds,
             adapters=[ADAPTER],
             n=self.config.rollout.group_size,
             random_seed=(self.config.seed, self.step),
             temperature=self.config.rollout.temperature,
             on_token=self.report.sampling,
         )
-        if self.config.shuffle_rewards:
-            groups = shuffle_rewards(groups, np.random.default_rng((self.config.seed, self.step, self.rank)))
-        return groups
+        return shuffle_rewards(groups, deal) if self.config.shuffle_rewards else groups
 
     def evaluate_if_due(self) -> None:
         """Play the held-out problems: before the first step, every `eval.every`, and after the last one."""

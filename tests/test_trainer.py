@@ -39,7 +39,8 @@ from rl_lora.native_sampler import NativeSampler, _Drawing
 from rl_lora.policy import Policy
 from rl_lora.rollout import RolloutWorker
 from rl_lora.sampler import Completion
-from rl_lora.trainer import ADAPTER, Trainer, problem_seeds, train
+from rl_lora.trainer import ADAPTER, Trainer, fresh_seeds, problem_seeds, train
+from rl_lora.types import Group
 from tests.tiny import tiny_folder, token_ids
 
 ALWAYS = """
@@ -47,7 +48,7 @@ ALWAYS = """
 """.split()  # noqa: SIM905
 TRAIN = """
     reward_std groups_without_signal groups_solved completion_tokens tokens_per_episode_max version learning_rate
-    layers_recomputed tokens_learned sampler_learner_kl ratio_max loss entropy clip_fraction grad_norm
+    groups_replaced layers_recomputed tokens_learned sampler_learner_kl ratio_max loss entropy clip_fraction grad_norm
     seconds/rollout seconds/learn rollout_tokens_per_second learn_tokens_per_second
 """.split()  # noqa: SIM905
 EVAL = ["episodes", "accuracy_low", "accuracy_high", "seconds/evaluate"]
@@ -323,7 +324,7 @@ def test_a_config_is_the_same_after_it_was_written_and_must_be_what_can_be_writt
 
 def test_metrics_are_those_of_all_episodes_before_any_group_is_filtered(model: Path, tmp_path: Path) -> None:
     trainer = Trainer(tiny_config(model, tmp_path, rollout__group_size=2, rollout__prompts_per_step=8))
-    groups = trainer.rollout()
+    groups, _ = trainer.rollout()
     trainer.run()
     rewards = [[episode.reward for episode in group.episodes] for group in groups]
     silent = sum(len(set(rewards_G)) == 1 for rewards_G in rewards)
@@ -370,9 +371,38 @@ def test_a_run_learns_and_its_control_with_shuffled_rewards_does_not(model: Path
     assert abs(gain[True]) < 0.1
 
 
+def test_groups_that_teach_nothing_are_replaced_by_other_problems(model: Path, tmp_path: Path) -> None:
+    few = {"rollout__group_size": 2, "rollout__prompts_per_step": 6}
+
+    def silent(groups: list[Group]) -> int:
+        return sum(len({episode.reward for episode in group.episodes}) == 1 for group in groups)
+
+    plain, none_replaced = Trainer(tiny_config(model, tmp_path / "plain", **few)).rollout()
+    assert plain == none_replaced
+    n = silent(plain)
+    assert n >= 2
+    groups, sampled = Trainer(tiny_config(model, tmp_path / "budget", **few, rollout__max_replaced=n - 1)).rollout()
+    assert sampled[:6] == plain
+    assert len(groups) == 6
+    assert len(sampled) == 6 + n - 1, "the budget is spent as long as a group is silent"
+    assert {group.seed for group in groups} <= {group.seed for group in sampled}
+    assert len({group.seed for group in sampled}) == len(sampled)
+    assert [group for group in groups if group in plain] == [g for g in plain if g in groups], "others keep their place"
+
+    config = tiny_config(model, tmp_path / "run", **few, rollout__max_replaced=20)
+    groups, sampled = Trainer(config).rollout()
+    assert silent(groups) < n
+    assert silent(groups) == 0 or len(sampled) == 26
+    records = metrics(train(config), "train")
+    assert all(record["groups_replaced"] >= 1 for record in records)
+    assert all(record["groups_replaced"] <= 20 for record in records)
+    seeds = [{*problem_seeds(config, step), *fresh_seeds(config, step)} for step in range(4)]
+    assert len(set.union(*seeds)) == sum(map(len, seeds)) == 4 * 26
+
+
 def test_shuffled_rewards_are_the_steps_own(model: Path, tmp_path: Path) -> None:
     plain, shuffled = (
-        Trainer(tiny_config(model, tmp_path, shuffle_rewards=shuffle)).rollout() for shuffle in (False, True)
+        Trainer(tiny_config(model, tmp_path, shuffle_rewards=shuffle)).rollout()[0] for shuffle in (False, True)
     )
     rewards, dealt = ([e.reward for group in groups for e in group.episodes] for groups in (plain, shuffled))
     assert sorted(rewards) == sorted(dealt)
