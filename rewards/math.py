@@ -80,6 +80,7 @@ def verify(
     - "hash": behind the last `#### ` on its line; markdown headings are not answers.
     - "tag": the last `<answer>...</answer>`; never closed, it runs to the end.
     - "phrase": behind the last "the answer is" (also "Final answer:", "**Answer:**"), up to the end of the sentence.
+    - "whole": all of a short text that is no sentence: "x^2 + 1", "Yes", "12 eggs".
     - "last_number": the last number.
     - "last_expression": the last formula in `$...$`, `\(...\)`, `\[...\]` or the last number, whichever ends later.
 
@@ -101,6 +102,7 @@ def verify(
       equals a tuple in the same order. A matrix is not a tuple.
     - *Bases*: 52_8 equals itself only, neither 52 nor 42.
     - *Choices and names*: (A), A, \text{(A)} and "A. 12 cm" are one; names are compared without case.
+    - *Logarithms*: \log without a base may be natural or decimal, as either makes it equal.
     - *Variables*: formulas are equal if they agree wherever both are real: sqrt(1/n) = 1/sqrt(n), but
       sqrt(x^2) is not x.
 
@@ -137,6 +139,8 @@ def verify(
     if outcome == "unreadable reference":
         reason = f"the reference {expected.text!r} cannot be read as mathematics"
         return Verdict(Outcome.UNSCORABLE, found.text, found.method, reason)
+    if outcome not in ("equal", "different"):
+        return Verdict(Outcome.UNSCORABLE, found.text, found.method, f"the math verifier failed: {outcome}")
     return Verdict(Outcome.CORRECT if outcome == "equal" else Outcome.WRONG, found.text, found.method)
 
 

@@ -52,7 +52,7 @@ def _same(answer: str, reference: str) -> bool:
         return number.equals(expected)
     if (base_numeral(answer) or base_numeral(reference)) is not None:
         return base_numeral(answer) == base_numeral(reference)
-    for compare_parts in (_plus_minus, _assignments, _relations, _unions, _matrices, _collections):
+    for compare_parts in (_plus_minus, _assignments, _unions, _relations, _matrices, _collections):
         verdict = compare_parts(answer, reference)
         if verdict is not None:
             return verdict
@@ -149,7 +149,7 @@ def _assignments(answer: str, reference: str) -> bool | None:
 
 
 def _assigned(text: str) -> tuple[str | None, str]:
-    if len(_top_level(text, ",")) > 1:
+    if _is_bare_list(text):
         return None, text
     member = re.fullmatch(r"(.*?)\\in(?![a-zA-Z])(.*)", text, re.DOTALL)
     if member and _NAME.fullmatch(member[1].strip()):
@@ -166,9 +166,9 @@ def _is_equation(text: str) -> bool:
 
 def _relations(answer: str, reference: str) -> bool | None:
     a, b = _top_level(answer, _EQUALS), _top_level(reference, _EQUALS)
-    if len(a) == 2 and len(b) == 2 and len(_top_level(answer, ",")) == 1 == len(_top_level(reference, ",")):
+    if len(a) == 2 and len(b) == 2 and not _is_bare_list(answer) and not _is_bare_list(reference):
         return _same_equation((a[0], a[1]), (b[0], b[1]))
-    if len(a) > 1 and len(b) == 1 and len(_top_level(answer, ",")) == 1 and not _inequality(reference):
+    if len(a) > 1 and len(b) == 1 and not _is_bare_list(answer) and not _inequality(reference):
         return _same(a[-1], reference)  # 12 + 6 = 18
     interval, expected = _as_interval(answer), _as_interval(reference)
     if interval != answer or expected != reference:
@@ -245,8 +245,16 @@ def _is_strict(sign: str) -> bool:
 
 
 def _unions(answer: str, reference: str) -> bool | None:
-    a, b = (_top_level(text, r"\\cup(?![a-zA-Z])") for text in (answer, reference))
+    a, b = (_united(text) for text in (answer, reference))
     return _same_unordered(a, b) if max(len(a), len(b)) > 1 else None
+
+
+def _united(text: str) -> list[str]:
+    r"""The parts of A \cup B, or of "x < 1 or x > 2"."""
+    kind, items = _items(text)
+    if kind == "" and len(items) > 1 and all(_inequality(item) for item in items):
+        return items
+    return _top_level(text, r"\\cup(?![a-zA-Z])")
 
 
 _MATRIX = re.compile(r"\\begin\{([pb]?matrix|array)\}(?:\{[clr|]*\})?(.*)\\end\{\1\}", re.DOTALL)
@@ -308,6 +316,11 @@ def _items(text: str) -> tuple[str, list[str]]:
     return kind, items
 
 
+def _is_bare_list(text: str) -> bool:
+    kind, items = _items(text)
+    return kind == "" and len(items) > 1
+
+
 def _encloses(text: str) -> bool:
     """Whether the first bracket closes at the very end: (1,2) does, (a+b)(c,d) does not."""
     depth = 0
@@ -367,6 +380,15 @@ def _math_verify(answer: str, reference: str, *, reference_read: bool = False) -
     Its own time-outs are off (they need the main thread and its signals); the worker's deadline holds. What it calls
     equal because two numbers are close is checked again with 60 digits.
     """
+    try:
+        return _ask_math_verify(answer, reference, reference_read)
+    except (MemoryError, UnreadableReference):
+        raise
+    except Exception:  # sympy raises what it likes, TypeErrors over two equations among them
+        return False
+
+
+def _ask_math_verify(answer: str, reference: str, reference_read: bool) -> bool:
     expected = _parse(reference)
     if not expected and not reference_read:
         raise UnreadableReference(reference)

@@ -82,12 +82,12 @@ def hashes(text: str) -> str | None:
 
 def tagged(text: str) -> str | None:
     """What the last <answer>...</answer> holds (any case); one that is never closed runs to the end of the text, as a
-    stop string often takes the closing tag. A box or a line of #### inside it is the answer."""
+    stop string often takes the closing tag. A box, a line of #### or "the answer is" inside it is looked into."""
     start = _last(re.finditer(r"<answer>", text, re.IGNORECASE))
     if start is None:
         return None
     inside = re.split(r"</answer>", text[start.end() :], maxsplit=1, flags=re.IGNORECASE)[0]
-    for method in (boxed, hashes):
+    for method in (boxed, hashes, phrase):
         found = method(inside)
         if found is not None:
             return found
@@ -104,9 +104,9 @@ _PHRASE = re.compile(
 _MATH = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<![\\$])\$(?!\$)([^$\n]*?[^\\$\n])\$", re.DOTALL)
 _SIGN = "[-+\N{MINUS SIGN}]"
 _NUMBER = re.compile(
-    rf"(?<![\w.,/])(?:{_SIGN}?\s?[\\$£€₹]*{_SIGN}?)?"
+    rf"(?<![^\W_])(?<![A-Za-z0-9]_)(?<![.,/])(?:{_SIGN}?\s?[\\$£€₹]*{_SIGN}?)?"
     rf"(?:[0-9]+\s+[0-9]+/[0-9]+|[0-9]+\s*\\[dt]?frac\{{[0-9]+\}}\{{[0-9]+\}}|\\[dt]?frac\{{{_SIGN}?[0-9.]+\}}\{{[0-9.]+\}}"
-    rf"|{DECIMAL}(?:[eE]{_SIGN}?[0-9]+)?(?:\s*/\s*{DECIMAL})?)(?:\s?\\?%)?"
+    rf"|{DECIMAL}(?:[eE]{_SIGN}?[0-9]+)?(?:\s*/\s*{DECIMAL})?)(?:\s?\\?%|\s(?:percent|hundred|thousand|million|billion|trillion)\b)?"
 )
 
 
@@ -132,13 +132,28 @@ def phrase(text: str) -> str | None:
             return _last_side(_inside(segment))
     bold = re.search(r"\*\*(.+?)\*\*", line)
     line = bold[1] if bold else line.strip("*_ ")
-    if "=" in line:
+    if "=" in line and _last_side(line) != line:
         return _last_side(line)
     start = _NUMBER.match(line)
     if start or not _NUMBER.search(line):
         return line
     words = re.findall(r"[A-Za-z]{3,}", line[: _NUMBER.search(line).start()])  # type: ignore[union-attr]
     return last_number(line) if words and "\\" not in line else line
+
+
+def whole(text: str) -> str | None:
+    """All of a short text without sentences: one line with at most one word that is not part of a formula."""
+    text = text.strip()
+    if not text or len(text) > 200 or "\n" in text:
+        return None
+    bare = re.sub(r"\\(?:text|mbox)\s*\{[^{}]*\}|\\[a-zA-Z]+", " ", text)
+    words = [word for word in re.findall(r"[^\W\d_]{2,}", bare) if word.lower() not in _FORMULA_WORDS]
+    allowed = 0 if _MATH.search(text) else 1
+    return _last_side(text) if len(words) <= allowed else None
+
+
+_FORMULA_NAMES = "and or pi sqrt sin cos tan cot sec csc log ln exp arcsin arccos arctan abs floor ceil max min gcd lcm"
+_FORMULA_WORDS = frozenset(_FORMULA_NAMES.split())
 
 
 def last_number(text: str) -> str | None:
@@ -148,8 +163,8 @@ def last_number(text: str) -> str | None:
 
 
 def last_expression(text: str) -> str | None:
-    """The last formula in $...$, \\(...\\) or \\[...\\] or the last number, whichever ends later; of a formula with
-    equals signs its last side."""
+    """The last formula in $...$, \\(...\\) or \\[...\\] or the last number, whichever ends later; of a
+    calculation its result."""
     formula = None
     for match in _MATH.finditer(text):
         if _is_math(match):
@@ -195,10 +210,10 @@ def _is_math(match: re.Match[str]) -> bool:
 
 
 def _last_side(formula: str) -> str:
-    """Behind the last equals sign, if what stands there is more than a name. `x = 5, y = 3` is left as it is."""
-    if formula.count("=") == 0 or re.search(r"=.*[,;].*=", formula, re.DOTALL):
-        return formula
-    return re.split(r"(?<![<>!:\\])=", formula)[-1]
+    """Of a calculation ("12 + 6 = 18") what it comes to; an equation with names is left as it is."""
+    left, equals, right = formula.rpartition("=")
+    names = re.search(r"[a-zA-Z]", re.sub(r"\\(?:[dt]?frac|times|cdot|div|text\s*\{[^{}]*\})", "", left))
+    return right if equals and not names and not re.search(r"[<>!:\\]$", left) else formula
 
 
 METHODS: dict[str, Callable[[str], str | None]] = {
@@ -206,11 +221,12 @@ METHODS: dict[str, Callable[[str], str | None]] = {
     "hash": hashes,
     "tag": tagged,
     "phrase": phrase,
+    "whole": whole,
     "last_number": last_number,
     "last_expression": last_expression,
 }
 STRICT = ("boxed", "hash", "tag")
-FLEXIBLE = (*STRICT, "phrase", "last_expression")
+FLEXIBLE = (*STRICT, "phrase", "whole", "last_expression")
 
 
 def methods_of(extraction: str | Sequence[str]) -> tuple[str, ...]:

@@ -32,7 +32,7 @@ _CHARACTERS = str.maketrans(
         "÷": "/",
         "∕": "/",
         "⁄": "/",
-        "√": r"\sqrt ",
+        "√": "sqrt ",
         "∞": r"\infty ",
         "±": r"\pm ",
         "∓": r"\mp ",
@@ -62,11 +62,22 @@ _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+
 _SUPERSCRIPT_RUN = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+")
 
 # What changes only how a formula looks.
-_SPACING = re.compile(r"\\[,;:>]|\\(?:quad|qquad|displaystyle|textstyle|limits|thinspace)(?![a-zA-Z])|\\ |~")
+_SPACING = re.compile(r"(?<!\\)\\[,;:> ]|\\(?:quad|qquad|displaystyle|textstyle|limits|thinspace)(?![a-zA-Z])|~")
 _THOUSANDS_SPACE = re.compile(r"(?<![0-9.])([0-9]{1,3})((?:(?:\\,|\\ |\{\\,\}|~| )[0-9]{3})+)(?![0-9/])")
 _SIZING = re.compile(r"\\(?:left|right)(?![a-zA-Z])\s*\.?|\\(?:big|Big|bigg|Bigg)[lrm]?(?![a-zA-Z])")
 _FRACTION_COMMAND = re.compile(r"\\[dtc]frac(?![a-zA-Z])")
-_DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("__", "__"), ("`", "`"))
+_LEADING = re.compile(r"^(?:\\approx(?![a-z])|\\sim(?![a-z])|\\equiv(?![a-z])|=)\s*")
+_WRAPPED = re.compile(r"\\(?:text|mbox|textbf|textit|textrm|mathrm|mathbf)\s*\{([^{}]*)\}")
+_DELIMITERS = (
+    ("$$", "$$"),
+    ("$", "$"),
+    (r"\(", r"\)"),
+    (r"\[", r"\]"),
+    ("**", "**"),
+    ("__", "__"),
+    ("`", "`"),
+    ("*", "*"),
+)
 
 
 def clean(text: str) -> str:
@@ -85,7 +96,9 @@ def _strip_delimiters(text: str) -> str:
     """Take off pairs of delimiters around the whole text, and what a sentence leaves behind a number."""
     while True:
         before = text
-        text = text.strip().rstrip(".,;:").strip()
+        text = _LEADING.sub("", text.strip().rstrip(".,;:")).strip()
+        if wrapped := _WRAPPED.fullmatch(text):
+            text = wrapped[1]
         for opening, closing in _DELIMITERS:
             inner = text[len(opening) : -len(closing)]
             enclosed = text.startswith(opening) and text.endswith(closing) and len(text) >= len(opening + closing)
@@ -129,7 +142,7 @@ _UNIT_NAMES = {
     "week": "week weeks",
     "month": "month months",
     "year": "year years yr yrs",
-    "mph": "mph",
+    "mi/h": "mph",
     "unit": "unit units",
 }
 _UNITS = {name: unit for unit, names in _UNIT_NAMES.items() for name in names.split()}
@@ -150,6 +163,8 @@ _WRAPPED_UNIT = re.compile(
 _DEGREES = re.compile(
     r"(?:\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree)\s*(?:(?:\\(?:text|mathrm|rm)\s*\{?\s*)?[CF]\}?)?$"
 )
+_UNIT_FRACTION = re.compile(r"\}\s*/\s*\\(?:text|mathrm|mbox)\s*\{")
+_TRIGONOMETRIC = re.compile(r"sin|cos|tan|cot|sec|csc")
 _CURRENCY_BEHIND = re.compile(r"(?<=[0-9 ])(\\\$|\$|€|£|₹)$")
 _PERCENT = re.compile(r"\\?%$")
 _PLAIN_UNIT = re.compile(r"(?<![A-Za-z\\_^])([A-Za-z¢][A-Za-z .'/-]*)(?:\^\s*\{?([0-9])\}?)?$")
@@ -161,11 +176,12 @@ def split_unit(text: str) -> tuple[str, str | None]:
     None where nothing was taken off; "" for a unit of no known kind ("eggs"), which is taken off and says nothing.
     A plain single letter, as in 5x, stays: it may be a variable. (Behind a space, `5 m`, it may be a unit.)
     """
+    text = _UNIT_FRACTION.sub("/", text)
     if (match := _CURRENCY_BEHIND.search(text)) and text[: match.start()].strip():
         return text[: match.start()].rstrip(), _CURRENCY[match[1]]
     if match := _PERCENT.search(text):
         return text[: match.start()].rstrip(), "%"
-    if (match := _DEGREES.search(text)) and text[: match.start()].strip():
+    if (match := _DEGREES.search(text)) and text[: match.start()].strip() and not _TRIGONOMETRIC.search(text):
         return text[: match.start()].rstrip(), "degree"
     if (match := _WRAPPED_UNIT.search(text)) and text[: match.start()].strip(" {}"):
         words = match[1].strip()
@@ -186,6 +202,8 @@ def split_unit(text: str) -> tuple[str, str | None]:
 
 def _is_noun(words: str) -> bool:
     parts = re.split(r"[ /.-]+", words.lower())
+    if len(parts) > 1 and all(part in _UNITS or part in ("per", "^2", "^3") for part in parts):
+        return True
     return len(parts) <= 6 and len(parts[0]) > 1 and not _NO_UNITS & set(parts) and not set(parts) & set(_MULTIPLIERS)
 
 
@@ -197,6 +215,9 @@ def _unit(words: str, power: str | None) -> str:
             words, power = words[len(prefix) :], exponent
     if match := re.fullmatch(r"(.*?)\s*\^\s*\{?([0-9])\}?", words):
         words, power = match[1], match[2]
+    rate = re.split(r"\s*/\s*|\s+per\s+", words)
+    if len(rate) == 2 and rate[0] in _UNITS and rate[1] in _UNITS:
+        return f"{_UNITS[rate[0]]}/{_UNITS[rate[1]]}"
     unit = _UNITS.get(words.rstrip("."), "")
     return f"{unit}^{power}" if unit and power and power != "1" else unit
 

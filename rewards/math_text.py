@@ -8,7 +8,7 @@ _TEXT = re.compile(r"\\(?:text|mbox|textbf|textit|textrm|mathrm|mathbf|mathit|rm
 _CHOICE = re.compile(r"\(?\s*([A-Ja-j])\s*\)?(?:\s*[.:)]?\s+.*|[.:)])?", re.DOTALL)
 _BARE_CHOICE = re.compile(r"\(\s*([A-Z])\s*\)|([A-J])|\(\s*([A-J])\s*\)")
 _NUMERAL = re.compile(r"([+-]?)([0-9A-Z.]+)\s*_\s*(?:\{\s*([0-9]+)\s*\}|([0-9]+)|\{\s*\\text\s*\{([a-z]+)\}\s*\})")
-_WORDS = re.compile(r"[^\W\d_]+(?:[ ,.'&/-]+[^\W\d_]+)*")
+_WORDS = re.compile(r"[^\W\d_]+(?:(?: |, |\. |'|-|/| & | - )[^\W\d_]+)*")
 _FORMULA_WORDS = frozenset(("sqrt", "sin", "cos", "tan", "log", "exp", "infinity", "inf"))
 
 
@@ -39,7 +39,7 @@ def words(text: str) -> str | None:
     r"""A name or phrase in one spelling (case, spaces, \text{} and a leading "the" do not matter), or None if the
     text is not made of words. A single letter is a variable."""
     text = plain(text).strip("\"'*_ ")
-    if not _WORDS.fullmatch(text) or len(text) < 3 or text.lower() in _FORMULA_WORDS:
+    if not _WORDS.fullmatch(text) or not re.search(r"[^\W\d_]{3}", text) or text.lower() in _FORMULA_WORDS:
         return None
     return re.sub(r"^(?:the|a|an) ", "", " ".join(re.split(r"[ ,-]+", text.lower())))
 
@@ -55,6 +55,8 @@ def base_numeral(text: str) -> tuple[str, str] | None:
 
 def canonical(text: str) -> str:
     """One spelling of a formula: without spaces that mean nothing, braces around single characters and \\text{}."""
+    text = re.sub(r"\\\{\s*\\\}|\\varnothing", r"\\emptyset", text)
+    text = re.sub(r",\s+(?=[0-9]{3}(?![0-9]))", ";", text)  # "1, 234" is not 1,234
     text = re.sub(r"\\(?:text|mbox|mathrm|textbf|mathbf|rm)\s*\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"(\\[a-zA-Z]+)\s+(?![a-zA-Z])", r"\1", text)
     text = re.sub(r"(?<!\\)\s+", " ", text)

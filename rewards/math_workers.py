@@ -215,5 +215,7 @@ def serve() -> None:
             outcome = compare(item["answer"], item["reference"])
         except MemoryError:
             outcome = "memory"
+        except Exception as error:
+            outcome = f"{type(error).__name__}: {error}"
         signal.setitimer(signal.ITIMER_REAL, 0)
         reply({"outcome": outcome})
