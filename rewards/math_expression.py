@@ -34,7 +34,7 @@ class Unreadable(Exception):
 
 
 class TooLarge(Exception):
-    """A tower of powers, or the factorial of something huge."""
+    """A tower of powers, the factorial of something huge, brackets beyond `MAX_DEPTH`: refused for good."""
 
 
 class Undefined(Exception):
@@ -45,7 +45,7 @@ class Undefined(Exception):
 
 _TOKEN = re.compile(
     r"\s*(?:(?P<number>(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)(?![eE][-+]?[0-9])|(?P<command>\\(?:[a-zA-Z]+|[{}|%$]))|(?P<word>[a-zA-Z]+)"
-    r"|(?P<operator>\*\*|[-+*/^_(){}\[\]|!',]))"
+    r"|(?P<operator>\*\*|[-+*/^_(){}\[\]|!',:]))"
 )
 _FUNCTION_NAMES = (
     "sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan arccot asin acos atan ln log lg exp abs floor ceil"
@@ -64,11 +64,11 @@ _STYLES = frozenset(_STYLE_NAMES.split())
 
 
 def read(text: str) -> Tree:
-    """The tree of a cleaned formula. Raises Unreadable."""
+    """The tree of a cleaned formula. Raises Unreadable and TooLarge."""
     try:
         return _Reader(text).whole()
     except RecursionError as error:
-        raise Unreadable("nested too deep") from error
+        raise TooLarge("nested too deep") from error
 
 
 class _Reader:
@@ -137,7 +137,7 @@ class _Reader:
     def nested(self, parse: Callable[[], Tree]) -> Tree:
         self.depth += 1
         if self.depth > MAX_DEPTH:
-            raise Unreadable("nested too deep")
+            raise TooLarge("nested too deep")
         tree = parse()
         self.depth -= 1
         return tree
@@ -155,7 +155,7 @@ class _Reader:
         while True:
             if self.take("*", r"\cdot", r"\times", r"\ast"):
                 factors.append(self.signed())
-            elif self.take("/", r"\div"):
+            elif self.take("/", r"\div", ":"):
                 factors.append(("inverse", self.signed()))
             elif self._mixed_number():
                 factors[-1] = ("sum", factors[-1], self.power())
@@ -216,10 +216,10 @@ class _Reader:
 
     def postfix(self) -> Tree:
         tree = self.nested(self.primary)
-        while self.take("!"):
-            if tree[0] == "factorial":
-                raise Unreadable("a double factorial")
-            tree = ("factorial", tree)
+        if self.take("!"):
+            if self.peek() == "!":
+                raise TooLarge("a double factorial")
+            return ("factorial", tree)
         return tree
 
     def group(self) -> Tree:

@@ -101,10 +101,14 @@ _PHRASE = re.compile(
     r"(?:is|are|=|:|equals|would\s+be|will\s+be|should\s+be)(?:\*\*|__)?(?:\s*:|\s+(?:therefore|thus|then|simply|just|equal\s+to|given\s+by|option|choice))*\s*",
     re.IGNORECASE,
 )
+_END_OF_ANSWER = re.compile(
+    r"\n|(?<=[^\s.])[.!?;](?=\s|$|\*)|,?\s+(?:because|since|so|as|which|therefore|but)\b"
+    r"|,\s+(?!(?:and|or|sin|cos|tan|ln|log)\b)[a-z]{2,}"
+)
 _MATH = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<![\\$])\$(?!\$)([^$\n]*?[^\\$\n])\$", re.DOTALL)
 _SIGN = "[-+\N{MINUS SIGN}]"
 _NUMBER = re.compile(
-    rf"(?<![^\W_])(?<![A-Za-z0-9]_)(?<![.,/])(?:{_SIGN}?\s?[\\$£€₹]*{_SIGN}?)?"
+    rf"(?<![^\W_])(?<![A-Za-z0-9]_)(?<![.,/])(?:{_SIGN}?\s?[\\$£€₹]{{0,3}}{_SIGN}?)?"
     rf"(?:[0-9]+\s+[0-9]+/[0-9]+|[0-9]+\s*\\[dt]?frac\{{[0-9]+\}}\{{[0-9]+\}}|\\[dt]?frac\{{{_SIGN}?[0-9.]+\}}\{{[0-9.]+\}}"
     rf"|{DECIMAL}(?:[eE]{_SIGN}?[0-9]+)?(?:\s*/\s*{DECIMAL})?)(?:\s?\\?%|\s(?:percent|hundred|thousand|million|billion|trillion)\b)?"
 )
@@ -124,9 +128,7 @@ def phrase(text: str) -> str | None:
     opening = _MATH.match(rest)
     if opening and _is_math(opening):
         return _last_side(_inside(opening))
-    line = re.split(
-        r"\n|(?<=[^\s.])[.!?;](?=\s|$|\*)|,?\s+(?:because|since|so|as|which|therefore)\b", rest, maxsplit=1
-    )[0].strip()
+    line = _END_OF_ANSWER.split(rest, maxsplit=1)[0].strip()
     for segment in _MATH.finditer(line):
         if _is_math(segment):
             return _last_side(_inside(segment))

@@ -66,6 +66,7 @@ _SPACING = re.compile(r"(?<!\\)\\[,;:> ]|\\(?:quad|qquad|displaystyle|textstyle|
 _THOUSANDS_SPACE = re.compile(r"(?<![0-9.])([0-9]{1,3})((?:(?:\\,|\\ |\{\\,\}|~| )[0-9]{3})+)(?![0-9/])")
 _SIZING = re.compile(r"\\(?:left|right)(?![a-zA-Z])\s*\.?|\\(?:big|Big|bigg|Bigg)[lrm]?(?![a-zA-Z])")
 _FRACTION_COMMAND = re.compile(r"\\[dtc]frac(?![a-zA-Z])")
+_OVER = re.compile(r"\{([^{}]*)\}\s*\\over(?![a-z])\s*\{([^{}]*)\}|\{([^{}]*?)\s*\\over(?![a-z])\s*([^{}]*)\}")
 _LEADING = re.compile(r"^(?:\\approx(?![a-z])|\\sim(?![a-z])|\\equiv(?![a-z])|=)\s*")
 _WRAPPED = re.compile(r"\\(?:text|mbox|textbf|textit|textrm|mathrm|mathbf)\s*\{([^{}]*)\}")
 _DELIMITERS = (
@@ -88,6 +89,7 @@ def clean(text: str) -> str:
     text = _THOUSANDS_SPACE.sub(lambda n: n[1] + re.sub(r"[^0-9]", "", n[2]), text)
     text = _SPACING.sub(" ", text)
     text = _SIZING.sub("", _FRACTION_COMMAND.sub(r"\\frac", text))
+    text = _OVER.sub(r"\\frac{\1\3}{\2\4}", text)
     text = text.replace("{,}", ",").replace(r"\lbrace", r"\{").replace(r"\rbrace", r"\}")
     return _strip_delimiters(text)
 
