@@ -12,6 +12,7 @@ from __future__ import annotations
 import enum
 import functools
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -129,6 +130,8 @@ def verify(
     if refused:
         return Verdict(Outcome.WRONG, found.text[:MAX_ANSWER_CHARS], found.method, f"the answer is {refused}")
     answer = clean(found.text)
+    if not re.search(r"[^\W_]|\\", answer):
+        return Verdict(Outcome.NO_ANSWER)
     equal = _plain_verdict(answer, expected)
     if equal is not None:
         return Verdict(Outcome.CORRECT if equal else Outcome.WRONG, found.text, found.method)

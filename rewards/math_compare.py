@@ -71,6 +71,7 @@ def _evaluate_no_text() -> None:
 
 
 def _same(answer: str, reference: str) -> bool:
+    answer, reference = _system(answer), _system(reference)
     if canonical(answer) == canonical(reference):
         return True
     number, expected = quantity(answer), quantity(reference)
@@ -86,6 +87,16 @@ def _same(answer: str, reference: str) -> bool:
     if units_conflict(unit, expected_unit):
         return False
     return _same_scalar(answer, reference)
+
+
+_SYSTEM = re.compile(r"\\begin\{(cases|aligned|align\*?|gathered)\}(.*)\\end\{\1\}", re.DOTALL)
+
+
+def _system(text: str) -> str:
+    """A system of equations as a list; the real numbers as an interval."""
+    if match := _SYSTEM.fullmatch(text):
+        return ", ".join(row.strip(" ,") for row in match[2].replace("&", "").split(r"\\") if row.strip(" ,"))
+    return r"(-\infty,\infty)" if canonical(text) in (r"\mathbb{R}", r"\mathbbR", r"\R", r"\Reals") else text
 
 
 def _without_unit(text: str) -> tuple[str, str | None]:
@@ -154,6 +165,7 @@ def _braced(text: str) -> tuple[str, bool]:
 
 _EQUALS = r"(?<![<>!:\\])=(?!=)"
 _NAME = re.compile(r"\\?[a-zA-Z]+(?:_\{?\w+\}?)?'?(?:\s*\([a-zA-Z, ]+\))?|[A-Za-z]{1,2}")
+_NAMES = re.compile(r"\(\s*[a-zA-Z]\s*(?:,\s*\\?[a-zA-Z]+\s*)+\)")
 _LESS = r"\\leq?(?:slant)?(?![a-zA-Z])|<=|<|\\lt(?![a-zA-Z])"
 _MORE = r"\\geq?(?:slant)?(?![a-zA-Z])|>=|>|\\gt(?![a-zA-Z])"
 
@@ -181,20 +193,20 @@ def _assigned(text: str) -> tuple[str | None, str]:
     if member and _NAME.fullmatch(member[1].strip()):
         return member[1].strip(), member[2].strip()
     sides = _top_level(text, _EQUALS)
-    if len(sides) > 1 and all(sides) and _NAME.fullmatch(sides[0]):
+    if len(sides) > 1 and all(sides) and (_NAME.fullmatch(sides[0]) or _NAMES.fullmatch(sides[0])):
         return sides[0], sides[-1]
     return None, text
 
 
 def _is_equation(text: str) -> bool:
-    return len(_top_level(text, _EQUALS)) > 1
+    return len(_top_level(text, _EQUALS)) > 1 and not _is_bare_list(text)
 
 
 def _relations(answer: str, reference: str) -> bool | None:
     a, b = _top_level(answer, _EQUALS), _top_level(reference, _EQUALS)
     if len(a) == 2 and len(b) == 2 and not _is_bare_list(answer) and not _is_bare_list(reference):
         return _same_equation((a[0], a[1]), (b[0], b[1]))
-    if len(a) == 1 and len(b) > 1 and not _inequality(answer):
+    if len(a) == 1 and len(b) > 1 and not _inequality(answer) and not _is_bare_list(reference):
         return False  # an equation says more than a value does
     if len(a) > 1 and len(b) == 1 and not _is_bare_list(answer) and not _inequality(reference):
         return _same(a[-1], reference)  # 12 + 6 = 18
@@ -242,8 +254,13 @@ def _inequality(text: str) -> bool:
     return len(_top_level(text, rf"{_LESS}|{_MORE}")) > 1
 
 
+_BUILDER = re.compile(r"\\\{\s*(\\?[a-zA-Z]+)(?:\s*\\in\s*\\mathbb\s*\{?R\}?)?\s*(?:\\mid|:|\||\\vert)\s*(.*\1.*)\\\}")
+
+
 def _as_interval(text: str) -> str:
-    """An inequality for one name as an interval; any other text as it is."""
+    r"""An inequality for one name, also in \{x : x > 2\}, as an interval; any other text as it is."""
+    if match := _BUILDER.fullmatch(text):
+        text = match[2].strip()
     relation = rf"({_LESS}|{_MORE})"
     if match := re.fullmatch(rf"(.+?){relation}(.+?){relation}(.+)", text):
         low, first, name, second, high = (part.strip() for part in match.groups())
@@ -322,7 +339,7 @@ def _collections(answer: str, reference: str) -> bool | None:
     ordered = {kind, expected_kind} & {"()", "[]", "(]", "[)", r"\langle"}
     if not ordered:
         return _same_unordered(items, expected)
-    if kind != expected_kind and {kind, expected_kind} not in ({"()", ""}, {"()", r"\langle"}):
+    if kind != expected_kind and {kind, expected_kind} not in ({"()", ""}, {"[]", ""}, {"()", r"\langle"}):
         return False
     return all(_same(a, b) for a, b in zip(items, expected, strict=True))
 

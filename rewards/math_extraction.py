@@ -97,7 +97,7 @@ def tagged(text: str) -> str | None:
 # ---- answers in prose -------------------------------------------------------------------------------------------
 
 _PHRASE = re.compile(
-    r"\b(?:final\s+|correct\s+)?answer(?:\s+to\s+[^.\n:]{0,60}?)?(?:\*\*|__)?\s*"
+    r"\b(?:(?:final\s+|correct\s+)?answer|correct\s+(?:option|choice))(?:\s+to\s+[^.\n:]{0,60}?)?(?:\*\*|__)?\s*"
     r"(?:is|are|=|:|equals|would\s+be|will\s+be|should\s+be)(?:\*\*|__)?(?:\s*:|\s+(?:therefore|thus|then|simply|just|equal\s+to|given\s+by|option|choice))*\s*",
     re.IGNORECASE,
 )
@@ -105,7 +105,9 @@ _END_OF_ANSWER = re.compile(
     r"\n|(?<=[^\s.])[.!?;](?=\s|$|\*)|,?\s+(?:because|since|so|as|which|therefore|but)\b"
     r"|,\s+(?!(?:and|or|sin|cos|tan|ln|log)\b)[a-z]{2,}"
 )
-_MATH = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<![\\$])\$(?!\$)([^$\n]*?[^\\$\n])\$", re.DOTALL)
+_MATH = re.compile(
+    r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<![\\$])\$(?!\$)((?:\\\$|[^$\n])*?[^\\$\n])\$", re.DOTALL
+)
 _SIGN = "[-+\N{MINUS SIGN}]"
 _NUMBER = re.compile(
     rf"(?<![^\W_])(?<![A-Za-z0-9]_)(?<![.,/])(?:{_SIGN}?\s?[\\$£€₹]{{0,3}}{_SIGN}?)?"

@@ -66,6 +66,12 @@ _SPACING = re.compile(r"(?<!\\)\\[,;:> ]|\\(?:quad|qquad|displaystyle|textstyle|
 _THOUSANDS_SPACE = re.compile(r"(?<![0-9.])([0-9]{1,3})((?:(?:\\,|\\ |\{\\,\}|~| )[0-9]{3})+)(?![0-9/])")
 _SIZING = re.compile(r"\\(?:left|right)(?![a-zA-Z])\s*\.?|\\(?:big|Big|bigg|Bigg)[lrm]?(?![a-zA-Z])")
 _FRACTION_COMMAND = re.compile(r"\\[dtc]frac(?![a-zA-Z])")
+# What a number may be dressed in; a currency in front and "million" behind it.
+_COLOR = re.compile(r"\\(?:text)?color\s*\{[a-zA-Z]*\}|\\(?:underline|bm|boldsymbol)(?=\s*\{)")
+_DRESSED = re.compile(r"\\(?:mathbf|mathrm|mathit|mathsf|text|textbf)\s*\{\s*([-+]?[0-9][0-9.,/]*)\s*\}")
+_WORDED = re.compile(
+    r"\\(?:text|mbox|mathrm)\s*\{\s*((?:(?:hundred|thousand|million|billion|trillion)\b[a-z ]*|Rs\.?|USD|\\?\$))\s*\}"
+)
 _OVER = re.compile(r"\{([^{}]*)\}\s*\\over(?![a-z])\s*\{([^{}]*)\}|\{([^{}]*?)\s*\\over(?![a-z])\s*([^{}]*)\}")
 _LEADING = re.compile(r"^(?:\\approx(?![a-z])|\\sim(?![a-z])|\\equiv(?![a-z])|=)\s*")
 _WRAPPED = re.compile(r"\\(?:text|mbox|textbf|textit|textrm|mathrm|mathbf)\s*\{([^{}]*)\}")
@@ -87,7 +93,7 @@ def clean(text: str) -> str:
     text = _SUPERSCRIPT_RUN.sub(lambda run: "^{" + run.group().translate(_SUPERSCRIPTS) + "}", text)
     text = _strip_delimiters(re.sub(r"\\!\s*", "", text))
     text = _THOUSANDS_SPACE.sub(lambda n: n[1] + re.sub(r"[^0-9]", "", n[2]), text)
-    text = _SPACING.sub(" ", text)
+    text = _SPACING.sub(" ", _WORDED.sub(r" \1 ", _DRESSED.sub(r"\1", _COLOR.sub("", text))))
     text = _SIZING.sub("", _FRACTION_COMMAND.sub(r"\\frac", text))
     text = _OVER.sub(r"\\frac{\1\3}{\2\4}", text)
     text = text.replace("{,}", ",").replace(r"\lbrace", r"\{").replace(r"\rbrace", r"\}")
@@ -99,12 +105,19 @@ def _strip_delimiters(text: str) -> str:
     while True:
         before = text
         text = _LEADING.sub("", text.strip().rstrip(".,;:")).strip()
+        if text.endswith("\\") and not text.endswith("\\\\"):  # what is left of a "\\ " at the end
+            text = text[:-1].rstrip()
         if wrapped := _WRAPPED.fullmatch(text):
             text = wrapped[1]
         for opening, closing in _DELIMITERS:
             inner = text[len(opening) : -len(closing)]
             enclosed = text.startswith(opening) and text.endswith(closing) and len(text) >= len(opening + closing)
-            if enclosed and opening not in inner and closing not in inner and not inner.endswith("\\"):
+            if (
+                enclosed
+                and opening not in inner.replace(r"\$", "")
+                and closing not in inner.replace(r"\$", "")
+                and not inner.endswith("\\")
+            ):
                 text = inner
         if text == before:
             return text
@@ -146,16 +159,31 @@ _UNIT_NAMES = {
     "year": "year years yr yrs",
     "mi/h": "mph",
     "unit": "unit units",
+    "am": "am a.m",
+    "pm": "pm p.m",
 }
 _UNITS = {name: unit for unit, names in _UNIT_NAMES.items() for name in names.split()}
-_CURRENCY = {r"\$": "$", "$": "$", "US$": "$", "USD": "$", "€": "€", "£": "£", "₹": "₹", r"\pounds": "£", r"\euro": "€"}
+_CURRENCY = {
+    r"\$": "$",
+    "$": "$",
+    "US$": "$",
+    "USD": "$",
+    "€": "€",
+    "£": "£",
+    "₹": "₹",
+    "Rs.": "₹",
+    "Rs": "₹",
+    "¥": "¥",
+    r"\pounds": "£",
+    r"\euro": "€",
+}
 _MULTIPLIERS = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 
 # Words behind a number that make it part of a formula or of a sentence, not a quantity.
 _NO_UNIT_NAMES = """
     and or to of by if as mod modulo times plus minus over divided multiplied pi sqrt sin cos tan cot sec csc log ln exp
     arcsin arccos arctan infinity inf factorial choose squared cubed is not than equals only when where for but with
-    frac cdot left right from
+    frac cdot left right from half halves third thirds fourths tenth tenths hundredth hundredths thousandth thousandths
 """
 _NO_UNITS = frozenset(_NO_UNIT_NAMES.split())
 
@@ -262,7 +290,7 @@ _MIXED_FRAC = re.compile(rf"([0-9]+)\s*{_FRAC.pattern}")
 _SLASH = re.compile(rf"\(?\s*({_SIGNED})\s*\)?\s*/\s*\(?\s*({_SIGNED})\s*\)?")
 _MIXED_SLASH = re.compile(r"([0-9]+)(?:\s+|\s*\+\s*(?=[0-9]+\s*/))([0-9]+)\s*/\s*([0-9]+)")
 _SCIENTIFIC = re.compile(
-    rf"({DECIMAL})\s*(?:[eE]([+-]?[0-9]+)|(?:\\times|\\cdot|\*)\s*10\s*(?:\^|\*\*)\s*(?:\{{\s*([+-]?[0-9]+)\s*\}}|([+-]?[0-9]+)))"
+    rf"({DECIMAL})\s*(?:[eE]([+-]?[0-9]+)|(?:\\times|\\cdot|\*|x)\s*10\s*(?:\^|\*\*)\s*(?:\{{\s*([+-]?[0-9]+)\s*\}}|([+-]?[0-9]+)))"
 )
 _POWER_OF_TEN = re.compile(r"10\s*\^\s*(?:\{\s*([+-]?[0-9]+)\s*\}|([0-9]+))")
 _REPEATING = re.compile(r"([0-9]*)\.([0-9]*)\\(?:overline|bar)\s*\{?\s*([0-9]+)\s*\}?")

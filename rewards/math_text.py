@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 
 _TEXT = re.compile(r"\\(?:text|mbox|textbf|textit|textrm|mathrm|mathbf|mathit|rm|bf)\s*\{([^{}]*)\}")
-_CHOICE = re.compile(r"\(?\s*([A-Ja-j])\s*\)?(?:\s*[.:)]?\s+.*|[.:)])?", re.DOTALL)
+_CHOICE = re.compile(
+    r"(?:([A-Ja-j])|\(\s*([A-Za-z])\s*\))(?:[.:)]|(?:(?<=\))|[.:)])\s*(?!(?:and|or)\b|[,/&]).*)?", re.DOTALL
+)
 _BARE_CHOICE = re.compile(r"\(\s*([A-Z])\s*\)|([A-J])|\(\s*([A-J])\s*\)")
 _NUMERAL = re.compile(r"([+-]?)([0-9A-Z.]+)\s*_\s*(?:\{\s*([0-9]+)\s*\}|([0-9]+)|\{\s*\\text\s*\{([a-z]+)\}\s*\})")
 _WORDS = re.compile(r"[^\W\d_]+(?:(?: |, |\. |'|-|/| & | - )[^\W\d_]+)*")
@@ -32,7 +34,9 @@ def chosen(text: str) -> str | None:
     r"""The letter an answer chooses: A, (A), a), \text{(A)}, "A. 12 cm", "(A) 12 cm"."""
     text = re.sub(r"^(?:option|choice|answer)\s+", "", plain(text), flags=re.IGNORECASE)
     match = _CHOICE.fullmatch(text.strip("*_ "))
-    return match[1].upper() if match else None
+    if match is None or re.search(r"\([A-Z]\)|\b[A-J]\)", text[match.end(1) if match[1] else match.end(2) + 1 :]):
+        return None  # none, or more than one
+    return (match[1] or match[2]).upper()
 
 
 def words(text: str) -> str | None:

@@ -405,8 +405,8 @@ def test_nothing_that_a_model_wrote_is_evaluated(spied_workers: Path, tmp_path: 
 
 FRAGMENT_NAMES = r"""
     \frac \frac{1}{2} \sqrt \boxed{ \boxed{5} \left( \right) \begin{pmatrix} \end{pmatrix} \\ \text{ \cup \infty \pm \le
-    \in \sum_{k=1}^{n} \int_0^1 dx \lim_{x\to0} \sin \log_ \binom \pi ^{ #### <answer> </answer> ** \( \) \[ \] 10^ \circ
-    \operatorname{ \overline{ \det \gcd( − ٣ ½ ² √ ≤ \mathbb{R} \cap \ge 99999 1,234 __import__
+    \sum_{k=1}^{n} \int_0^1 dx \lim_{x\to0} \sin \log_ \binom \pi ^{ #### <answer> </answer> ** \( \) \[ \] 10^ \circ
+    \in \operatorname{ \overline{ \det \gcd( − ٣ ½ ² √ ≤ \mathbb{R} \cap \ge 99999 1,234 __import__
 """
 FRAGMENTS = [*"0123456789xyabein+-*/^_=<>(){}[]|!,.;:%$#&'\" \n\\~`\0", "the answer is ", *FRAGMENT_NAMES.split()]
 TEXTS = st.lists(st.sampled_from(FRAGMENTS), max_size=40).map("".join)
