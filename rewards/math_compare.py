@@ -211,7 +211,8 @@ def _relations(answer: str, reference: str) -> bool | None:
     if len(a) > 1 and len(b) == 1 and not _is_bare_list(answer) and not _inequality(reference):
         return _same(a[-1], reference)  # 12 + 6 = 18
     interval, expected = _as_interval(answer), _as_interval(reference)
-    if interval != answer or expected != reference:
+    both = _inequality(answer) and _inequality(reference)
+    if (interval != answer and expected != reference) or ((interval, expected) != (answer, reference) and not both):
         return _same(interval, expected)
     if _inequality(answer) or _inequality(reference):
         return bool(_math_verify(answer, reference))
@@ -309,7 +310,9 @@ def _matrices(answer: str, reference: str) -> bool | None:
     a, b = _rows(answer), _rows(reference)
     if a is None and b is None:
         return None
-    if a is None or b is None or [len(row) for row in a] != [len(row) for row in b]:
+    if a is None or b is None:
+        return None if r"\begin" in answer and r"\begin" in reference else False
+    if [len(row) for row in a] != [len(row) for row in b]:
         return False
     if sum(len(row) for row in a) > MAX_ITEMS:
         return False
@@ -347,6 +350,8 @@ def _collections(answer: str, reference: str) -> bool | None:
 def _items(text: str) -> tuple[str, list[str]]:
     inner, braces = _braced(text)
     kind = r"\{" if braces else ""
+    if text.startswith("{") and text.endswith("}") and "," in text and text.count("{") == 1:
+        inner = text[1:-1]
     if match := re.fullmatch(r"\\langle(?![a-zA-Z])(.*)\\rangle", text, re.DOTALL):
         inner, kind = match[1], r"\langle"
     elif (

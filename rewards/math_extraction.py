@@ -55,7 +55,29 @@ def boxed(text: str) -> str | None:
         token = re.match(rf"[-+\N{{MINUS SIGN}}]?(?:{DECIMAL}|\\[a-zA-Z]+(?:\{{[^{{}}]*\}})*|[a-zA-Z])", rest)
         return token[0] if token else ""
     end = _closing_brace(rest)
-    return rest[1:end] if end else ""
+    return _joined(text[: last.start()], rest[1:end]) if end else ""
+
+
+def _joined(before: str, answer: str) -> str:
+    r"""The answer together with boxes joined to it: "\boxed{1} and \boxed{-2}" has two."""
+    for _ in range(8):
+        previous = _last(_BOX.finditer(before))
+        if previous is None:
+            break
+        rest = before[previous.end() :]
+        end = _closing_brace(rest)
+        if not end or not _BETWEEN_BOXES.fullmatch(rest[end + 1 :]):
+            break
+        if rest[1:end].strip() not in answer.split(", "):
+            answer = f"{rest[1:end].strip()}, {answer}"
+        before = before[: previous.start()]
+    return answer
+
+
+_BETWEEN_BOXES = re.compile(
+    r"(?:\s|\$|\\[()]|\\q?quad)*(?:,|;|\band\b|\bor\b|\\text\s*\{\s*,?\s*(?:and|or)\s*\})"
+    r"(?:\s|\$|\\[()]|\\q?quad|\band\b|\bor\b|[a-zA-Z]\s*=)*"
+)
 
 
 def _closing_brace(text: str) -> int:
@@ -131,6 +153,8 @@ def phrase(text: str) -> str | None:
     if opening and _is_math(opening):
         return _last_side(_inside(opening))
     line = _END_OF_ANSWER.split(rest, maxsplit=1)[0].strip()
+    if re.match(r"[A-Za-z]{2,} ", line):  # "Final answer: the largest $n$ is 34"
+        line = re.split(r"\b(?:is|are|equals)\s+(?=\S)", line)[-1]
     for segment in _MATH.finditer(line):
         if _is_math(segment):
             return _last_side(_inside(segment))

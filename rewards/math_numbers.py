@@ -91,12 +91,15 @@ def clean(text: str) -> str:
     """The text without what changes only its looks: delimiters, markdown, spacing and sizing commands, a full stop."""
     text = text.translate(_CHARACTERS)
     text = _SUPERSCRIPT_RUN.sub(lambda run: "^{" + run.group().translate(_SUPERSCRIPTS) + "}", text)
+    if r"\begin" not in text:
+        text = text.replace("\\\\", "\\")  # escaped once too often; in a matrix it ends a row
     text = _strip_delimiters(re.sub(r"\\!\s*", "", text))
+    text = re.sub(r"(?<!\\)\$([^$]+)(?<!\\)\$", r" \1 ", text)  # "$125$ miles"
     text = _THOUSANDS_SPACE.sub(lambda n: n[1] + re.sub(r"[^0-9]", "", n[2]), text)
     text = _SPACING.sub(" ", _WORDED.sub(r" \1 ", _DRESSED.sub(r"\1", _COLOR.sub("", text))))
     text = _SIZING.sub("", _FRACTION_COMMAND.sub(r"\\frac", text))
     text = _OVER.sub(r"\\frac{\1\3}{\2\4}", text)
-    text = text.replace("{,}", ",").replace(r"\lbrace", r"\{").replace(r"\rbrace", r"\}")
+    text = re.sub(r"\s*\{\s*,\s*\}\s*", ",", text).replace(r"\lbrace", r"\{").replace(r"\rbrace", r"\}")
     return _strip_delimiters(text)
 
 
@@ -188,7 +191,7 @@ _NO_UNIT_NAMES = """
 _NO_UNITS = frozenset(_NO_UNIT_NAMES.split())
 
 _WRAPPED_UNIT = re.compile(
-    r"\\(?:text|mbox|textrm|textit|textbf|mathrm|mathit|hbox|rm|operatorname)\s*\{([^{}]*)\}\s*(?:\^\s*\{?([0-9])\}?)?$"
+    r"\\(?:text|mbox|textrm|textit|textbf|textnormal|mathrm|mathit|hbox|rm|operatorname)\s*\{([^{}]*)\}\s*(?:\^\s*\{?([0-9])\}?)?$"
 )
 _DEGREES = re.compile(
     r"(?:\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree)\s*(?:(?:\\(?:text|mathrm|rm)\s*\{?\s*)?[CF]\}?)?$"
