@@ -79,7 +79,7 @@ def _same(answer: str, reference: str) -> bool:
         return number.equals(expected)
     if (base_numeral(answer) or base_numeral(reference)) is not None:
         return base_numeral(answer) == base_numeral(reference)
-    for compare_parts in (_plus_minus, _assignments, _unions, _relations, _matrices, _collections):
+    for compare_parts in (_congruences, _plus_minus, _assignments, _unions, _relations, _matrices, _collections):
         verdict = compare_parts(answer, reference)
         if verdict is not None:
             return verdict
@@ -126,6 +126,22 @@ def _top_level(text: str, separator: str) -> list[str]:
         elif token == r"\end{":
             depth += 0
     return [part.strip() for part in [*parts, text[start:]]]
+
+
+_CONGRUENCE = re.compile(
+    r"(?:[a-zA-Z]\s*\\equiv(?![a-z]))?\s*(-?[0-9]{1,30})\s*(?:\\pmod|\(?\s*\\[bp]?mod|\(?\s*\\text\s*\{\s*mod\s*\})(?![a-z])"
+    r"\s*\{?\s*([1-9][0-9]{0,29})\s*\}?\s*\)?"
+)
+
+
+def _congruences(answer: str, reference: str) -> bool | None:
+    r"""x \equiv 3 \pmod{7} and x \equiv 10 \pmod{7} are one; a modulus on one side only says nothing more."""
+    a, b = _CONGRUENCE.fullmatch(answer), _CONGRUENCE.fullmatch(reference)
+    if a and b:
+        return a[2] == b[2] and (int(a[1]) - int(b[1])) % int(a[2]) == 0
+    if a or b:
+        return _same(a[1] if a else answer, b[1] if b else reference)
+    return None
 
 
 def _plus_minus(answer: str, reference: str) -> bool | None:

@@ -119,13 +119,13 @@ def tagged(text: str) -> str | None:
 # ---- answers in prose -------------------------------------------------------------------------------------------
 
 _PHRASE = re.compile(
-    r"\b(?:(?:final\s+|correct\s+)?answer|correct\s+(?:option|choice))(?:\s+to\s+[^.\n:]{0,60}?)?(?:\*\*|__)?\s*"
+    r"\b(?:(?:final\s+|correct\s+)?answers?|correct\s+(?:option|choice))(?:\s+to\s+[^.\n:]{0,60}?)?(?:\*\*|__)?\s*"
     r"(?:is|are|=|:|equals|would\s+be|will\s+be|should\s+be)(?:\*\*|__)?(?:\s*:|\s+(?:therefore|thus|then|simply|just|equal\s+to|given\s+by|option|choice))*\s*",
     re.IGNORECASE,
 )
 _END_OF_ANSWER = re.compile(
     r"\n|(?<=[^\s.])[.!?;](?=\s|$|\*)|,?\s+(?:because|since|so|as|which|therefore|but)\b"
-    r"|,\s+(?!(?:and|or|sin|cos|tan|ln|log)\b)[a-z]{2,}"
+    r"|,\s+(?!(?:and|or|sin|cos|tan|ln|log)\b)[a-z]{2,}|(?<=[0-9%}$])\s+of\b|\s+\((?=[a-z]{3,})"
 )
 _MATH = re.compile(
     r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<![\\$])\$(?!\$)((?:\\\$|[^$\n])*?[^\\$\n])\$", re.DOTALL
@@ -150,11 +150,14 @@ def phrase(text: str) -> str | None:
     if found is not None:
         return found
     opening = _MATH.match(rest)
-    if opening and _is_math(opening):
+    more = opening and re.match(r"\s*(?:,\s*)?(?:,|and|or)\s*(?:\$|\\\()", rest[opening.end() :])
+    if opening and _is_math(opening) and not more:
         return _last_side(_inside(opening))
     line = _END_OF_ANSWER.split(rest, maxsplit=1)[0].strip()
     if re.match(r"[A-Za-z]{2,} ", line):  # "Final answer: the largest $n$ is 34"
         line = re.split(r"\b(?:is|are|equals)\s+(?=\S)", line)[-1]
+    if more or line.startswith("not "):
+        return line
     for segment in _MATH.finditer(line):
         if _is_math(segment):
             return _last_side(_inside(segment))

@@ -223,21 +223,32 @@ def split_unit(text: str) -> tuple[str, str | None]:
         return text[: match.start()].rstrip(), _unit(words, match[2])
     if match := _PLAIN_UNIT.search(text):
         stem, words = text[: match.start()], match[1].strip()
-        # Behind a formula only a word that is known to be a unit; behind a number any noun.
-        known = " ".join(words.lower().rstrip(".").split()) in _UNITS and not (
-            len(words) == 1 and not stem.endswith(" ")
-        )
-        noun = bool(re.search(r"[0-9}]\s*-?$", stem)) and re.fullmatch(r"[^A-Za-z]*|\s*\\frac.*", stem, re.DOTALL)
-        if stem.strip() and (known or (noun and _is_noun(words))):
+        # Behind a formula only a longer word that is known to be a unit: the h of "2\\pi r h" is a variable. Behind a
+        # number any noun, with a space between: 2xy is a product.
+        known = _is_known(words)
+        if re.search(r"[0-9}]\s*-?$", stem) and re.fullmatch(r"[^A-Za-z]*|\s*\\frac[^A-Za-z]*", stem):
+            fits = (known and (len(words) > 1 or stem.endswith(" "))) or (stem[-1:] in " -" and _is_noun(words))
+        else:
+            fits = known and len(words) > 1 and stem.endswith(" ")
+        if stem.strip() and fits:
             return stem.rstrip(" -"), _unit(words, match[2])
     return text, None
 
 
+def _is_known(words: str) -> bool:
+    """Whether words are one unit (cm, "square feet", m/s) or the ending of an ordinal (4th)."""
+    words = " ".join(words.lower().rstrip(".").split())
+    parts = re.split(r"[ /]+", words)
+    return (
+        words in _UNITS
+        or words in ("st", "nd", "rd", "th")
+        or (len(parts) > 1 and all(part in _UNITS or part in ("per", "square", "sq", "cubic", "cu") for part in parts))
+    )
+
+
 def _is_noun(words: str) -> bool:
     parts = re.split(r"[ /.-]+", words.lower())
-    if len(parts) > 1 and all(part in _UNITS or part in ("per", "^2", "^3") for part in parts):
-        return True
-    return len(parts) <= 6 and len(parts[0]) > 1 and not _NO_UNITS & set(parts) and not set(parts) & set(_MULTIPLIERS)
+    return len(parts) <= 6 and len(parts[0]) > 2 and not _NO_UNITS & set(parts) and not set(parts) & set(_MULTIPLIERS)
 
 
 def _unit(words: str, power: str | None) -> str:

@@ -64,5 +64,6 @@ def canonical(text: str) -> str:
     text = re.sub(r"\\(?:text|mbox|mathrm|textbf|mathbf|rm)\s*\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"(\\[a-zA-Z]+)\s+(?![a-zA-Z])", r"\1", text)
     text = re.sub(r"(?<!\\)\s+", " ", text)
+    text = re.sub(r"(?<=[0-9]) (?=[a-zA-Z])", "", text)
     text = re.sub(r"(?<![a-zA-Z0-9]) | (?![a-zA-Z0-9])", "", text)
     return re.sub(r"(?<=[\^_])\{([a-zA-Z0-9])\}", r"\1", text)

@@ -67,7 +67,7 @@ def test_every_labelled_verdict_is_met() -> None:
     ]
     assert not wrong, "\n".join(wrong)
     assert len(rows) >= 300
-    assert sum(label is not Outcome.CORRECT for _, _, label, _ in rows) >= 0.45 * len(rows)
+    assert sum(label is not Outcome.CORRECT for _, _, label, _ in rows) >= 0.48 * len(rows)
 
 
 def test_equality_is_symmetric_on_the_table() -> None:
