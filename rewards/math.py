@@ -86,7 +86,8 @@ def verify(
     - "last_expression": the last formula in `$...$`, `\(...\)`, `\[...\]` or the last number, whichever ends later.
 
     "strict" is ("boxed", "hash", "tag"): only an answer that is marked as one. "flexible" is all but "last_number".
-    A place that is there but empty is no answer, whatever else the text says. Only the last 20,000 characters count.
+    A place that is there but empty is no answer, whatever else the text says. Only the last 20,000 characters count,
+    and of a text with "</think>" what stands behind it.
 
     **The reference** is an int, a finite float, Fraction or Decimal, or a text: of one with "####" what stands behind
     it, else of one with `\boxed{}` what that holds, else all of it.

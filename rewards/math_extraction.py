@@ -26,13 +26,17 @@ class Found:
 
 def extract(text: str, methods: Sequence[str]) -> Found | None:
     """The answer by the first method that finds its place, or None. An empty place (`\\boxed{}`) ends the search:
-    a completion that declares an answer is not searched for a better one."""
-    text = text[-MAX_CHARS:]
+    a completion that declares an answer is not searched for a better one. What stands before </think> is not looked
+    at."""
+    text = _SPECIAL_TOKENS.sub("", text[-MAX_CHARS:].rpartition("</think>")[2])
     for method in methods:
         found = METHODS[method](text)
         if found is not None:
             return Found(found.strip(), method)
     return None
+
+
+_SPECIAL_TOKENS = re.compile(r"(?:<\|[a-zA-Z_]{1,30}\|>|</s>|<eos>)\s*\Z")
 
 
 def _last(matches: Iterable[re.Match[str]]) -> re.Match[str] | None:
@@ -127,8 +131,10 @@ _END_OF_ANSWER = re.compile(
     r"\n|(?<=[^\s.])[.!?;](?=\s|$|\*)|,?\s+(?:because|since|so|as|which|therefore|but)\b"
     r"|,\s+(?!(?:and|or|sin|cos|tan|ln|log)\b)[a-z]{2,}|(?<=[0-9%}$])\s+of\b|\s+\((?=[a-z]{3,})"
 )
+# Formulas hold no opening delimiter of their own kind, so that a run of those is read once, not once for each.
 _MATH = re.compile(
-    r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<![\\$])\$(?!\$)((?:\\\$|[^$\n])*?[^\\$\n])\$", re.DOTALL
+    r"\$\$(.+?)\$\$|\\\[((?:[^\\]|\\[^\[\]])+)\\\]|\\\(((?:[^\\]|\\[^()])+)\\\)|(?<![\\$])\$(?!\$)((?:\\\$|[^$\n])*?[^\\$\n])\$",
+    re.DOTALL,
 )
 _SIGN = "[-+\N{MINUS SIGN}]"
 _NUMBER = re.compile(

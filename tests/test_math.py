@@ -188,6 +188,12 @@ def test_an_unknown_way_to_extract_is_refused_saying_what_there_is(extraction: A
         verify("5", 5, extract=extraction)
 
 
+def test_thoughts_and_special_tokens_are_no_answer() -> None:
+    assert outcome(r"<think>\boxed{6}</think> The answer is 5.<|im_end|>", 5, extract="flexible") is Outcome.CORRECT
+    assert outcome(r"<think>\boxed{5}</think>", 5) is Outcome.NO_ANSWER
+    assert outcome("5</s>", 5) is Outcome.CORRECT
+
+
 def test_the_verdict_tells_what_was_judged() -> None:
     verdict = verify(r"It is \boxed{\frac{1}{2}}", "0.5")
     assert (verdict.outcome, verdict.answer, verdict.method) == (Outcome.CORRECT, r"\frac{1}{2}", "boxed")
@@ -303,6 +309,8 @@ ATTACKS = {
     "megabyte of boxes": r"\boxed{" * 2**17,
     "megabyte of closed boxes": r"\boxed{1}" * 2**17,
     "megabyte of dollars": "$" * 2**20,
+    "megabyte of display math": r"\[" * 2**19,
+    "megabyte of inline math": r"\(" * 2**19,
     "megabyte of dollar pairs": "$1$ " * 2**18,
     "megabyte of answers": "the answer is " * 2**16,
     "megabyte of tags": "<answer>" * 2**17,
