@@ -74,6 +74,8 @@ def _same(answer: str, reference: str) -> bool:
     answer, reference = _system(answer), _system(reference)
     if canonical(answer) == canonical(reference):
         return True
+    if {canonical(answer), canonical(reference)} & {r"\emptyset", r"\{\emptyset\}"}:
+        return False
     number, expected = quantity(answer), quantity(reference)
     if number is not None and expected is not None:
         return number.equals(expected)
@@ -415,8 +417,6 @@ _INFINITE = re.compile(r"([+-]?)\s*(?:\\infty|\\infinity|infinity|inf|oo)")
 
 
 def _same_scalar(answer: str, reference: str) -> bool:
-    if r"\emptyset" in (canonical(answer), canonical(reference)):
-        return False
     infinite, expected_infinite = _INFINITE.fullmatch(answer), _INFINITE.fullmatch(reference)
     if infinite or expected_infinite:
         return bool(infinite and expected_infinite and (infinite[1] == "-") == (expected_infinite[1] == "-"))
