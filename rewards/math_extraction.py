@@ -123,8 +123,10 @@ def tagged(text: str) -> str | None:
 # ---- answers in prose -------------------------------------------------------------------------------------------
 
 _PHRASE = re.compile(
-    r"\b(?:(?:final\s+|correct\s+)?answers?|correct\s+(?:option|choice))(?:\s+to\s+[^.\n:]{0,60}?)?(?:\*\*|__)?\s*"
-    r"(?:is|are|=|:|equals|would\s+be|will\s+be|should\s+be)(?:\*\*|__)?(?:\s*:|\s+(?:therefore|thus|then|simply|just|equal\s+to|given\s+by|option|choice))*\s*",
+    r"(?<![\w/-])(?:(?:final\s+|correct\s+)?answers?|correct\s+(?:option|choice))"
+    r"(?:\s+to\s+[^.\n:]{0,60}?)?(?:\*\*|__)?\s*"
+    r"(?:is|are|=|:|equals|would\s+be|will\s+be|should\s+be)(?:\*\*|__)?"
+    r"(?:\s*:|\s+(?:therefore|thus|then|simply|just|equal\s+to|given\s+by|option|choice))*\s*",
     re.IGNORECASE,
 )
 _END_OF_ANSWER = re.compile(
@@ -133,14 +135,16 @@ _END_OF_ANSWER = re.compile(
 )
 # Formulas hold no opening delimiter of their own kind, so that a run of those is read once, not once for each.
 _MATH = re.compile(
-    r"\$\$(.+?)\$\$|\\\[((?:[^\\]|\\[^\[\]])+)\\\]|\\\(((?:[^\\]|\\[^()])+)\\\)|(?<![\\$])\$(?!\$)((?:\\\$|[^$\n])*?[^\\$\n])\$",
+    r"\$\$(.+?)\$\$|\\\[((?:[^\\]|\\[^\[\]])+)\\\]|\\\(((?:[^\\]|\\[^()])+)\\\)"
+    r"|(?<![\\$])\$(?!\$)((?:\\\$|[^$\n])*?[^\\$\n])\$",
     re.DOTALL,
 )
 _SIGN = "[-+\N{MINUS SIGN}]"
 _NUMBER = re.compile(
     rf"(?<![^\W_])(?<![A-Za-z0-9]_)(?<![.,/])(?:{_SIGN}?\s?[\\$£€₹]{{0,3}}{_SIGN}?)?"
-    rf"(?:[0-9]+\s+[0-9]+/[0-9]+|[0-9]+\s*\\[dt]?frac\{{[0-9]+\}}\{{[0-9]+\}}|\\[dt]?frac\{{{_SIGN}?[0-9.]+\}}\{{[0-9.]+\}}"
-    rf"|{DECIMAL}(?:[eE]{_SIGN}?[0-9]+)?(?:\s*/\s*{DECIMAL})?)(?:\s?\\?%|\s(?:percent|hundred|thousand|million|billion|trillion)\b)?"
+    rf"(?:[0-9]+\s+[0-9]+/[0-9]+|[0-9]+\s*\\[dt]?frac\{{[0-9]+\}}\{{[0-9]+\}}"
+    rf"|\\[dt]?frac\{{{_SIGN}?[0-9.]+\}}\{{[0-9.]+\}}|{DECIMAL}(?:[eE]{_SIGN}?[0-9]+)?(?:\s*/\s*{DECIMAL})?)"
+    r"(?:\s?\\?%|\s(?:percent|hundred|thousand|million|billion|trillion)\b)?"
 )
 
 

@@ -188,6 +188,10 @@ _NO_UNIT_NAMES = """
     arcsin arccos arctan infinity inf factorial choose squared cubed is not than equals only when where for but with
     frac cdot left right from half halves third thirds fourths tenth tenths hundredth hundredths thousandth thousandths
 """
+_CONNECTIVES = frozenset(
+    ("and", "or", "to", "not", "times", "plus", "minus", "over", "mod", "than", "squared", "cubed")
+)
+_CONNECTIVES |= {"half", "halves", "third", "thirds", "tenth", "tenths", "hundredths", "thousandths", "factorial"}
 _NO_UNITS = frozenset(_NO_UNIT_NAMES.split())
 
 _WRAPPED_UNIT = re.compile(
@@ -218,7 +222,7 @@ def split_unit(text: str) -> tuple[str, str | None]:
         return text[: match.start()].rstrip(), "degree"
     if (match := _WRAPPED_UNIT.search(text)) and text[: match.start()].strip(" {}"):
         words = match[1].strip()
-        if words and not re.fullmatch(r"[A-Za-z .,'/²³^0-9()\\%-]*", words):
+        if not _is_wrapped_unit(words):
             return text, None
         return text[: match.start()].rstrip(), _unit(words, match[2])
     if match := _PLAIN_UNIT.search(text):
@@ -233,6 +237,18 @@ def split_unit(text: str) -> tuple[str, str | None]:
         if stem.strip() and fits:
             return stem.rstrip(" -"), _unit(words, match[2])
     return text, None
+
+
+def _is_wrapped_unit(words: str) -> bool:
+    """Whether words in \\text{} say of what a number is so many: not a letter (4\\mathrm{i}), not " or 6"."""
+    parts = set(re.split(r"[^a-z]+", words.lower()))
+    plain = not words or re.fullmatch(r"[A-Za-z .,'/()\\%-]*(?:\^\s*\{?[0-9]\}?)?", words) is not None
+    return (
+        plain
+        and (len(words) != 1 or words.lower() in _UNITS)
+        and not parts & _CONNECTIVES
+        and not parts & set(_MULTIPLIERS)
+    )
 
 
 def _is_known(words: str) -> bool:
@@ -304,7 +320,8 @@ _MIXED_FRAC = re.compile(rf"([0-9]+)\s*{_FRAC.pattern}")
 _SLASH = re.compile(rf"\(?\s*({_SIGNED})\s*\)?\s*/\s*\(?\s*({_SIGNED})\s*\)?")
 _MIXED_SLASH = re.compile(r"([0-9]+)(?:\s+|\s*\+\s*(?=[0-9]+\s*/))([0-9]+)\s*/\s*([0-9]+)")
 _SCIENTIFIC = re.compile(
-    rf"({DECIMAL})\s*(?:[eE]([+-]?[0-9]+)|(?:\\times|\\cdot|\*|x)\s*10\s*(?:\^|\*\*)\s*(?:\{{\s*([+-]?[0-9]+)\s*\}}|([+-]?[0-9]+)))"
+    rf"({DECIMAL})\s*(?:[eE]([+-]?[0-9]+)"
+    r"|(?:\\times|\\cdot|\*|x)\s*10\s*(?:\^|\*\*)\s*(?:\{\s*([+-]?[0-9]+)\s*\}|([+-]?[0-9]+)))"
 )
 _POWER_OF_TEN = re.compile(r"10\s*\^\s*(?:\{\s*([+-]?[0-9]+)\s*\}|([0-9]+))")
 _REPEATING = re.compile(r"([0-9]*)\.([0-9]*)\\(?:overline|bar)\s*\{?\s*([0-9]+)\s*\}?")
