@@ -31,16 +31,28 @@ def compare(answer: str, reference: str) -> str:
     try:
         return EQUAL if _same(answer, reference) else DIFFERENT
     except UnreadableReference:
-        return UNREADABLE
+        return DIFFERENT if _is_readable(reference) else UNREADABLE
     except (RecursionError, TooLarge, Undefined):
         return DIFFERENT
+
+
+def _is_readable(reference: str) -> bool:
+    """Whether a reference can be compared with a plain number: no answer makes a good reference look unreadable."""
+    try:
+        _same("1", reference)
+    except UnreadableReference:
+        return False
+    except (RecursionError, TooLarge, Undefined):
+        pass
+    return True
 
 
 def warm_up() -> None:
     """Import and build once what the first item would otherwise pay for."""
     logging.disable(logging.CRITICAL)
     _evaluate_no_text()
-    assert _ask_math_verify(r"\int_0^1 x dx", r"\frac{1}{2}", True)
+    if not _ask_math_verify(r"\int_0^1 x dx", r"\frac{1}{2}", True):
+        raise RuntimeError("Math-Verify does not work here: it cannot integrate x from 0 to 1")
 
 
 def _evaluate_no_text() -> None:
@@ -131,8 +143,8 @@ def _top_level(text: str, separator: str) -> list[str]:
 
 
 _CONGRUENCE = re.compile(
-    r"(?:[a-zA-Z]\s*\\equiv(?![a-z]))?\s*(-?[0-9]{1,30})\s*(?:\\pmod|\(?\s*\\[bp]?mod|\(?\s*\\text\s*\{\s*mod\s*\})(?![a-z])"
-    r"\s*\{?\s*([1-9][0-9]{0,29})\s*\}?\s*\)?"
+    r"(?:[a-zA-Z]\s*\\equiv(?![a-z]))?\s*(-?[0-9]{1,30})"
+    r"\s*(?:\\pmod|\(?\s*\\[bp]?mod|\(?\s*\\text\s*\{\s*mod\s*\})(?![a-z])\s*\{?\s*([1-9][0-9]{0,29})\s*\}?\s*\)?"
 )
 
 

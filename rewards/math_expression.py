@@ -44,8 +44,8 @@ class Undefined(Exception):
 # ---- reading ----------------------------------------------------------------------------------------------------
 
 _TOKEN = re.compile(
-    r"\s*(?:(?P<number>(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)(?![eE][-+]?[0-9])|(?P<command>\\(?:[a-zA-Z]+|[{}|%$]))|(?P<word>[a-zA-Z]+)"
-    r"|(?P<operator>\*\*|[-+*/^_(){}\[\]|!',:]))"
+    r"\s*(?:(?P<number>(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)(?![eE][-+]?[0-9])"
+    r"|(?P<command>\\(?:[a-zA-Z]+|[{}|%$]))|(?P<word>[a-zA-Z]+)|(?P<operator>\*\*|[-+*/^_(){}\[\]|!',:]))"
 )
 _FUNCTION_NAMES = (
     "sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan arccot asin acos atan ln log lg exp abs floor ceil"

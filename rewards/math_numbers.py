@@ -195,7 +195,8 @@ _CONNECTIVES |= {"half", "halves", "third", "thirds", "tenth", "tenths", "hundre
 _NO_UNITS = frozenset(_NO_UNIT_NAMES.split())
 
 _WRAPPED_UNIT = re.compile(
-    r"\\(?:text|mbox|textrm|textit|textbf|textnormal|mathrm|mathit|hbox|rm|operatorname)\s*\{([^{}]*)\}\s*(?:\^\s*\{?([0-9])\}?)?$"
+    r"\\(?:text|mbox|textrm|textit|textbf|textnormal|mathrm|mathit|hbox|rm|operatorname)\s*\{([^{}]*)\}"
+    r"\s*(?:\^\s*\{?([0-9])\}?)?$"
 )
 _DEGREES = re.compile(
     r"(?:\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree)\s*(?:(?:\\(?:text|mathrm|rm)\s*\{?\s*)?[CF]\}?)?$"

@@ -355,6 +355,28 @@ def test_no_text_hangs_crashes_or_is_right(name: str) -> None:
         assert verdict.outcome is not Outcome.CORRECT
 
 
+READABLE = (r"\sqrt{5}", "x^2+1", "y=2x+3", "[2,5)", r"\{1,\sqrt{2}\}", r"(1,\pi)", "x>2", r"2\cos 7^\circ", "|x|")
+UNREADABLE = (
+    "x<y",
+    r"\le",
+    "x=",
+    r"\frac{1}{",
+    r"\begin{pmatrix}",
+    r"\{x | x",
+    "a=b=c",
+    r"7\pm",
+    r"\cup",
+    r"\sum",
+    "3 +",
+)
+
+
+@pytest.mark.parametrize("answer", UNREADABLE)
+def test_no_answer_makes_a_good_reference_unreadable(answer: str) -> None:
+    for reference in READABLE:
+        assert outcome(f"<answer>{answer}</answer>", reference) is Outcome.WRONG, reference
+
+
 def test_what_is_refused_beforehand_is_wrong_and_not_left_out() -> None:
     for name in ("tower", "plain tower", "giant power", "factorial", "factorial tower", "binomial", "deep brackets"):
         assert outcome(boxed(ATTACKS[name]), r"\sqrt{85}", timeout=SECONDS) is Outcome.WRONG, name
