@@ -77,7 +77,8 @@ def verify(
 
     **Where the answer stands.** `extract` names the methods, tried in order; the first whose place exists decides:
 
-    - "boxed": the last `\boxed{...}`, `\fbox{...}` or `\boxed 5`. Empty or never closed: no answer.
+    - "boxed": the last `\boxed{...}`, `\fbox{...}` or `\boxed 5`. Empty or never closed: no answer. Boxes with
+      nothing but a comma, "and" or "or" between them are one list, so that "\boxed{18} or \boxed{17}" is not 17.
     - "hash": behind the last `#### ` on its line; markdown headings are not answers.
     - "tag": the last `<answer>...</answer>`; never closed, it runs to the end.
     - "phrase": behind the last "the answer is" (also "Final answer:", "**Answer:**"), up to the end of the sentence.
@@ -111,7 +112,7 @@ def verify(
     **No verdict.** A formula that takes longer than `timeout` seconds or too much memory is UNSCORABLE, not wrong: it
     may be the reference that is hard. The price: a model could learn to write such formulas, for an episode left out
     beats one scored 0. So what can be refused beforehand is WRONG instead (more than 1,000 characters, brackets 50
-    deep, towers of powers, huge factorials), and what is left is counted: watch the share of unscorable episodes.
+    deep, towers of powers, huge factorials, sums and integrals with huge numerals), and what is left is counted: watch the share of unscorable episodes.
     A reference that no rule can read is UNSCORABLE for every completion that is not literally equal.
 
     Raises:
