@@ -112,8 +112,8 @@ def verify(
     **No verdict.** A formula that takes longer than `timeout` seconds or too much memory is UNSCORABLE, not wrong: it
     may be the reference that is hard. The price: a model could learn to write such formulas, for an episode left out
     beats one scored 0. So what can be refused beforehand is WRONG instead (more than 1,000 characters, brackets 50
-    deep, towers of powers, huge factorials, sums and integrals with huge numerals), and what is left is counted: watch the share of unscorable episodes.
-    A reference that no rule can read is UNSCORABLE for every completion that is not literally equal.
+    deep, towers of powers, huge factorials, sums and integrals with huge numerals), and what is left is counted: watch
+    the share of unscorable episodes. A reference that no rule can read is UNSCORABLE for every completion that is not literally equal.
 
     Raises:
         ValueError: an unknown method; a time-out that is not positive; a reference of another type, empty, not finite.
