@@ -113,7 +113,8 @@ def verify(
     may be the reference that is hard. The price: a model could learn to write such formulas, for an episode left out
     beats one scored 0. So what can be refused beforehand is WRONG instead (more than 1,000 characters, brackets 50
     deep, towers of powers, huge factorials, sums and integrals with huge numerals), and what is left is counted: watch
-    the share of unscorable episodes. A reference that no rule can read is UNSCORABLE for every completion that is not literally equal.
+    the share of unscorable episodes. A reference that no rule can read is UNSCORABLE for every completion that is not
+    literally equal.
 
     Raises:
         ValueError: an unknown method; a time-out that is not positive; a reference of another type, empty, not finite.
