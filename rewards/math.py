@@ -12,6 +12,7 @@ from __future__ import annotations
 import enum
 import functools
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -76,15 +77,18 @@ def verify(
 
     **Where the answer stands.** `extract` names the methods, tried in order; the first whose place exists decides:
 
-    - "boxed": the last `\boxed{...}`, `\fbox{...}` or `\boxed 5`. Empty or never closed: no answer.
+    - "boxed": the last `\boxed{...}`, `\fbox{...}` or `\boxed 5`. Empty or never closed: no answer. Boxes with
+      nothing but a comma, "and" or "or" between them are one list, so that "\boxed{18} or \boxed{17}" is not 17.
     - "hash": behind the last `#### ` on its line; markdown headings are not answers.
     - "tag": the last `<answer>...</answer>`; never closed, it runs to the end.
     - "phrase": behind the last "the answer is" (also "Final answer:", "**Answer:**"), up to the end of the sentence.
+    - "whole": all of a short text that is no sentence: "x^2 + 1", "Yes", "12 eggs".
     - "last_number": the last number.
     - "last_expression": the last formula in `$...$`, `\(...\)`, `\[...\]` or the last number, whichever ends later.
 
     "strict" is ("boxed", "hash", "tag"): only an answer that is marked as one. "flexible" is all but "last_number".
-    A place that is there but empty is no answer, whatever else the text says. Only the last 20,000 characters count.
+    A place that is there but empty is no answer, whatever else the text says. Only the last 20,000 characters count,
+    and of a text with "</think>" what stands behind it.
 
     **The reference** is an int, a finite float, Fraction or Decimal, or a text: of one with "####" what stands behind
     it, else of one with `\boxed{}` what that holds, else all of it.
@@ -101,14 +105,16 @@ def verify(
       equals a tuple in the same order. A matrix is not a tuple.
     - *Bases*: 52_8 equals itself only, neither 52 nor 42.
     - *Choices and names*: (A), A, \text{(A)} and "A. 12 cm" are one; names are compared without case.
+    - *Logarithms*: \log without a base may be natural or decimal, as either makes it equal.
     - *Variables*: formulas are equal if they agree wherever both are real: sqrt(1/n) = 1/sqrt(n), but
       sqrt(x^2) is not x.
 
     **No verdict.** A formula that takes longer than `timeout` seconds or too much memory is UNSCORABLE, not wrong: it
     may be the reference that is hard. The price: a model could learn to write such formulas, for an episode left out
     beats one scored 0. So what can be refused beforehand is WRONG instead (more than 1,000 characters, brackets 50
-    deep, towers of powers, huge factorials), and what is left is counted: watch the share of unscorable episodes.
-    A reference that no rule can read is UNSCORABLE for every completion that is not literally equal.
+    deep, towers of powers, huge factorials, sums and integrals with huge numerals), and what is left is counted: watch
+    the share of unscorable episodes. A reference that no rule can read is UNSCORABLE for every completion that is not
+    literally equal.
 
     Raises:
         ValueError: an unknown method; a time-out that is not positive; a reference of another type, empty, not finite.
@@ -127,6 +133,8 @@ def verify(
     if refused:
         return Verdict(Outcome.WRONG, found.text[:MAX_ANSWER_CHARS], found.method, f"the answer is {refused}")
     answer = clean(found.text)
+    if not re.search(r"[^\W_]|\\", answer):
+        return Verdict(Outcome.NO_ANSWER)
     equal = _plain_verdict(answer, expected)
     if equal is not None:
         return Verdict(Outcome.CORRECT if equal else Outcome.WRONG, found.text, found.method)
@@ -137,6 +145,8 @@ def verify(
     if outcome == "unreadable reference":
         reason = f"the reference {expected.text!r} cannot be read as mathematics"
         return Verdict(Outcome.UNSCORABLE, found.text, found.method, reason)
+    if outcome not in ("equal", "different"):
+        return Verdict(Outcome.UNSCORABLE, found.text, found.method, f"the math verifier failed: {outcome}")
     return Verdict(Outcome.CORRECT if outcome == "equal" else Outcome.WRONG, found.text, found.method)
 
 

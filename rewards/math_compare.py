@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 from rewards.math_expression import TooLarge, Tree, Undefined, Unreadable, read, same_value
@@ -30,29 +31,69 @@ def compare(answer: str, reference: str) -> str:
     try:
         return EQUAL if _same(answer, reference) else DIFFERENT
     except UnreadableReference:
-        return UNREADABLE
-    except RecursionError:
+        return DIFFERENT if _is_readable(reference) else UNREADABLE
+    except (RecursionError, TooLarge, Undefined):
         return DIFFERENT
+
+
+def _is_readable(reference: str) -> bool:
+    """Whether a reference can be compared with a plain number: no answer makes a good reference look unreadable."""
+    try:
+        _same("1", reference)
+    except UnreadableReference:
+        return False
+    except (RecursionError, TooLarge, Undefined):
+        pass
+    return True
 
 
 def warm_up() -> None:
     """Import and build once what the first item would otherwise pay for."""
     logging.disable(logging.CRITICAL)
-    _math_verify(r"\int_0^1 x dx", r"\frac{1}{2}")
+    _evaluate_no_text()
+    if not _ask_math_verify(r"\int_0^1 x dx", r"\frac{1}{2}", True):
+        raise RuntimeError("Math-Verify does not work here: it cannot integrate x from 0 to 1")
+
+
+def _evaluate_no_text() -> None:
+    """Replace sympy's reader of Python expressions, which ends in `eval`, by a reader of numerals.
+
+    sympy hands it any text that stands where a number should. Math-Verify's LaTeX grammar uses it for numerals only
+    (which now also stay exact: 0.1 is 1/10); whatever else might find a way there is refused.
+    """
+    import math_verify.parser
+    import sympy
+    from latex2sympy2_extended import latex2sympy2
+    from sympy.parsing import sympy_parser
+
+    def numeral(text: object, *_: object, **__: object) -> Any:
+        if (
+            not isinstance(text, str)
+            or len(text) > 1000
+            or not re.fullmatch(r"-?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)", text)
+        ):
+            raise sympy.SympifyError(text)
+        return sympy.Rational(Fraction(text))
+
+    for module in (sympy_parser, sympy.parsing, latex2sympy2, math_verify.parser):
+        module.parse_expr = numeral
 
 
 # ---- taking apart -----------------------------------------------------------------------------------------------
 
 
 def _same(answer: str, reference: str) -> bool:
+    answer, reference = _system(answer), _system(reference)
     if canonical(answer) == canonical(reference):
         return True
+    if {canonical(answer), canonical(reference)} & {r"\emptyset", r"\{\emptyset\}"}:
+        return False
     number, expected = quantity(answer), quantity(reference)
     if number is not None and expected is not None:
         return number.equals(expected)
     if (base_numeral(answer) or base_numeral(reference)) is not None:
         return base_numeral(answer) == base_numeral(reference)
-    for compare_parts in (_plus_minus, _assignments, _relations, _unions, _matrices, _collections):
+    for compare_parts in (_congruences, _plus_minus, _assignments, _unions, _relations, _matrices, _collections):
         verdict = compare_parts(answer, reference)
         if verdict is not None:
             return verdict
@@ -60,6 +101,16 @@ def _same(answer: str, reference: str) -> bool:
     if units_conflict(unit, expected_unit):
         return False
     return _same_scalar(answer, reference)
+
+
+_SYSTEM = re.compile(r"\\begin\{(cases|aligned|align\*?|gathered)\}(.*)\\end\{\1\}", re.DOTALL)
+
+
+def _system(text: str) -> str:
+    """A system of equations as a list; the real numbers as an interval."""
+    if match := _SYSTEM.fullmatch(text):
+        return ", ".join(row.strip(" ,") for row in match[2].replace("&", "").split(r"\\") if row.strip(" ,"))
+    return r"(-\infty,\infty)" if canonical(text) in (r"\mathbb{R}", r"\mathbbR", r"\R", r"\Reals") else text
 
 
 def _without_unit(text: str) -> tuple[str, str | None]:
@@ -89,6 +140,22 @@ def _top_level(text: str, separator: str) -> list[str]:
         elif token == r"\end{":
             depth += 0
     return [part.strip() for part in [*parts, text[start:]]]
+
+
+_CONGRUENCE = re.compile(
+    r"(?:[a-zA-Z]\s*\\equiv(?![a-z]))?\s*(-?[0-9]{1,30})"
+    r"\s*(?:\\pmod|\(?\s*\\[bp]?mod|\(?\s*\\text\s*\{\s*mod\s*\})(?![a-z])\s*\{?\s*([1-9][0-9]{0,29})\s*\}?\s*\)?"
+)
+
+
+def _congruences(answer: str, reference: str) -> bool | None:
+    r"""x \equiv 3 \pmod{7} and x \equiv 10 \pmod{7} are one; a modulus on one side only says nothing more."""
+    a, b = _CONGRUENCE.fullmatch(answer), _CONGRUENCE.fullmatch(reference)
+    if a and b:
+        return a[2] == b[2] and (int(a[1]) - int(b[1])) % int(a[2]) == 0
+    if a or b:
+        return _same(a[1] if a else answer, b[1] if b else reference)
+    return None
 
 
 def _plus_minus(answer: str, reference: str) -> bool | None:
@@ -128,6 +195,7 @@ def _braced(text: str) -> tuple[str, bool]:
 
 _EQUALS = r"(?<![<>!:\\])=(?!=)"
 _NAME = re.compile(r"\\?[a-zA-Z]+(?:_\{?\w+\}?)?'?(?:\s*\([a-zA-Z, ]+\))?|[A-Za-z]{1,2}")
+_NAMES = re.compile(r"\(\s*[a-zA-Z]\s*(?:,\s*\\?[a-zA-Z]+\s*)+\)")
 _LESS = r"\\leq?(?:slant)?(?![a-zA-Z])|<=|<|\\lt(?![a-zA-Z])"
 _MORE = r"\\geq?(?:slant)?(?![a-zA-Z])|>=|>|\\gt(?![a-zA-Z])"
 
@@ -149,29 +217,32 @@ def _assignments(answer: str, reference: str) -> bool | None:
 
 
 def _assigned(text: str) -> tuple[str | None, str]:
-    if len(_top_level(text, ",")) > 1:
+    if _is_bare_list(text):
         return None, text
     member = re.fullmatch(r"(.*?)\\in(?![a-zA-Z])(.*)", text, re.DOTALL)
     if member and _NAME.fullmatch(member[1].strip()):
         return member[1].strip(), member[2].strip()
     sides = _top_level(text, _EQUALS)
-    if len(sides) > 1 and all(sides) and _NAME.fullmatch(sides[0]):
+    if len(sides) > 1 and all(sides) and (_NAME.fullmatch(sides[0]) or _NAMES.fullmatch(sides[0])):
         return sides[0], sides[-1]
     return None, text
 
 
 def _is_equation(text: str) -> bool:
-    return len(_top_level(text, _EQUALS)) > 1
+    return len(_top_level(text, _EQUALS)) > 1 and not _is_bare_list(text)
 
 
 def _relations(answer: str, reference: str) -> bool | None:
     a, b = _top_level(answer, _EQUALS), _top_level(reference, _EQUALS)
-    if len(a) == 2 and len(b) == 2 and len(_top_level(answer, ",")) == 1 == len(_top_level(reference, ",")):
+    if len(a) == 2 and len(b) == 2 and not _is_bare_list(answer) and not _is_bare_list(reference):
         return _same_equation((a[0], a[1]), (b[0], b[1]))
-    if len(a) > 1 and len(b) == 1 and len(_top_level(answer, ",")) == 1 and not _inequality(reference):
+    if len(a) == 1 and len(b) > 1 and not _inequality(answer) and not _is_bare_list(reference):
+        return False  # an equation says more than a value does
+    if len(a) > 1 and len(b) == 1 and not _is_bare_list(answer) and not _inequality(reference):
         return _same(a[-1], reference)  # 12 + 6 = 18
     interval, expected = _as_interval(answer), _as_interval(reference)
-    if interval != answer or expected != reference:
+    both = _inequality(answer) and _inequality(reference)
+    if (interval != answer and expected != reference) or ((interval, expected) != (answer, reference) and not both):
         return _same(interval, expected)
     if _inequality(answer) or _inequality(reference):
         return bool(_math_verify(answer, reference))
@@ -214,8 +285,13 @@ def _inequality(text: str) -> bool:
     return len(_top_level(text, rf"{_LESS}|{_MORE}")) > 1
 
 
+_BUILDER = re.compile(r"\\\{\s*(\\?[a-zA-Z]+)(?:\s*\\in\s*\\mathbb\s*\{?R\}?)?\s*(?:\\mid|:|\||\\vert)\s*(.*\1.*)\\\}")
+
+
 def _as_interval(text: str) -> str:
-    """An inequality for one name as an interval; any other text as it is."""
+    r"""An inequality for one name, also in \{x : x > 2\}, as an interval; any other text as it is."""
+    if match := _BUILDER.fullmatch(text):
+        text = match[2].strip()
     relation = rf"({_LESS}|{_MORE})"
     if match := re.fullmatch(rf"(.+?){relation}(.+?){relation}(.+)", text):
         low, first, name, second, high = (part.strip() for part in match.groups())
@@ -245,8 +321,16 @@ def _is_strict(sign: str) -> bool:
 
 
 def _unions(answer: str, reference: str) -> bool | None:
-    a, b = (_top_level(text, r"\\cup(?![a-zA-Z])") for text in (answer, reference))
+    a, b = (_united(text) for text in (answer, reference))
     return _same_unordered(a, b) if max(len(a), len(b)) > 1 else None
+
+
+def _united(text: str) -> list[str]:
+    r"""The parts of A \cup B, or of "x < 1 or x > 2"."""
+    kind, items = _items(text)
+    if kind == "" and len(items) > 1 and all(_inequality(item) for item in items):
+        return items
+    return _top_level(text, r"\\cup(?![a-zA-Z])")
 
 
 _MATRIX = re.compile(r"\\begin\{([pb]?matrix|array)\}(?:\{[clr|]*\})?(.*)\\end\{\1\}", re.DOTALL)
@@ -256,7 +340,9 @@ def _matrices(answer: str, reference: str) -> bool | None:
     a, b = _rows(answer), _rows(reference)
     if a is None and b is None:
         return None
-    if a is None or b is None or [len(row) for row in a] != [len(row) for row in b]:
+    if a is None or b is None:
+        return None if r"\begin" in answer and r"\begin" in reference else False
+    if [len(row) for row in a] != [len(row) for row in b]:
         return False
     if sum(len(row) for row in a) > MAX_ITEMS:
         return False
@@ -286,7 +372,7 @@ def _collections(answer: str, reference: str) -> bool | None:
     ordered = {kind, expected_kind} & {"()", "[]", "(]", "[)", r"\langle"}
     if not ordered:
         return _same_unordered(items, expected)
-    if kind != expected_kind and {kind, expected_kind} not in ({"()", ""}, {"()", r"\langle"}):
+    if kind != expected_kind and {kind, expected_kind} not in ({"()", ""}, {"[]", ""}, {"()", r"\langle"}):
         return False
     return all(_same(a, b) for a, b in zip(items, expected, strict=True))
 
@@ -294,6 +380,8 @@ def _collections(answer: str, reference: str) -> bool | None:
 def _items(text: str) -> tuple[str, list[str]]:
     inner, braces = _braced(text)
     kind = r"\{" if braces else ""
+    if text.startswith("{") and text.endswith("}") and "," in text and text.count("{") == 1:
+        inner = text[1:-1]
     if match := re.fullmatch(r"\\langle(?![a-zA-Z])(.*)\\rangle", text, re.DOTALL):
         inner, kind = match[1], r"\langle"
     elif (
@@ -306,6 +394,11 @@ def _items(text: str) -> tuple[str, list[str]]:
     if kind == "" and all(re.fullmatch(r"[0-9]{3}", item) for item in items[1:]) and re.search(r"[0-9],[0-9]", text):
         return "", [text] if len(items) > 1 and re.fullmatch(r"-?[0-9]{1,3}(,[0-9]{3})+", text) else items
     return kind, items
+
+
+def _is_bare_list(text: str) -> bool:
+    kind, items = _items(text)
+    return kind == "" and len(items) > 1
 
 
 def _encloses(text: str) -> bool:
@@ -339,16 +432,22 @@ def _same_scalar(answer: str, reference: str) -> bool:
     infinite, expected_infinite = _INFINITE.fullmatch(answer), _INFINITE.fullmatch(reference)
     if infinite or expected_infinite:
         return bool(infinite and expected_infinite and (infinite[1] == "-") == (expected_infinite[1] == "-"))
-    expected = _read(reference)
+    try:
+        expected = _read(reference)
+    except TooLarge as error:
+        raise UnreadableReference(reference) from error
     found = _read(answer)
     if expected is None or found is None:
         return _math_verify(answer, reference, reference_read=expected is not None)
     try:
         return same_value(found, expected)
-    except TooLarge:
-        return False  # the same text has been found equal above; a tower is nobody's other way of writing a number
-    except Undefined:
-        return False
+    except (TooLarge, Undefined):
+        pass
+    try:
+        same_value(expected, expected)
+    except (TooLarge, Undefined) as error:
+        raise UnreadableReference(reference) from error
+    return False  # a tower of powers is nobody's other way of writing a value
 
 
 def _read(text: str) -> Tree | None:
@@ -358,6 +457,13 @@ def _read(text: str) -> Tree | None:
         return None
 
 
+_ITS_OWN = re.compile(
+    r"<|>|\\(?:sum|prod|int|iint|oint|lim|cap|cup|setminus|mathbb|in|notin|subset|subseteq|le|leq|ge|geq|lt|gt|ne|neq"
+    r"|det|begin|bmod|pmod|mod|mid|equiv|partial|prime|overline|approx|log|bar|dots|ldots|cdots)(?![a-zA-Z])"
+)
+"""What Math-Verify reads and the grammar of values does not; for anything else it is not asked."""
+_HEAVY = re.compile(r"[0-9]{6,}|[0-9]{4,}\s*[!}]|\)\s*!|!\s*!|[0-9)}]\s*\^\s*\{?\s*[0-9]{3,}|10\s*\^|\^\s*\{[^{}]*\^")
+"""Numerals that make sympy work for minutes; in an answer to a plain reference they are refused beforehand."""
 _WORD = re.compile(r"(?<![\\a-zA-Z{])[a-zA-Z]{4,}")
 
 
@@ -367,6 +473,21 @@ def _math_verify(answer: str, reference: str, *, reference_read: bool = False) -
     Its own time-outs are off (they need the main thread and its signals); the worker's deadline holds. What it calls
     equal because two numbers are close is checked again with 60 digits.
     """
+    if not (_ITS_OWN.search(answer) or _ITS_OWN.search(reference)):
+        if reference_read:
+            return False
+        raise UnreadableReference(reference)
+    if reference_read and _HEAVY.search(answer):
+        return False
+    try:
+        return _ask_math_verify(answer, reference, reference_read)
+    except (MemoryError, UnreadableReference):
+        raise
+    except Exception:  # sympy raises what it likes, TypeErrors over two equations among them
+        return False
+
+
+def _ask_math_verify(answer: str, reference: str, reference_read: bool) -> bool:
     expected = _parse(reference)
     if not expected and not reference_read:
         raise UnreadableReference(reference)

@@ -8,6 +8,7 @@ integrals and the like are left to Math-Verify. Runs inside the worker processes
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections.abc import Callable, Mapping
@@ -33,7 +34,7 @@ class Unreadable(Exception):
 
 
 class TooLarge(Exception):
-    """A tower of powers, or the factorial of something huge."""
+    """A tower of powers, the factorial of something huge, brackets beyond `MAX_DEPTH`: refused for good."""
 
 
 class Undefined(Exception):
@@ -43,13 +44,14 @@ class Undefined(Exception):
 # ---- reading ----------------------------------------------------------------------------------------------------
 
 _TOKEN = re.compile(
-    r"\s*(?:(?P<number>(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)(?![eE][-+]?[0-9])|(?P<command>\\(?:[a-zA-Z]+|[{}|%$]))|(?P<word>[a-zA-Z]+)"
-    r"|(?P<operator>\*\*|[-+*/^_(){}\[\]|!']))"
+    r"\s*(?:(?P<number>(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)(?![eE][-+]?[0-9])"
+    r"|(?P<command>\\(?:[a-zA-Z]+|[{}|%$]))|(?P<word>[a-zA-Z]+)|(?P<operator>\*\*|[-+*/^_(){}\[\]|!',:]))"
 )
 _FUNCTION_NAMES = (
     "sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan arccot asin acos atan ln log lg exp abs floor ceil"
 )
 _FUNCTIONS = frozenset(_FUNCTION_NAMES.split())
+_OF_SEVERAL = frozenset(("gcd", "lcm", "max", "min"))
 _NAMES = {"pi": ("constant", "pi"), "e": ("constant", "e"), "i": ("constant", "i"), "imath": ("constant", "i")}
 _GREEK_NAMES = """
     alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau upsilon
@@ -62,11 +64,11 @@ _STYLES = frozenset(_STYLE_NAMES.split())
 
 
 def read(text: str) -> Tree:
-    """The tree of a cleaned formula. Raises Unreadable."""
+    """The tree of a cleaned formula. Raises Unreadable and TooLarge."""
     try:
         return _Reader(text).whole()
     except RecursionError as error:
-        raise Unreadable("nested too deep") from error
+        raise TooLarge("nested too deep") from error
 
 
 class _Reader:
@@ -89,7 +91,7 @@ class _Reader:
         self.bars = 0
 
     def _add(self, kind: str, token: str) -> None:
-        if kind != "word" or token in _FUNCTIONS or token in ("pi", "sqrt"):
+        if kind != "word" or token in _FUNCTIONS or token in _OF_SEVERAL or token in ("pi", "sqrt"):
             self.tokens.append(token)
             self.kinds.append(kind)
         elif match := re.match(r"sqrt|pi|arcsin|arccos|arctan|sin|cos|tan|ln|log", token):  # "pir", "sinx"
@@ -135,7 +137,7 @@ class _Reader:
     def nested(self, parse: Callable[[], Tree]) -> Tree:
         self.depth += 1
         if self.depth > MAX_DEPTH:
-            raise Unreadable("nested too deep")
+            raise TooLarge("nested too deep")
         tree = parse()
         self.depth -= 1
         return tree
@@ -153,7 +155,7 @@ class _Reader:
         while True:
             if self.take("*", r"\cdot", r"\times", r"\ast"):
                 factors.append(self.signed())
-            elif self.take("/", r"\div"):
+            elif self.take("/", r"\div", ":"):
                 factors.append(("inverse", self.signed()))
             elif self._mixed_number():
                 factors[-1] = ("sum", factors[-1], self.power())
@@ -214,10 +216,10 @@ class _Reader:
 
     def postfix(self) -> Tree:
         tree = self.nested(self.primary)
-        while self.take("!"):
-            if tree[0] == "factorial":
-                raise Unreadable("a double factorial")
-            tree = ("factorial", tree)
+        if self.take("!"):
+            if self.peek() == "!":
+                raise TooLarge("a double factorial")
+            return ("factorial", tree)
         return tree
 
     def group(self) -> Tree:
@@ -263,6 +265,8 @@ class _Reader:
             return self._root(plain=kind == "word")
         if name in _FUNCTIONS:
             return self._function(name)
+        if name in _OF_SEVERAL:
+            return self._of_several(name)
         if kind == "word":
             return self._named(name)
         if name in ("frac", "binom", "dbinom", "tbinom"):
@@ -324,6 +328,16 @@ class _Reader:
             return ("root", self.primary(), degree)
         return ("root", self.argument(), degree)
 
+    def _of_several(self, name: str) -> Tree:
+        closing = {"(": ")", r"\{": r"\}"}.get(self.next() if self.peek() else "")
+        if closing is None:
+            raise Unreadable(f"{name} of what?")
+        arguments = [self.nested(self.sum)]
+        while self.take(","):
+            arguments.append(self.nested(self.sum))
+        self.expect(closing)
+        return ("several", name, *arguments)
+
     def _function(self, name: str) -> Tree:
         power: Tree | None = None
         base: Tree | None = None
@@ -384,6 +398,8 @@ def evaluate(tree: Tree, at: Mapping[str, Fraction]) -> Value:
         return {"pi": mpmath.pi, "e": mpmath.e, "i": mpmath.mpc(0, 1)}[parts[0]] * mpmath.mpf(1)
     if kind == "call":
         return _call(parts[0], evaluate(parts[1], at))
+    if kind == "several":
+        return _several(parts[0], [evaluate(part, at) for part in parts[1:]])
     values = [evaluate(part, at) for part in parts]
     if kind == "sum":
         total = values[0]
@@ -500,6 +516,16 @@ def _binomial(n: Value, k: Value) -> Value:
     return result
 
 
+def _several(name: str, values: list[Value]) -> Value:
+    if not all(isinstance(value, Fraction) for value in values):
+        raise Undefined(f"{name} of irrational numbers")
+    if name in ("max", "min"):
+        return max(values) if name == "max" else min(values)
+    if any(value.denominator != 1 for value in values):
+        raise Undefined(f"{name} of fractions")
+    return Fraction((math.gcd if name == "gcd" else math.lcm)(*(int(value) for value in values)))
+
+
 _CALLS: dict[str, Callable[[Value], Value]] = {
     "sin": mpmath.sin,
     "cos": mpmath.cos,
@@ -554,20 +580,34 @@ def same_value(a: Tree, b: Tree) -> bool:
     from 120 to 240 digits. With variables: the same at random rational points, all positive ones first. Points where
     a value is not real decide only if no point is real, so sqrt(1/n) = 1/sqrt(n), while |x| is not x.
 
+    A bare \\log counts as natural or as decimal, whichever makes them equal.
+
     Raises TooLarge; and Undefined if a tree has no value anywhere it was looked at.
     """
+    decimal = _decimal_logs(a), _decimal_logs(b)
+    if decimal != (a, b):
+        return _same_value(a, b) or _same_value(*decimal)
+    return _same_value(a, b)
+
+
+def _decimal_logs(tree: Tree) -> Tree:
+    parts = (_decimal_logs(part) if isinstance(part, tuple) else part for part in tree)
+    return ("call", "lg", *list(parts)[2:]) if tree[:2] == ("call", "log") else tuple(parts)
+
+
+def _same_value(a: Tree, b: Tree) -> bool:
     names = sorted(variables(a) | variables(b))
     if not names:
         return _same_at(a, b, {})[0]
     draw = random.Random(0)  # the same points every time: a verdict is reproducible
     real = other = 0
     all_same = True
-    for point in range(24):
-        spread = 3 if point < 12 else 40
+    for point in range(20):
+        spread = (1, 3, 10, 50)[point % 4]
         at = {}
         for name in names:
             at[name] = Fraction(draw.randrange(1, 1000 * spread), draw.choice((997, 991, 983)))
-            if point % 2 and point > 4:
+            if point >= 8:
                 at[name] *= draw.choice((1, -1))
         try:
             same, is_real = _same_at(a, b, at)
@@ -580,8 +620,6 @@ def same_value(a: Tree, b: Tree) -> bool:
         elif min(at.values()) > 0:
             other += 1
             all_same &= same
-        if real >= 10:
-            break
     if real >= 2:
         return True
     if other:

@@ -26,13 +26,17 @@ class Found:
 
 def extract(text: str, methods: Sequence[str]) -> Found | None:
     """The answer by the first method that finds its place, or None. An empty place (`\\boxed{}`) ends the search:
-    a completion that declares an answer is not searched for a better one."""
-    text = text[-MAX_CHARS:]
+    a completion that declares an answer is not searched for a better one. What stands before </think> is not looked
+    at."""
+    text = _SPECIAL_TOKENS.sub("", text[-MAX_CHARS:].rpartition("</think>")[2])
     for method in methods:
         found = METHODS[method](text)
         if found is not None:
             return Found(found.strip(), method)
     return None
+
+
+_SPECIAL_TOKENS = re.compile(r"(?:<\|[a-zA-Z_]{1,30}\|>|</s>|<eos>)\s*\Z")
 
 
 def _last(matches: Iterable[re.Match[str]]) -> re.Match[str] | None:
@@ -55,7 +59,29 @@ def boxed(text: str) -> str | None:
         token = re.match(rf"[-+\N{{MINUS SIGN}}]?(?:{DECIMAL}|\\[a-zA-Z]+(?:\{{[^{{}}]*\}})*|[a-zA-Z])", rest)
         return token[0] if token else ""
     end = _closing_brace(rest)
-    return rest[1:end] if end else ""
+    return _joined(text[: last.start()], rest[1:end]) if end else ""
+
+
+def _joined(before: str, answer: str) -> str:
+    r"""The answer together with boxes joined to it: "\boxed{1} and \boxed{-2}" has two."""
+    for _ in range(8):
+        previous = _last(_BOX.finditer(before))
+        if previous is None:
+            break
+        rest = before[previous.end() :]
+        end = _closing_brace(rest)
+        if not end or not _BETWEEN_BOXES.fullmatch(rest[end + 1 :]):
+            break
+        if rest[1:end].strip() not in answer.split(", "):
+            answer = f"{rest[1:end].strip()}, {answer}"
+        before = before[: previous.start()]
+    return answer
+
+
+_BETWEEN_BOXES = re.compile(
+    r"(?:\s|\$|\\[()]|\\q?quad)*(?:,|;|\band\b|\bor\b|\\text\s*\{\s*,?\s*(?:and|or)\s*\})"
+    r"(?:\s|\$|\\[()]|\\q?quad|\band\b|\bor\b|[a-zA-Z]\s*=)*"
+)
 
 
 def _closing_brace(text: str) -> int:
@@ -82,12 +108,12 @@ def hashes(text: str) -> str | None:
 
 def tagged(text: str) -> str | None:
     """What the last <answer>...</answer> holds (any case); one that is never closed runs to the end of the text, as a
-    stop string often takes the closing tag. A box or a line of #### inside it is the answer."""
+    stop string often takes the closing tag. A box, a line of #### or "the answer is" inside it is looked into."""
     start = _last(re.finditer(r"<answer>", text, re.IGNORECASE))
     if start is None:
         return None
     inside = re.split(r"</answer>", text[start.end() :], maxsplit=1, flags=re.IGNORECASE)[0]
-    for method in (boxed, hashes):
+    for method in (boxed, hashes, phrase):
         found = method(inside)
         if found is not None:
             return found
@@ -97,16 +123,28 @@ def tagged(text: str) -> str | None:
 # ---- answers in prose -------------------------------------------------------------------------------------------
 
 _PHRASE = re.compile(
-    r"\b(?:final\s+|correct\s+)?answer(?:\s+to\s+[^.\n:]{0,60}?)?(?:\*\*|__)?\s*"
-    r"(?:is|are|=|:|equals|would\s+be|will\s+be|should\s+be)(?:\*\*|__)?(?:\s*:|\s+(?:therefore|thus|then|simply|just|equal\s+to|given\s+by|option|choice))*\s*",
+    r"(?<![\w/-])(?:(?:final\s+|correct\s+)?answers?|correct\s+(?:option|choice))"
+    r"(?:\s+to\s+[^.\n:]{0,60}?)?(?:\*\*|__)?\s*"
+    r"(?:is|are|=|:|equals|would\s+be|will\s+be|should\s+be)(?:\*\*|__)?"
+    r"(?:\s*:|\s+(?:therefore|thus|then|simply|just|equal\s+to|given\s+by|option|choice))*\s*",
     re.IGNORECASE,
 )
-_MATH = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<![\\$])\$(?!\$)([^$\n]*?[^\\$\n])\$", re.DOTALL)
+_END_OF_ANSWER = re.compile(
+    r"\n|(?<=[^\s.])[.!?;](?=\s|$|\*)|,?\s+(?:because|since|so|as|which|therefore|but)\b"
+    r"|,\s+(?!(?:and|or|sin|cos|tan|ln|log)\b)[a-z]{2,}|(?<=[0-9%}$])\s+of\b|\s+\((?=[a-z]{3,})"
+)
+# Formulas hold no opening delimiter of their own kind, so that a run of those is read once, not once for each.
+_MATH = re.compile(
+    r"\$\$(.+?)\$\$|\\\[((?:[^\\]|\\[^\[\]])+)\\\]|\\\(((?:[^\\]|\\[^()])+)\\\)"
+    r"|(?<![\\$])\$(?!\$)((?:\\\$|[^$\n])*?[^\\$\n])\$",
+    re.DOTALL,
+)
 _SIGN = "[-+\N{MINUS SIGN}]"
 _NUMBER = re.compile(
-    rf"(?<![\w.,/])(?:{_SIGN}?\s?[\\$£€₹]*{_SIGN}?)?"
-    rf"(?:[0-9]+\s+[0-9]+/[0-9]+|[0-9]+\s*\\[dt]?frac\{{[0-9]+\}}\{{[0-9]+\}}|\\[dt]?frac\{{{_SIGN}?[0-9.]+\}}\{{[0-9.]+\}}"
-    rf"|{DECIMAL}(?:[eE]{_SIGN}?[0-9]+)?(?:\s*/\s*{DECIMAL})?)(?:\s?\\?%)?"
+    rf"(?<![^\W_])(?<![A-Za-z0-9]_)(?<![.,/])(?:{_SIGN}?\s?[\\$£€₹]{{0,3}}{_SIGN}?)?"
+    rf"(?:[0-9]+\s+[0-9]+/[0-9]+|[0-9]+\s*\\[dt]?frac\{{[0-9]+\}}\{{[0-9]+\}}"
+    rf"|\\[dt]?frac\{{{_SIGN}?[0-9.]+\}}\{{[0-9.]+\}}|{DECIMAL}(?:[eE]{_SIGN}?[0-9]+)?(?:\s*/\s*{DECIMAL})?)"
+    r"(?:\s?\\?%|\s(?:percent|hundred|thousand|million|billion|trillion)\b)?"
 )
 
 
@@ -122,23 +160,41 @@ def phrase(text: str) -> str | None:
     if found is not None:
         return found
     opening = _MATH.match(rest)
-    if opening and _is_math(opening):
+    more = opening and re.match(r"\s*(?:,\s*)?(?:,|and|or)\s*(?:\$|\\\()", rest[opening.end() :])
+    if opening and _is_math(opening) and not more:
         return _last_side(_inside(opening))
-    line = re.split(
-        r"\n|(?<=[^\s.])[.!?;](?=\s|$|\*)|,?\s+(?:because|since|so|as|which|therefore)\b", rest, maxsplit=1
-    )[0].strip()
+    line = _END_OF_ANSWER.split(rest, maxsplit=1)[0].strip()
+    if re.match(r"[A-Za-z]{2,} ", line):  # "Final answer: the largest $n$ is 34"
+        line = re.split(r"\b(?:is|are|equals)\s+(?=\S)", line)[-1]
+    if more or line.startswith("not "):
+        return line
     for segment in _MATH.finditer(line):
         if _is_math(segment):
             return _last_side(_inside(segment))
     bold = re.search(r"\*\*(.+?)\*\*", line)
     line = bold[1] if bold else line.strip("*_ ")
-    if "=" in line:
+    if "=" in line and _last_side(line) != line:
         return _last_side(line)
     start = _NUMBER.match(line)
     if start or not _NUMBER.search(line):
         return line
     words = re.findall(r"[A-Za-z]{3,}", line[: _NUMBER.search(line).start()])  # type: ignore[union-attr]
     return last_number(line) if words and "\\" not in line else line
+
+
+def whole(text: str) -> str | None:
+    """All of a short text without sentences: one line with at most one word that is not part of a formula."""
+    text = text.strip()
+    if not text or len(text) > 200 or "\n" in text:
+        return None
+    bare = re.sub(r"\\(?:text|mbox)\s*\{[^{}]*\}|\\[a-zA-Z]+", " ", text)
+    words = [word for word in re.findall(r"[^\W\d_]{2,}", bare) if word.lower() not in _FORMULA_WORDS]
+    allowed = 0 if _MATH.search(text) else 1
+    return _last_side(text) if len(words) <= allowed else None
+
+
+_FORMULA_NAMES = "and or pi sqrt sin cos tan cot sec csc log ln exp arcsin arccos arctan abs floor ceil max min gcd lcm"
+_FORMULA_WORDS = frozenset(_FORMULA_NAMES.split())
 
 
 def last_number(text: str) -> str | None:
@@ -148,8 +204,8 @@ def last_number(text: str) -> str | None:
 
 
 def last_expression(text: str) -> str | None:
-    """The last formula in $...$, \\(...\\) or \\[...\\] or the last number, whichever ends later; of a formula with
-    equals signs its last side."""
+    """The last formula in $...$, \\(...\\) or \\[...\\] or the last number, whichever ends later; of a
+    calculation its result."""
     formula = None
     for match in _MATH.finditer(text):
         if _is_math(match):
@@ -195,10 +251,10 @@ def _is_math(match: re.Match[str]) -> bool:
 
 
 def _last_side(formula: str) -> str:
-    """Behind the last equals sign, if what stands there is more than a name. `x = 5, y = 3` is left as it is."""
-    if formula.count("=") == 0 or re.search(r"=.*[,;].*=", formula, re.DOTALL):
-        return formula
-    return re.split(r"(?<![<>!:\\])=", formula)[-1]
+    """Of a calculation ("12 + 6 = 18") what it comes to; an equation with names is left as it is."""
+    left, equals, right = formula.rpartition("=")
+    names = re.search(r"[a-zA-Z]", re.sub(r"\\(?:[dt]?frac|times|cdot|div|text\s*\{[^{}]*\})", "", left))
+    return right if equals and not names and not re.search(r"[<>!:\\]$", left) else formula
 
 
 METHODS: dict[str, Callable[[str], str | None]] = {
@@ -206,11 +262,12 @@ METHODS: dict[str, Callable[[str], str | None]] = {
     "hash": hashes,
     "tag": tagged,
     "phrase": phrase,
+    "whole": whole,
     "last_number": last_number,
     "last_expression": last_expression,
 }
 STRICT = ("boxed", "hash", "tag")
-FLEXIBLE = (*STRICT, "phrase", "last_expression")
+FLEXIBLE = (*STRICT, "phrase", "whole", "last_expression")
 
 
 def methods_of(extraction: str | Sequence[str]) -> tuple[str, ...]:

@@ -32,7 +32,7 @@ _CHARACTERS = str.maketrans(
         "÷": "/",
         "∕": "/",
         "⁄": "/",
-        "√": r"\sqrt ",
+        "√": "sqrt ",
         "∞": r"\infty ",
         "±": r"\pm ",
         "∓": r"\mp ",
@@ -62,22 +62,44 @@ _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+
 _SUPERSCRIPT_RUN = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+")
 
 # What changes only how a formula looks.
-_SPACING = re.compile(r"\\[,;:>]|\\(?:quad|qquad|displaystyle|textstyle|limits|thinspace)(?![a-zA-Z])|\\ |~")
+_SPACING = re.compile(r"(?<!\\)\\[,;:> ]|\\(?:quad|qquad|displaystyle|textstyle|limits|thinspace)(?![a-zA-Z])|~")
 _THOUSANDS_SPACE = re.compile(r"(?<![0-9.])([0-9]{1,3})((?:(?:\\,|\\ |\{\\,\}|~| )[0-9]{3})+)(?![0-9/])")
 _SIZING = re.compile(r"\\(?:left|right)(?![a-zA-Z])\s*\.?|\\(?:big|Big|bigg|Bigg)[lrm]?(?![a-zA-Z])")
 _FRACTION_COMMAND = re.compile(r"\\[dtc]frac(?![a-zA-Z])")
-_DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("__", "__"), ("`", "`"))
+# What a number may be dressed in; a currency in front and "million" behind it.
+_COLOR = re.compile(r"\\(?:text)?color\s*\{[a-zA-Z]*\}|\\(?:underline|bm|boldsymbol)(?=\s*\{)")
+_DRESSED = re.compile(r"\\(?:mathbf|mathrm|mathit|mathsf|text|textbf)\s*\{\s*([-+]?[0-9][0-9.,/]*)\s*\}")
+_WORDED = re.compile(
+    r"\\(?:text|mbox|mathrm)\s*\{\s*((?:(?:hundred|thousand|million|billion|trillion)\b[a-z ]*|Rs\.?|USD|\\?\$))\s*\}"
+)
+_OVER = re.compile(r"\{([^{}]*)\}\s*\\over(?![a-z])\s*\{([^{}]*)\}|\{([^{}]*?)\s*\\over(?![a-z])\s*([^{}]*)\}")
+_LEADING = re.compile(r"^(?:\\approx(?![a-z])|\\sim(?![a-z])|\\equiv(?![a-z])|=)\s*")
+_WRAPPED = re.compile(r"\\(?:text|mbox|textbf|textit|textrm|mathrm|mathbf)\s*\{([^{}]*)\}")
+_DELIMITERS = (
+    ("$$", "$$"),
+    ("$", "$"),
+    (r"\(", r"\)"),
+    (r"\[", r"\]"),
+    ("**", "**"),
+    ("__", "__"),
+    ("`", "`"),
+    ("*", "*"),
+)
 
 
 def clean(text: str) -> str:
     """The text without what changes only its looks: delimiters, markdown, spacing and sizing commands, a full stop."""
     text = text.translate(_CHARACTERS)
     text = _SUPERSCRIPT_RUN.sub(lambda run: "^{" + run.group().translate(_SUPERSCRIPTS) + "}", text)
+    if r"\begin" not in text:
+        text = text.replace("\\\\", "\\")  # escaped once too often; in a matrix it ends a row
     text = _strip_delimiters(re.sub(r"\\!\s*", "", text))
+    text = re.sub(r"(?<!\\)\$([^$]+)(?<!\\)\$", r" \1 ", text)  # "$125$ miles"
     text = _THOUSANDS_SPACE.sub(lambda n: n[1] + re.sub(r"[^0-9]", "", n[2]), text)
-    text = _SPACING.sub(" ", text)
+    text = _SPACING.sub(" ", _WORDED.sub(r" \1 ", _DRESSED.sub(r"\1", _COLOR.sub("", text))))
     text = _SIZING.sub("", _FRACTION_COMMAND.sub(r"\\frac", text))
-    text = text.replace("{,}", ",").replace(r"\lbrace", r"\{").replace(r"\rbrace", r"\}")
+    text = _OVER.sub(r"\\frac{\1\3}{\2\4}", text)
+    text = re.sub(r"\s*\{\s*,\s*\}\s*", ",", text).replace(r"\lbrace", r"\{").replace(r"\rbrace", r"\}")
     return _strip_delimiters(text)
 
 
@@ -85,11 +107,20 @@ def _strip_delimiters(text: str) -> str:
     """Take off pairs of delimiters around the whole text, and what a sentence leaves behind a number."""
     while True:
         before = text
-        text = text.strip().rstrip(".,;:").strip()
+        text = _LEADING.sub("", text.strip().rstrip(".,;:")).strip()
+        if text.endswith("\\") and not text.endswith("\\\\"):  # what is left of a "\\ " at the end
+            text = text[:-1].rstrip()
+        if wrapped := _WRAPPED.fullmatch(text):
+            text = wrapped[1]
         for opening, closing in _DELIMITERS:
             inner = text[len(opening) : -len(closing)]
             enclosed = text.startswith(opening) and text.endswith(closing) and len(text) >= len(opening + closing)
-            if enclosed and opening not in inner and closing not in inner and not inner.endswith("\\"):
+            if (
+                enclosed
+                and opening not in inner.replace(r"\$", "")
+                and closing not in inner.replace(r"\$", "")
+                and not inner.endswith("\\")
+            ):
                 text = inner
         if text == before:
             return text
@@ -129,27 +160,49 @@ _UNIT_NAMES = {
     "week": "week weeks",
     "month": "month months",
     "year": "year years yr yrs",
-    "mph": "mph",
+    "mi/h": "mph",
     "unit": "unit units",
+    "am": "am a.m",
+    "pm": "pm p.m",
 }
 _UNITS = {name: unit for unit, names in _UNIT_NAMES.items() for name in names.split()}
-_CURRENCY = {r"\$": "$", "$": "$", "US$": "$", "USD": "$", "€": "€", "£": "£", "₹": "₹", r"\pounds": "£", r"\euro": "€"}
+_CURRENCY = {
+    r"\$": "$",
+    "$": "$",
+    "US$": "$",
+    "USD": "$",
+    "€": "€",
+    "£": "£",
+    "₹": "₹",
+    "Rs.": "₹",
+    "Rs": "₹",
+    "¥": "¥",
+    r"\pounds": "£",
+    r"\euro": "€",
+}
 _MULTIPLIERS = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 
 # Words behind a number that make it part of a formula or of a sentence, not a quantity.
 _NO_UNIT_NAMES = """
     and or to of by if as mod modulo times plus minus over divided multiplied pi sqrt sin cos tan cot sec csc log ln exp
     arcsin arccos arctan infinity inf factorial choose squared cubed is not than equals only when where for but with
-    frac cdot left right from
+    frac cdot left right from half halves third thirds fourths tenth tenths hundredth hundredths thousandth thousandths
 """
+_CONNECTIVES = frozenset(
+    ("and", "or", "to", "not", "times", "plus", "minus", "over", "mod", "than", "squared", "cubed")
+)
+_CONNECTIVES |= {"half", "halves", "third", "thirds", "tenth", "tenths", "hundredths", "thousandths", "factorial"}
 _NO_UNITS = frozenset(_NO_UNIT_NAMES.split())
 
 _WRAPPED_UNIT = re.compile(
-    r"\\(?:text|mbox|textrm|textit|textbf|mathrm|mathit|hbox|rm|operatorname)\s*\{([^{}]*)\}\s*(?:\^\s*\{?([0-9])\}?)?$"
+    r"\\(?:text|mbox|textrm|textit|textbf|textnormal|mathrm|mathit|hbox|rm|operatorname)\s*\{([^{}]*)\}"
+    r"\s*(?:\^\s*\{?([0-9])\}?)?$"
 )
 _DEGREES = re.compile(
     r"(?:\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree)\s*(?:(?:\\(?:text|mathrm|rm)\s*\{?\s*)?[CF]\}?)?$"
 )
+_UNIT_FRACTION = re.compile(r"\}\s*/\s*\\(?:text|mathrm|mbox)\s*\{")
+_TRIGONOMETRIC = re.compile(r"sin|cos|tan|cot|sec|csc")
 _CURRENCY_BEHIND = re.compile(r"(?<=[0-9 ])(\\\$|\$|€|£|₹)$")
 _PERCENT = re.compile(r"\\?%$")
 _PLAIN_UNIT = re.compile(r"(?<![A-Za-z\\_^])([A-Za-z¢][A-Za-z .'/-]*)(?:\^\s*\{?([0-9])\}?)?$")
@@ -161,32 +214,58 @@ def split_unit(text: str) -> tuple[str, str | None]:
     None where nothing was taken off; "" for a unit of no known kind ("eggs"), which is taken off and says nothing.
     A plain single letter, as in 5x, stays: it may be a variable. (Behind a space, `5 m`, it may be a unit.)
     """
+    text = _UNIT_FRACTION.sub("/", text)
     if (match := _CURRENCY_BEHIND.search(text)) and text[: match.start()].strip():
         return text[: match.start()].rstrip(), _CURRENCY[match[1]]
     if match := _PERCENT.search(text):
         return text[: match.start()].rstrip(), "%"
-    if (match := _DEGREES.search(text)) and text[: match.start()].strip():
+    if (match := _DEGREES.search(text)) and text[: match.start()].strip() and not _TRIGONOMETRIC.search(text):
         return text[: match.start()].rstrip(), "degree"
     if (match := _WRAPPED_UNIT.search(text)) and text[: match.start()].strip(" {}"):
         words = match[1].strip()
-        if words and not re.fullmatch(r"[A-Za-z .,'/²³^0-9()\\%-]*", words):
+        if not _is_wrapped_unit(words):
             return text, None
         return text[: match.start()].rstrip(), _unit(words, match[2])
     if match := _PLAIN_UNIT.search(text):
         stem, words = text[: match.start()], match[1].strip()
-        # Behind a formula only a word that is known to be a unit; behind a number any noun.
-        known = " ".join(words.lower().rstrip(".").split()) in _UNITS and not (
-            len(words) == 1 and not stem.endswith(" ")
-        )
-        noun = bool(re.search(r"[0-9}]\s*-?$", stem)) and re.fullmatch(r"[^A-Za-z]*|\s*\\frac.*", stem, re.DOTALL)
-        if stem.strip() and (known or (noun and _is_noun(words))):
+        # Behind a formula only a longer word that is known to be a unit: the h of "2\\pi r h" is a variable. Behind a
+        # number any noun, with a space between: 2xy is a product.
+        known = _is_known(words)
+        if re.search(r"[0-9}]\s*-?$", stem) and re.fullmatch(r"[^A-Za-z]*|\s*\\frac[^A-Za-z]*", stem):
+            fits = (known and (len(words) > 1 or stem.endswith(" "))) or (stem[-1:] in " -" and _is_noun(words))
+        else:
+            fits = known and len(words) > 1 and stem.endswith(" ")
+        if stem.strip() and fits:
             return stem.rstrip(" -"), _unit(words, match[2])
     return text, None
 
 
+def _is_wrapped_unit(words: str) -> bool:
+    """Whether words in \\text{} say of what a number is so many: not a letter (4\\mathrm{i}), not " or 6"."""
+    parts = set(re.split(r"[^a-z]+", words.lower()))
+    plain = not words or re.fullmatch(r"[A-Za-z .,'/()\\%-]*(?:\^\s*\{?[0-9]\}?)?", words) is not None
+    return (
+        plain
+        and (len(words) != 1 or words.lower() in _UNITS)
+        and not parts & _CONNECTIVES
+        and not parts & set(_MULTIPLIERS)
+    )
+
+
+def _is_known(words: str) -> bool:
+    """Whether words are one unit (cm, "square feet", m/s) or the ending of an ordinal (4th)."""
+    words = " ".join(words.lower().rstrip(".").split())
+    parts = re.split(r"[ /]+", words)
+    return (
+        words in _UNITS
+        or words in ("st", "nd", "rd", "th")
+        or (len(parts) > 1 and all(part in _UNITS or part in ("per", "square", "sq", "cubic", "cu") for part in parts))
+    )
+
+
 def _is_noun(words: str) -> bool:
     parts = re.split(r"[ /.-]+", words.lower())
-    return len(parts) <= 6 and len(parts[0]) > 1 and not _NO_UNITS & set(parts) and not set(parts) & set(_MULTIPLIERS)
+    return len(parts) <= 6 and len(parts[0]) > 2 and not _NO_UNITS & set(parts) and not set(parts) & set(_MULTIPLIERS)
 
 
 def _unit(words: str, power: str | None) -> str:
@@ -197,6 +276,9 @@ def _unit(words: str, power: str | None) -> str:
             words, power = words[len(prefix) :], exponent
     if match := re.fullmatch(r"(.*?)\s*\^\s*\{?([0-9])\}?", words):
         words, power = match[1], match[2]
+    rate = re.split(r"\s*/\s*|\s+per\s+", words)
+    if len(rate) == 2 and rate[0] in _UNITS and rate[1] in _UNITS:
+        return f"{_UNITS[rate[0]]}/{_UNITS[rate[1]]}"
     unit = _UNITS.get(words.rstrip("."), "")
     return f"{unit}^{power}" if unit and power and power != "1" else unit
 
@@ -239,7 +321,8 @@ _MIXED_FRAC = re.compile(rf"([0-9]+)\s*{_FRAC.pattern}")
 _SLASH = re.compile(rf"\(?\s*({_SIGNED})\s*\)?\s*/\s*\(?\s*({_SIGNED})\s*\)?")
 _MIXED_SLASH = re.compile(r"([0-9]+)(?:\s+|\s*\+\s*(?=[0-9]+\s*/))([0-9]+)\s*/\s*([0-9]+)")
 _SCIENTIFIC = re.compile(
-    rf"({DECIMAL})\s*(?:[eE]([+-]?[0-9]+)|(?:\\times|\\cdot|\*)\s*10\s*(?:\^|\*\*)\s*(?:\{{\s*([+-]?[0-9]+)\s*\}}|([+-]?[0-9]+)))"
+    rf"({DECIMAL})\s*(?:[eE]([+-]?[0-9]+)"
+    r"|(?:\\times|\\cdot|\*|x)\s*10\s*(?:\^|\*\*)\s*(?:\{\s*([+-]?[0-9]+)\s*\}|([+-]?[0-9]+)))"
 )
 _POWER_OF_TEN = re.compile(r"10\s*\^\s*(?:\{\s*([+-]?[0-9]+)\s*\}|([0-9]+))")
 _REPEATING = re.compile(r"([0-9]*)\.([0-9]*)\\(?:overline|bar)\s*\{?\s*([0-9]+)\s*\}?")

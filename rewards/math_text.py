@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 
 _TEXT = re.compile(r"\\(?:text|mbox|textbf|textit|textrm|mathrm|mathbf|mathit|rm|bf)\s*\{([^{}]*)\}")
-_CHOICE = re.compile(r"\(?\s*([A-Ja-j])\s*\)?(?:\s*[.:)]?\s+.*|[.:)])?", re.DOTALL)
+_CHOICE = re.compile(
+    r"(?:([A-Ja-j])|\(\s*([A-Za-z])\s*\))(?:[.:)]|(?:(?<=\))|[.:)])\s*(?!(?:and|or)\b|[,/&]).*)?", re.DOTALL
+)
 _BARE_CHOICE = re.compile(r"\(\s*([A-Z])\s*\)|([A-J])|\(\s*([A-J])\s*\)")
 _NUMERAL = re.compile(r"([+-]?)([0-9A-Z.]+)\s*_\s*(?:\{\s*([0-9]+)\s*\}|([0-9]+)|\{\s*\\text\s*\{([a-z]+)\}\s*\})")
-_WORDS = re.compile(r"[^\W\d_]+(?:[ ,.'&/-]+[^\W\d_]+)*")
+_WORDS = re.compile(r"[^\W\d_]+(?:(?: |, |\. |'|-|/| & | - )[^\W\d_]+)*")
 _FORMULA_WORDS = frozenset(("sqrt", "sin", "cos", "tan", "log", "exp", "infinity", "inf"))
 
 
@@ -32,14 +34,16 @@ def chosen(text: str) -> str | None:
     r"""The letter an answer chooses: A, (A), a), \text{(A)}, "A. 12 cm", "(A) 12 cm"."""
     text = re.sub(r"^(?:option|choice|answer)\s+", "", plain(text), flags=re.IGNORECASE)
     match = _CHOICE.fullmatch(text.strip("*_ "))
-    return match[1].upper() if match else None
+    if match is None or re.search(r"\([A-Z]\)|\b[A-J]\)", text[match.end(1) if match[1] else match.end(2) + 1 :]):
+        return None  # none, or more than one
+    return (match[1] or match[2]).upper()
 
 
 def words(text: str) -> str | None:
     r"""A name or phrase in one spelling (case, spaces, \text{} and a leading "the" do not matter), or None if the
     text is not made of words. A single letter is a variable."""
     text = plain(text).strip("\"'*_ ")
-    if not _WORDS.fullmatch(text) or len(text) < 3 or text.lower() in _FORMULA_WORDS:
+    if not _WORDS.fullmatch(text) or not re.search(r"[^\W\d_]{3}", text) or text.lower() in _FORMULA_WORDS:
         return None
     return re.sub(r"^(?:the|a|an) ", "", " ".join(re.split(r"[ ,-]+", text.lower())))
 
@@ -55,8 +59,11 @@ def base_numeral(text: str) -> tuple[str, str] | None:
 
 def canonical(text: str) -> str:
     """One spelling of a formula: without spaces that mean nothing, braces around single characters and \\text{}."""
+    text = re.sub(r"\\\{\s*\\\}|\\varnothing", r"\\emptyset", text)
+    text = re.sub(r",\s+(?=[0-9]{3}(?![0-9]))", ";", text)  # "1, 234" is not 1,234
     text = re.sub(r"\\(?:text|mbox|mathrm|textbf|mathbf|rm)\s*\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"(\\[a-zA-Z]+)\s+(?![a-zA-Z])", r"\1", text)
     text = re.sub(r"(?<!\\)\s+", " ", text)
+    text = re.sub(r"(?<=[0-9]) (?=[a-zA-Z])", "", text)
     text = re.sub(r"(?<![a-zA-Z0-9]) | (?![a-zA-Z0-9])", "", text)
     return re.sub(r"(?<=[\^_])\{([a-zA-Z0-9])\}", r"\1", text)

@@ -2,7 +2,7 @@
 
 A worker is a plain subprocess spoken to in lines of JSON. Unlike a `multiprocessing` worker it may be started from any
 process or thread (daemonic ones, too), imports nothing of the program's main module, and what it answers cannot be
-anything but text. One that hangs, dies or eats memory is killed and the next item gets a fresh one.
+anything but text. POSIX only. One that hangs, dies or eats memory is killed and the next item gets a fresh one.
 """
 
 from __future__ import annotations
@@ -33,19 +33,21 @@ class Worker:
 
     def __init__(self) -> None:
         path = [os.path.abspath(entry) for entry in sys.path if isinstance(entry, str)]
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _START, json.dumps(path), str(MEMORY_MB)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            bufsize=0,
-        )
+        command = [sys.executable, "-P", "-c", _START, json.dumps(path), str(MEMORY_MB)]
+        pipe = subprocess.PIPE
+        try:
+            self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, bufsize=0)
+        except OSError as error:  # out of memory, processes or file descriptors
+            raise Unscorable(f"a worker of the math verifier could not be started: {error}") from error
         self.buffer = b""
         try:
             hello = self._line(START_SECONDS)
         except (TimeoutError, EOFError) as error:
             self.kill()
             raise Unscorable(f"a worker of the math verifier did not start: {error}") from error
+        except BaseException:
+            self.kill()
+            raise
         if hello != {"ready": True}:
             self.kill()
             raise RewardError(f"the math verifier cannot start a worker: {hello.get('failed', hello)}")
@@ -215,5 +217,7 @@ def serve() -> None:
             outcome = compare(item["answer"], item["reference"])
         except MemoryError:
             outcome = "memory"
+        except Exception as error:
+            outcome = f"{type(error).__name__}: {error}"
         signal.setitimer(signal.ITIMER_REAL, 0)
         reply({"outcome": outcome})
