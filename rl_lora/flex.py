@@ -68,7 +68,7 @@ def mask_mod(end: Tensor, positions: Tensor, window: int | None) -> MaskMod:
         return (k <= q) & (q < end[k])
 
     def seen_in_window(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return (k <= q) & (q < end[k]) & (positions[q] - positions[k] < window)
+        return seen(b, h, q, k) & (positions[q] - positions[k] < (window or 0))
 
     return seen if window is None else seen_in_window
 
@@ -137,9 +137,9 @@ def _prove(query: Tensor, key: Tensor, value: Tensor, options: Options, own: Att
         grad = given.pop()
         results = []
         for attention in (attend, own):
-            inputs = [x.detach().requires_grad_(differentiated) for x in given]
+            q, k, v = inputs = [x.detach().requires_grad_(differentiated) for x in given]
             with torch.inference_mode(False), torch.set_grad_enabled(differentiated):
-                out = attention(tree, *inputs, options)
+                out = attention(tree, q, k, v, options)
                 gradients = torch.autograd.grad(out, inputs, grad) if differentiated else ()
             results.append((out, *gradients))
         for what, fused, plain in zip(("output", "dq", "dk", "dv"), *results, strict=False):
