@@ -21,7 +21,8 @@ class ModelConfig:
     name: str = DEFAULT_MODEL
     """`smollm2-135m` (embedded: no account, no hub), a local folder, or a Hugging Face hub id."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the base and of the activations; auto: bfloat16 where the device multiplies it natively. Adapters: float32."""
+    """Of the base and of the activations; auto: bfloat16 where the device multiplies it fast, which on a CPU is timed,
+    else float32. Adapters: float32."""
     stop_tokens: list[str] = field(default_factory=list)
     """Tokens that end a reply, beside the model's own; for base models that never learned to stop."""
     trust_remote_code: bool = False

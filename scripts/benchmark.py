@@ -51,6 +51,8 @@ class BenchmarkConfig:
     """Interpreter of the environment that holds trl, peft and transformers."""
     vllm_python: str = ".venv-vllm/bin/python"
     """Interpreter of the environment that holds vllm."""
+    peer_dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the peers' base and activations; by default that of ours."""
     rounds: int = 3
     """Times that each side is measured, after one for warming up."""
     rank: int = 1
@@ -106,11 +108,11 @@ def python_of(config: BenchmarkConfig, peer: str) -> str:
     return config.vllm_python if peer == "vllm" else config.peer_python
 
 
-def peers_of(config: BenchmarkConfig, names: list[str], setup: Figures) -> Peers:
+def peers_of(bench: Bench, config: BenchmarkConfig, names: list[str], setup: Figures) -> Peers:
     """Those of the chosen peers that these are."""
     common = {
         "model": str(models.resolve_model(config.model.name)),
-        "dtype": config.model.dtype if config.model.dtype != "auto" else "bfloat16",
+        "dtype": config.peer_dtype or str(bench.policy.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
     }
     return Peers({name: python_of(config, name) for name in names}, common | setup)
@@ -122,7 +124,7 @@ def measure_rollouts(bench: Bench, case: Shape, config: BenchmarkConfig, bandwid
     costs = bench.rollout_costs(prompts, case)
     job = {"job": "generate", "prompts": prompts, "n": case.n, "max_tokens": case.tokens, "temperature": 1.0}
     rounds: dict[str, list[Figures]] = {}
-    with peers_of(config, [p for p in config.peer if p != "trl"], {"max_rows": 256}) as peers:
+    with peers_of(bench, config, [p for p in config.peer if p != "trl"], {"max_rows": 256}) as peers:
         for i in range(config.rounds + 1):
             bench.fresh()
             peak = bench.peak()
@@ -156,7 +158,7 @@ def measure_steps(bench: Bench, case: Shape, config: BenchmarkConfig) -> Figures
     rounds: dict[str, list[Figures]] = {}
     bench.fresh()
     learner = Learner(bench.policy, LearnerConfig())
-    with peers_of(config, [p for p in config.peer if p == "trl"], bench.trl_setup(case, problems)) as peers:
+    with peers_of(bench, config, [p for p in config.peer if p == "trl"], bench.trl_setup(case, problems)) as peers:
         for i in range(n_steps):
             measured = bench.step(learner, problems[i * case.prompts : (i + 1) * case.prompts], case, i)
             answers = {name: peer.ask({"job": "step"}) for name, peer in peers.items()}
