@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 
 from rl_lora.chat import Chat
-from rl_lora.config import RolloutConfig
+from rl_lora.config import EpisodeConfig
 from rl_lora.sampler import Completion, Request, Sampler
 from rl_lora.types import Episode, Group, Stop, Turn
 
@@ -96,7 +96,7 @@ class RolloutWorker:
         make_env: MakeEnv,
         sampler: Sampler,
         chat: Chat,
-        config: RolloutConfig,
+        config: EpisodeConfig,
         *,
         context_length: int = 1 << 30,
         versions: Callable[[str], int] = lambda adapter: 0,
