@@ -27,7 +27,7 @@ from rl_lora.candidates import BASE, differences, is_unfinished, named, step_of
 from rl_lora.config import EvaluateConfig
 from rl_lora.environment import held_out
 from rl_lora.evaluation import compared, pairs, row
-from rl_lora.evaluation_table import table
+from rl_lora.evaluation_table import show
 from rl_lora.metrics import Record
 from rl_lora.native_sampler import NativeSampler
 from rl_lora.policy import Policy
@@ -137,7 +137,7 @@ def evaluate(config: EvaluateConfig) -> Record:
         partial = out / "results.json.partial"
         partial.write_text(json.dumps(results, indent=1) + "\n")
         partial.replace(out / "results.json")
-    console.print(table(results))
+    show(console, results)
     console.print(savings(config, results, len(problems), decoding), markup=False)
     console.print(f"results  {out / 'results.json'}\nsamples  {out / 'samples.jsonl'}", markup=False)
     return results

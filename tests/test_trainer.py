@@ -33,7 +33,7 @@ from rl_lora.config import (
     TrainConfig,
 )
 from rl_lora.environment import held_out
-from rl_lora.evaluate import evaluate
+from rl_lora.evaluation import evaluate_adapters
 from rl_lora.learner import SamplerLearnerMismatch
 from rl_lora.native_sampler import NativeSampler, _Drawing
 from rl_lora.policy import Policy
@@ -51,7 +51,7 @@ TRAIN = """
     groups_replaced layers_recomputed tokens_learned sampler_learner_kl ratio_max loss entropy clip_fraction grad_norm
     seconds/rollout seconds/learn rollout_tokens_per_second learn_tokens_per_second
 """.split()  # noqa: SIM905
-EVAL = ["episodes", "accuracy_low", "accuracy_high", "seconds/evaluate"]
+EVAL = ["episodes", "accuracy_low", "accuracy_high", "format", "seconds/evaluate"]
 
 
 @pytest.fixture(scope="module")
@@ -353,10 +353,10 @@ def test_the_evaluation_before_training_is_the_bases(whole: Path, model: Path) -
     policy = Policy.load(str(model), dtype="float32")
     make_env, seeds = held_out(config.env, None, config.eval.episodes)
     worker = RolloutWorker(make_env, NativeSampler(policy), policy.chat, config.rollout)
-    (evaluation,) = evaluate(worker, seeds, [None])
+    (evaluation,) = evaluate_adapters(worker, seeds, [None])
     record = metrics(whole, "eval")[0]
     assert {name: record[name] for name in evaluation.record} == evaluation.record
-    assert [sample["replies"] for sample in problems(whole)] == [s["replies"] for s in evaluation.samples()]
+    assert [sample["completions"] for sample in problems(whole)] == [s["completions"] for s in evaluation.samples()]
 
 
 def test_a_run_learns_and_its_control_with_shuffled_rewards_does_not(model: Path, tmp_path: Path) -> None:
