@@ -209,7 +209,7 @@ def _evaluation_headline(base: Record | None, best: Record | None, measure: str)
         figures.append(
             {
                 "label": "difference to the base",
-                "value": f"{100 * difference['value']:+.1f} points",
+                "value": f"{signed(difference['value'])} points",
                 "detail": ", ".join(filter(None, [interval, p_value(difference.get("p"))])),
             }
         )
@@ -225,14 +225,14 @@ def figure(label: str, record: Record, measure: str, note: str = "") -> dict[str
 
 
 def _table(rows: Sequence[Record]) -> dict[str, Any]:
-    """The results, without the columns that no row has a number for; each cell with what it is sorted by."""
+    """The results, without the columns that no row has something for; each cell with what it is sorted by."""
     columns: dict[str, tuple[Callable[[Record], Any], Callable[[Any], str]]] = {
         "row": (_at("name"), str),
         "step": (_at("step"), "{:,}".format),
         "accuracy": (_at("accuracy"), percent),
         "95 %": (_both(_at("accuracy_low"), _at("accuracy_high")), lambda v: f"{100 * v[0]:.1f} to {100 * v[1]:.1f}"),
-        "to base": (_at("difference", "value"), lambda v: f"{100 * v:+.1f}"),
-        "95 % of it": (_both(_at("difference", "low"), _at("difference", "high")), lambda v: points(*v)),
+        "to base": (_at("difference", "value"), signed),
+        "its 95 %": (_both(_at("difference", "low"), _at("difference", "high")), lambda v: points(*v)),
         "p": (_at("difference", "p"), _small),
     }
     for field, name in (("pass", "pass"), ("majority", "maj")):
@@ -248,7 +248,8 @@ def _table(rows: Sequence[Record]) -> dict[str, Any]:
         "samples": (_at("n_samples"), "{:,}".format),
     }
     values = {name: [value(row) for row in rows] for name, (value, _) in columns.items()}
-    kept = [name for name, column in values.items() if any(value is not None for value in column)]
+    known = {name: [value for value in column if value is not None] for name, column in values.items()}
+    kept = [name for name, column in known.items() if any(column) or (column and name != "unscorable")]
     cells = [
         [("–", None) if (v := values[name][i]) is None else (columns[name][1](v), _sorted_by(v)) for name in kept]
         for i in range(len(rows))
@@ -293,9 +294,9 @@ def _matrix(names: Sequence[str], pairs: Sequence[Sequence[Record | None]] | Non
             detail = ", ".join(filter(None, [points(pair.get("low"), pair.get("high")), p_value(p)]))
             matrix[-1].append(
                 {
-                    "text": f"{100 * difference:+.1f}",
+                    "text": signed(difference),
                     "p": "" if p is None else _small(p),
-                    "detail": f"{names[i]} minus {names[j]}: {100 * difference:+.1f} points, {detail}",
+                    "detail": f"{names[i]} minus {names[j]}: {signed(difference)} points, {detail}",
                     "sign": f"{'up' if difference > 0 else 'down'}{sure}" if sure else "",
                 }
             )
@@ -338,9 +339,14 @@ def number(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"
 
 
+def signed(difference: float) -> str:
+    """In points of accuracy; no minus before a zero."""
+    return f"{round(100 * difference, 1) + 0.0:+.1f}"
+
+
 def points(low: float | None, high: float | None) -> str:
     """An interval of a difference, in points of accuracy."""
-    return "" if low is None or high is None else f"{100 * low:+.1f} to {100 * high:+.1f}"
+    return "" if low is None or high is None else f"{signed(low)} to {signed(high)}"
 
 
 def p_value(p: float | None) -> str:

@@ -110,8 +110,8 @@ def training_page(run_dir: str | Path) -> str:
     parts = sorted({name for record in train for name in record if name.startswith("parts/")})
     drawn = CHARTS | {"Outcome": [*CHARTS["Outcome"], *_parts(parts)]}
     charts = {title: [_chart(d, train, evals) for d in section] for title, section in drawn.items()}
-    ends = {"before training": evals[0], f"after step {evals[-1]['step']}": evals[-1]} if evals else {}
-    names = list(ends)[: len(evals)]
+    ends = {f"step {record['step']}": record for record in (evals[0], evals[-1])} if evals else {}
+    names = list(ends)
     samples = (
         sample | {"adapter": name}
         for name in names
@@ -148,12 +148,13 @@ def _parts(names: Sequence[str]) -> list[Drawn]:
 
 
 def _chart(drawn: Drawn, train: Sequence[Record], evals: Sequence[Record]) -> Chart:
-    """Lines without any number are left out."""
+    """Lines without any number are left out, and those of what never happened."""
     series = []
     for name, path in drawn.lines.items():
         kind, _, field = path.partition("/")
         points = [point(record["step"], record, field) for record in (train if kind == "train" else evals)]
-        if any(value is not None for _, value, *_ in points):
+        known = [value for _, value, *_ in points if value is not None]
+        if any(known) or (known and field not in ("clip_fraction", "unscorable")):
             series.append({"name": name, "points": points})
     chart = {"title": drawn.title, "note": drawn.note, "unit": drawn.unit}
     return chart | {"kind": "line", "x": "step", "series": series, "reference": None}
@@ -175,7 +176,10 @@ def _headline(train: Sequence[Record], evals: Sequence[Record]) -> list[dict[str
     measure = "accuracy" if any(record.get("accuracy") is not None for record in evals) else "reward"
     known = [record for record in evals if record.get(measure) is not None]
     if known:
-        ends = [("before training", known[0]), (f"after step {known[-1]['step']}", known[-1])][: len(known)]
-        return [figure(f"held-out {measure}, {when}", record, measure) for when, record in ends]
+        ends = {record["step"]: record for record in (known[0], known[-1])}
+        return [
+            figure(f"held-out {measure}, {f'step {step}' if step else 'before training'}", record, measure)
+            for step, record in ends.items()
+        ]
     known = [record for record in train if record.get("reward") is not None]
     return [figure(f"sampled reward, step {r['step']}", r, "reward") for r in (known[0], known[-1])] if known else []

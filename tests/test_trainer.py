@@ -129,7 +129,8 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, config: TrainConfig, method: str,
 def test_a_run_leaves_its_config_metrics_checkpoints_adapter_evaluations_curve_and_summary(whole: Path) -> None:
     there = {path.name for path in whole.iterdir()}
     assert there == {
-        *("config.yaml", "metrics.jsonl", "checkpoints", "adapter", "evals", "reward.png", "summary.json", "trackers"),
+        *("config.yaml", "metrics.jsonl", "checkpoints", "adapter", "evals", "reward.png", "report.html", "summary.json"),
+        "trackers",
     }
     assert (whole / "reward.png").read_bytes().startswith(b"\x89PNG")
     assert list(whole.glob("trackers/**/events.out.tfevents.*"))
@@ -254,6 +255,7 @@ def test_resuming_a_finished_run_shows_its_summary_and_loads_no_model(
     assert "4 steps in" in shown
     assert "before  accuracy" in shown
     assert str(whole / "reward.png") in shown
+    assert str(whole / "report.html") in shown
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
 
 

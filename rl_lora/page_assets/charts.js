@@ -46,14 +46,15 @@ const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
 function ticks(low, high, n, whole = false) {
   const raw = (high - low || 1) / n;
   const power = 10 ** Math.floor(Math.log10(raw));
-  let step = power * [1, 2, 5, 10].find((factor) => factor * power >= raw * 0.999);
-  if (whole) step = Math.max(1, step);
+  let step = power * [1, 2, 2.5, 5, 10].find((factor) => factor * power >= raw * 0.999);
+  if (whole) step = Math.max(1, Math.ceil(step));
   const first = Math.floor(low / step + 1e-9), last = Math.ceil(high / step - 1e-9);
   return Array.from({ length: last - first + 1 }, (_, i) => Number(((first + i) * step).toPrecision(12)));
 }
 
 function tickText(value, unit) {
   if (unit === "percent") return `${Number((100 * value).toPrecision(6))} %`;
+  if (value && Math.abs(value) < 1e-4) return String(Number(value.toPrecision(3)));
   return Math.abs(value) >= 1e4 ? value.toLocaleString("en", { notation: "compact" }) : value.toLocaleString("en", { maximumFractionDigits: 6 });
 }
 
@@ -136,7 +137,7 @@ function drawLines(figure, chart, tooltip) {
     root.append(svg("line", { class: "grid", x1: left, x2: right, y1: Y(value), y2: Y(value) }));
     root.append(svg("text", { x: left - 8, y: Y(value) + 4, "text-anchor": "end" }, labels[i]));
   });
-  const marks = logarithmic ? xs : ticks(from, to, Math.max(2, Math.floor((right - left) / 90)), true).filter((x) => x >= from && x <= to);
+  const marks = logarithmic || xs.length <= 6 ? xs : ticks(from, to, Math.max(2, Math.floor((right - left) / 90)), true).filter((x) => x >= from && x <= to);
   for (const x of marks) root.append(svg("text", { x: X(x), y: bottom + 18, "text-anchor": "middle" }, tickText(x)));
   root.append(svg("text", { x: right, y: bottom + 34, "text-anchor": "end" }, chart.x));
 
@@ -204,7 +205,7 @@ function legend(chart, lines, groups) {
 function drawRows(figure, chart, tooltip) {
   const width = figure.clientWidth, narrow = width < 560;
   const longest = Math.max(...chart.series.map((row) => row.name.length));
-  const left = narrow ? 8 : Math.min(7.2 * longest + 16, width * 0.36), right = width - 72;
+  const left = narrow ? 8 : Math.min(7.4 * longest + 18, width * 0.36), right = width - 72;
   const rowHeight = narrow ? 46 : 30, top = 4, bottom = top + rowHeight * chart.series.length, height = bottom + 24;
   const values = valueTicks(chart, Math.max(2, Math.floor((right - left) / 110)));
   const X = (x) => left + ((x - values[0]) / (values.at(-1) - values[0])) * (right - left);

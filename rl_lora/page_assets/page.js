@@ -105,9 +105,9 @@ function details(sample, verdictToo) {
   const parts = [
     verdictToo ? el("span", { className: `verdict ${kind}` }, words) : null,
     sample.truncated ? el("span", { className: "flag" }, "cut off") : null,
-    sample.answer === undefined ? null : `answer ${sample.answer}`,
+    sample.answer === undefined ? null : `answer ${sample.answer.length > 60 ? `${sample.answer.slice(0, 59)}…` : sample.answer}`,
     judged && sample.reward !== undefined ? `reward ${format(sample.reward)}` : null,
-    ...Object.entries(sample.parts ?? {}).map(([name, value]) => `${name} ${format(value)}`),
+    ...(Object.keys(sample.parts ?? {}).length > 1 ? Object.entries(sample.parts) : []).map(([name, value]) => `${name} ${format(value)}`),
     sample.tokens === undefined ? null : `${sample.tokens} tokens`,
   ].filter((part) => part !== null);
   return parts.flatMap((part, i) => (i ? [" · ", part] : [part]));
