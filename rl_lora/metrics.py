@@ -72,16 +72,19 @@ def summarize_groups(groups: Sequence[Group]) -> Record:
 
 
 def summarize_updates(updates: Sequence[StepStats]) -> Record:
-    """The optimizer steps of one training step: sums of counts, the first `sampler_learner_kl`, means of the rest."""
+    """The optimizer steps of one training step: sums of counts, the first `sampler_learner_kl`, the adapter's norms
+    after the last, means of the rest."""
     record: Record = {
         "version": updates[-1].version,
+        "A_norm": updates[-1].A_norm,
+        "B_norm": updates[-1].B_norm,
         "learning_rate": updates[-1].learning_rate,
         "layers_recomputed": max(stats.n_layers_recomputed for stats in updates),
         "tokens_learned": sum(stats.n_tokens_learned for stats in updates),
         "sampler_learner_kl": next((s.sampler_learner_kl for s in updates if s.sampler_learner_kl is not None), None),
         "ratio_max": max((stats.ratio_max for stats in updates if stats.ratio_max is not None), default=None),
     }
-    for name in ("loss", "entropy", "clip_fraction", "grad_norm"):
+    for name in ("loss", "entropy", "clip_fraction", "grad_norm", "step_norm"):
         record[name] = mean([value for stats in updates if (value := getattr(stats, name)) is not None])
     return record
 

@@ -1,4 +1,4 @@
-"""What a run shows, and what it leaves to look at: progress, samples, the summary, `reward.png`.
+"""What a run shows, and what it leaves to look at: progress, samples, the summary, `reward.png`, `report.html`.
 
 The training reads back only whether it is finished. Without a terminal the same lines come, without the bar.
 """
@@ -33,7 +33,9 @@ from rl_lora.checkpoint import Checkpoints
 from rl_lora.config import EvaluateConfig, TrainConfig, flatten
 from rl_lora.evaluation import Evaluation
 from rl_lora.metrics import MetricsFile, Record
+from rl_lora.page import write
 from rl_lora.policy import Policy
+from rl_lora.training_page import training_page
 from rl_lora.types import Group
 
 N_TRANSCRIPTS = 3
@@ -176,7 +178,7 @@ class RunReport:
                 path.unlink()
 
     def finish(self, config: TrainConfig, metrics: MetricsFile, checkpoints: Checkpoints) -> None:
-        """Write summary.json and reward.png."""
+        """Write summary.json, reward.png and report.html."""
         evals, train = metrics.read("eval"), metrics.read("train")
         best, adapter = checkpoints.best(), str(self.run_dir / "adapter")
         summary: dict[str, Any] = {
@@ -194,6 +196,7 @@ class RunReport:
             "next": shlex.join([_python(), "scripts/evaluate.py", *_flags(config), "--adapters", adapter]),
         }
         plot_rewards(train, evals, self.run_dir / "reward.png")
+        write(training_page(self.run_dir), self.run_dir / "report.html")
         partial = self.run_dir / "summary.json.partial"
         partial.write_text(json.dumps(summary, indent=1) + "\n")
         partial.replace(self.run_dir / "summary.json")
@@ -227,6 +230,7 @@ class RunReport:
         lines = [f"\nadapter       {summary['adapter']}  (PEFT format)"]
         if summary["best_checkpoint"]:
             lines.append(f"best held out {summary['best_checkpoint']}  ({summary['best_score']:.3f})")
+        lines.append(f"report        {self.run_dir / 'report.html'}")
         lines.append(f"curve         {self.run_dir / 'reward.png'}")
         lines.append(f"all numbers   {self.run_dir / 'metrics.jsonl'}")
         lines.append(f"next          {summary['next']}\n")

@@ -49,6 +49,7 @@ ALWAYS = """
 TRAIN = """
     reward_std groups_without_signal groups_solved completion_tokens tokens_per_episode_max version learning_rate
     groups_replaced layers_recomputed tokens_learned sampler_learner_kl ratio_max loss entropy clip_fraction grad_norm
+    step_norm A_norm B_norm
     seconds/rollout seconds/learn rollout_tokens_per_second learn_tokens_per_second
 """.split()  # noqa: SIM905
 EVAL = ["episodes", "accuracy_low", "accuracy_high", "format", "seconds/evaluate"]
@@ -128,7 +129,8 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, config: TrainConfig, method: str,
 def test_a_run_leaves_its_config_metrics_checkpoints_adapter_evaluations_curve_and_summary(whole: Path) -> None:
     there = {path.name for path in whole.iterdir()}
     assert there == {
-        *("config.yaml", "metrics.jsonl", "checkpoints", "adapter", "evals", "reward.png", "summary.json", "trackers"),
+        *("config.yaml", "metrics.jsonl", "checkpoints", "adapter", "evals", "reward.png", "report.html", "summary.json"),
+        "trackers",
     }
     assert (whole / "reward.png").read_bytes().startswith(b"\x89PNG")
     assert list(whole.glob("trackers/**/events.out.tfevents.*"))
@@ -253,6 +255,7 @@ def test_resuming_a_finished_run_shows_its_summary_and_loads_no_model(
     assert "4 steps in" in shown
     assert "before  accuracy" in shown
     assert str(whole / "reward.png") in shown
+    assert str(whole / "report.html") in shown
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
 
 
