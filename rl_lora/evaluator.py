@@ -7,6 +7,7 @@ figures are `evaluation.py`'s, the file of samples `samples.py`'s, and the table
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import math
 import time
@@ -30,6 +31,7 @@ from rl_lora.evaluation import compared, pairs, row
 from rl_lora.evaluation_table import show
 from rl_lora.metrics import Record
 from rl_lora.native_sampler import NativeSampler
+from rl_lora.page import evaluation_page, write
 from rl_lora.policy import Policy
 from rl_lora.preflight import check_model, check_prompts
 from rl_lora.rollout import MakeEnv, Plays, RolloutWorker, env_id
@@ -137,9 +139,13 @@ def evaluate(config: EvaluateConfig) -> Record:
         partial = out / "results.json.partial"
         partial.write_text(json.dumps(results, indent=1) + "\n")
         partial.replace(out / "results.json")
+    write(evaluation_page(results, itertools.chain(*rows)), out / "report.html")
     show(console, results)
     console.print(savings(config, results, len(problems), decoding), markup=False)
-    console.print(f"results  {out / 'results.json'}\nsamples  {out / 'samples.jsonl'}", markup=False)
+    console.print(
+        f"results  {out / 'results.json'}\nsamples  {out / 'samples.jsonl'}\nreport   {out / 'report.html'}",
+        markup=False,
+    )
     return results
 
 

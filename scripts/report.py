@@ -35,7 +35,6 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="runs/NAME, or an evaluation's folder")
     folders = parser.parse_args().folders
 
-
     def work() -> None:
         for folder in folders:
             report(folder)
