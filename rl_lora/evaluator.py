@@ -122,6 +122,7 @@ def evaluate(config: EvaluateConfig) -> Record:
             there = f"{len(store.samples)} of {len(wanted)} samples are in {store.path}"
             console.print(f"stopped; {there}, and the same command goes on from there", markup=False)
             raise
+        seconds = time.perf_counter() - start
         rows = [store.row(name) for name in names]
         results = results_of(config, folders, rows) | {
             "hashes": {
@@ -130,7 +131,7 @@ def evaluate(config: EvaluateConfig) -> Record:
                 "adapters": hashes,
             },
             "settings": settings,
-            "seconds": time.perf_counter() - start,
+            "seconds": seconds,
             "seconds_loading": seconds_loading,
             "n_drawn": len(wanted) - store.n_found,
             "n_found": store.n_found,
