@@ -72,8 +72,9 @@ def run(config: BenchmarkConfig) -> dict[str, Any]:
     console = Console(highlight=False, soft_wrap=True)
     console.print(table(rounds))
     console.print(
-        f"{config.adapters} adapters and the base, {config.limit} problems: together {figures['ratio_seconds']:.2f} times "
-        f"faster, {figures['ratio_seconds_sampling']:.2f} times without loading (medians of {config.rounds} rounds)\n"
+        f"{config.adapters} adapters and the base, {config.limit} problems: together {figures['ratio_seconds']:.2f} "
+        f"times faster, {figures['ratio_seconds_sampling']:.2f} times without loading "
+        f"(medians of {config.rounds} rounds)\n"
         f"{samples['equal']} of {samples['all']} samples are the same, {samples['verdicts']} have the same verdict\n"
         f"figures  {out / 'figures.json'}"
     )
