@@ -55,9 +55,7 @@ def held_out(config: EnvConfig, env_kwargs: dict[str, Any] | None, episodes: int
     """
     if episodes == 0:
         return environment(config), []
-    env = environment(config)()
-    takes_split = "split" in inspect.signature(type(env.unwrapped).__init__).parameters
-    env.close()
+    takes_split = _takes_split(config)
     make = environment(config, **{**({"split": "eval"} if takes_split else {}), **(env_kwargs or {})})
     start = 0 if takes_split else UNSPLIT_OFFSET
     env = make()
@@ -74,3 +72,17 @@ def held_out(config: EnvConfig, env_kwargs: dict[str, Any] | None, episodes: int
     hidden = len(seed_of) == 1 and n_problems is None
     env.close()
     return make, list(range(start, start + episodes)) if hidden else list(seed_of.values())
+
+
+def _takes_split(config: EnvConfig) -> bool:
+    """Whether the environment has sides. One of them may be empty: data that are for evaluation only."""
+    try:
+        env = environment(config)()
+    except ValueError as error:
+        try:
+            environment(config, split="eval")
+        except ValueError:
+            raise error from None
+        return True
+    env.close()
+    return "split" in inspect.signature(type(env.unwrapped).__init__).parameters

@@ -94,6 +94,18 @@ def test_a_file_of_its_own_is_evaluated_on(tmp_path: Path) -> None:
     assert sorted(questions(make_env, seeds)) == sorted(f"eval {i}" for i in range(20))
 
 
+def test_data_that_are_for_evaluation_only_can_be_evaluated_and_all_of_them(tmp_path: Path) -> None:
+    rows = [{"question": f"{i}?", "answer": i} for i in range(20)]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = EnvConfig("rl_lora/Math-v0", {"eval_path": str(tmp_path / "test.jsonl"), "template": "{question}"})
+    make_env, seeds = held_out(config, None, None)
+    assert sorted(questions(make_env, seeds)) == sorted(f"{i}?" for i in range(20))
+    with pytest.raises(ValueError, match="no problems for split 'train'"):
+        environment(config)
+    with pytest.raises(ValueError, match="name a dataset"):
+        held_out(EnvConfig("rl_lora/Math-v0"), None, 4)
+
+
 def test_an_environment_without_a_split_is_evaluated_far_from_the_training_seeds() -> None:
     config = EnvConfig("tests/Unsplit-v0")
     _, seeds = held_out(config, None, 16)
