@@ -52,6 +52,20 @@ class Problem:
     hash: str
 
 
+@dataclass(frozen=True)
+class Asked:
+    """The samples of one problem under one model, which is one adapter (None: the base) with these weights."""
+
+    adapter: str | None
+    weights: str
+    sampling_hash: str
+    problem: Problem
+
+    def key(self, k: int) -> Key:
+        """What sample number k is known by: `samples.IDENTITY`."""
+        return self.weights, self.sampling_hash, self.problem.hash, k
+
+
 @dataclass
 class Decoding:
     """How full the batches were."""
@@ -93,7 +107,8 @@ def evaluate(config: EvaluateConfig) -> Record:
     notes = [note for folder in folders.values() for note in differences(folder, config)]
     make_env, seeds = held_out(config.env, config.env_kwargs, config.limit)
     problems = problems_of(make_env, seeds)
-    check_prompts(make_env, seeds, *_limits(config))
+    chat, context_length = check_model(config.model)
+    check_prompts(make_env, seeds, chat, config, context_length)
 
     start = time.perf_counter()
     with console.status(Text(f"loading {config.model.name} ...")):
@@ -103,30 +118,29 @@ def evaluate(config: EvaluateConfig) -> Record:
     settings = sampling_settings(config, policy, make_env)
     for note in notes:
         console.print(note, style="yellow", markup=False)
-    sampling_hash = content_hash(settings)
-    wanted: dict[Key, list[str]] = {}
-    for batch in batches(problems, len(set(hashes.values())) * config.n, config.max_rows):
-        for name in names:
-            for problem in batch:
-                for k in range(config.n):
-                    wanted.setdefault((hashes[name], sampling_hash, problem.hash, k), []).append(name)
+    plan = planned(config, problems, hashes, content_hash(settings))
+    rows_of = {weights: [name for name in names if hashes[name] == weights] for weights in hashes.values()}
+    wanted = {asked.key(k): rows_of[asked.weights] for batch in plan for asked in batch for k in range(config.n)}
+    sampler = NativeSampler(policy, config.max_rows, max_cache_gib=config.max_cache_gib, check_every=config.check_every)
+    worker = RolloutWorker(make_env, sampler, policy.chat, config, context_length=policy.context_length)
+    decoding = Decoding(1 if policy.not_shared else sampler.check_every)
     out = Path(config.out)
     with SampleStore(out, wanted, config.resume) as store:
         for stale in ("results.json", "report.html"):
             (out / stale).unlink(missing_ok=True)
-        decoding = Decoding(1 if policy.not_shared else NativeSampler(policy).check_every)
         start = time.perf_counter()
         try:
-            sample_missing(config, policy, make_env, problems, hashes, sampling_hash, store, decoding, console)
+            draw_missing(config, worker, plan, store, decoding, console)
         except BaseException:
             there = f"{len(store.samples)} of {len(wanted)} samples are in {store.path}"
             console.print(f"stopped; {there}, and the same command goes on from there", markup=False)
             raise
+        worker.close()
         seconds = time.perf_counter() - start
         rows = [store.row(name) for name in names]
         results = results_of(config, folders, rows) | {
             "hashes": {
-                "sampling": sampling_hash,
+                "sampling": content_hash(settings),
                 "problems": content_hash([problem.hash for problem in problems]),
                 "adapters": hashes,
             },
@@ -225,63 +239,65 @@ def sampling_settings(config: EvaluateConfig, policy: Policy, make_env: MakeEnv)
     }
 
 
-def batches(problems: Sequence[Problem], rows_of_a_problem: int, max_rows: int) -> list[list[Problem]]:
-    """Equal shares of the problems, each of about AHEAD * max_rows rows: the same ones when an evaluation goes on."""
-    n = max(1, round(len(problems) * rows_of_a_problem / (AHEAD * max_rows)))
-    return [[problems[i] for i in part] for part in np.array_split(np.arange(len(problems)), n) if len(part)]
+def planned(
+    config: EvaluateConfig, problems: Sequence[Problem], hashes: dict[str, str], sampling_hash: str
+) -> list[list[Asked]]:
+    """Batches of equal shares of the problems, each under every model: the same ones when an evaluation goes on, so
+    that it comes to the same in any arithmetic. A batch has about AHEAD * max_rows rows; adapters with the same weights
+    are one model."""
+    models = {weights: None if name == BASE else name for name, weights in reversed(hashes.items())}
+    order = dict.fromkeys(hashes.values())
+    n_batches = max(1, round(len(problems) * len(models) * config.n / (AHEAD * config.max_rows)))
+    return [
+        [Asked(models[weights], weights, sampling_hash, problems[i]) for weights in order for i in part]
+        for part in np.array_split(np.arange(len(problems)), n_batches)
+        if len(part)
+    ]
 
 
-def sample_missing(
+def draw_missing(
     config: EvaluateConfig,
-    policy: Policy,
-    make_env: MakeEnv,
-    problems: Sequence[Problem],
-    hashes: dict[str, str],
-    sampling_hash: str,
+    worker: RolloutWorker,
+    plan: Sequence[Sequence[Asked]],
     store: SampleStore,
     decoding: Decoding,
     console: Console,
 ) -> None:
-    """Draw what is not in the store, batch by batch; adapters with the same weights are one model."""
-    adapter_of = {weights: None if name == BASE else name for name, weights in reversed(hashes.items())}
-    models = list(dict.fromkeys(hashes.values()))
-    sampler = NativeSampler(policy, config.max_rows, max_cache_gib=config.max_cache_gib, check_every=config.check_every)
-    decoding.tokens_a_look = 1 if policy.not_shared else sampler.check_every
-    worker = RolloutWorker(make_env, sampler, policy.chat, config, context_length=policy.context_length)
-    limit = config.max_tokens
+    """Draw what is not in the store, batch by batch."""
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("sampling", total=(len(store.wanted) - store.n_found) * limit)
+        task = progress.add_task("sampling", total=(len(store.wanted) - store.n_found) * config.max_tokens)
 
         def on_token(n_tokens: int) -> None:
             decoding(n_tokens)
             progress.advance(task, n_tokens)
 
-        for batch in batches(problems, len(models) * config.n, config.max_rows):
-            asked: list[tuple[str, Problem, int]] = []
-            for weights in models:
-                for problem in batch:
-                    keys = [(weights, sampling_hash, problem.hash, k) for k in range(config.n)]
-                    there = next((k for k, key in enumerate(keys) if key not in store.samples), config.n)
-                    if there < config.n:
-                        asked.append((weights, problem, there))
-            if not asked:
+        for batch in plan:
+            missing: list[tuple[Asked, int]] = []
+            for asked in batch:
+                first = next((k for k in range(config.n) if asked.key(k) not in store.samples), config.n)
+                if first < config.n:
+                    missing.append((asked, first))
+            if not missing:
                 continue
-            plays = [Plays(adapter_of[w], problem.seed, config.n - first, first) for w, problem, first in asked]
-            episodes = worker.play(plays, random_seed=(config.seed,), temperature=config.temperature, on_token=on_token)
+            played = worker.play(
+                [Plays(asked.adapter, asked.problem.seed, config.n - first, first) for asked, first in missing],
+                random_seed=(config.seed,),
+                temperature=config.temperature,
+                on_token=on_token,
+            )
             store.append(
                 sample_of(
                     episode,
                     first + i,
-                    problem=problem.hash,
-                    reference=problem.reference,
-                    adapter_hash=weights,
-                    sampling_hash=sampling_hash,
+                    problem=asked.problem.hash,
+                    reference=asked.problem.reference,
+                    adapter_hash=asked.weights,
+                    sampling_hash=asked.sampling_hash,
                 )
-                for (weights, problem, first), of_problem in zip(asked, episodes, strict=True)
-                for i, episode in enumerate(of_problem)
+                for (asked, first), episodes in zip(missing, played, strict=True)
+                for i, episode in enumerate(episodes)
             )
-            progress.update(task, completed=(len(store.samples) - store.n_found) * limit)
-    worker.close()
+            progress.update(task, completed=(len(store.samples) - store.n_found) * config.max_tokens)
 
 
 def results_of(config: EvaluateConfig, folders: dict[str, Path], rows: Sequence[list[dict[str, Any]]]) -> Record:
@@ -313,8 +329,3 @@ def savings(config: EvaluateConfig, results: Record, n_problems: int, decoding: 
             alone = min(config.max_rows, n_problems * config.n)
             text += f"; {decoding.rows:.0f} rows a forward pass on average, where one adapter alone has {alone} at most"
     return text
-
-
-def _limits(config: EvaluateConfig) -> tuple[Any, EvaluateConfig, int]:
-    chat, context = check_model(config.model)
-    return chat, config, context

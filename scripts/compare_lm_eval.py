@@ -21,12 +21,18 @@ import yaml
 from rich.console import Console
 
 import envs  # noqa: F401  registers the environments
-from rl_lora.candidates import BASE, adapter_in
-from rl_lora.config import EnvConfig, EvaluateConfig, ModelConfig
-from rl_lora.evaluator import evaluate
+from rl_lora.adapter_io import load_adapter
+from rl_lora.candidates import adapter_in
+from rl_lora.config import EnvConfig, EpisodeConfig, ModelConfig
+from rl_lora.environment import held_out
+from rl_lora.evaluation import evaluate_adapters
+from rl_lora.evaluator import problems_of
 from rl_lora.metrics import Record
 from rl_lora.models import load_tokenizer, resolve_model
-from rl_lora.samples import Sample, read_samples
+from rl_lora.native_sampler import NativeSampler
+from rl_lora.policy import Policy
+from rl_lora.rollout import RolloutWorker
+from rl_lora.samples import Sample
 from scripts.command import main as command
 
 TASK = "rl_lora_gsm8k"
@@ -54,7 +60,7 @@ class CompareConfig:
     lm_eval_python: str = ".venv-lm-eval/bin/python"
     """Interpreter of the environment that holds lm-eval, peft and transformers."""
     out: str = "lm_eval_comparison"
-    """Folder for what both wrote, and comparison.json."""
+    """Folder for what the harness is told and says, and comparison.json."""
 
 
 def run(config: CompareConfig) -> Record:
@@ -63,23 +69,8 @@ def run(config: CompareConfig) -> Record:
         raise ValueError(f"{config.lm_eval_python} is not there: run `make lm-eval`, or name its interpreter")
     console, out = Console(highlight=False, soft_wrap=True), Path(config.out)
     adapter = str(adapter_in(Path(config.adapter))) if config.adapter else ""
-    kwargs = {
-        "eval_path": config.path,
-        "template": "Question: {question}\nAnswer:",
-        "reward": {"math": {"extract": "last_number"}},
-    }
-    evaluate(
-        EvaluateConfig(
-            adapters=[adapter] if adapter else [],
-            model=config.model,
-            env=EnvConfig("rl_lora/Math-v0", kwargs),
-            limit=config.limit,
-            max_tokens=config.max_tokens,
-            max_rows=config.max_rows,
-            out=str(out / "rl_lora"),
-        )
-    )
-    samples = [s for s in read_samples(out / "rl_lora" / "samples.jsonl") if (s["adapter"] == BASE) == (not adapter)]
+    out.mkdir(parents=True, exist_ok=True)
+    samples = evaluated(config, adapter)
     theirs = lm_eval(config, adapter, samples)
     rows = [compared(sample, theirs[sample["observations"][0]]) for sample in samples]
     same = [row for row in rows if row["ours"] == row["theirs"]]
@@ -99,6 +90,25 @@ def run(config: CompareConfig) -> Record:
             console.print(described(row), markup=False)
     (out / "comparison.json").write_text(json.dumps(summary | {"rows": rows}, indent=1) + "\n")
     return summary
+
+
+def evaluated(config: CompareConfig, adapter: str) -> list[Sample]:
+    """What we say of the problems."""
+    kwargs = {
+        "eval_path": config.path,
+        "template": "Question: {question}\nAnswer:",
+        "reward": {"math": {"extract": "last_number"}},
+    }
+    make_env, seeds = held_out(EnvConfig("rl_lora/Math-v0", kwargs), None, config.limit)
+    references = {problem.seed: problem.reference for problem in problems_of(make_env, seeds)}
+    policy = Policy.from_config(config.model, "cpu")
+    name = load_adapter(adapter, policy.bank, "compared").name if adapter else None
+    limits = EpisodeConfig(max_tokens=config.max_tokens)
+    sampler = NativeSampler(policy, config.max_rows)
+    worker = RolloutWorker(make_env, sampler, policy.chat, limits, context_length=policy.context_length)
+    (evaluation,) = evaluate_adapters(worker, seeds, [name])
+    worker.close()
+    return [sample | {"reference": references[sample["seed"]]} for sample in evaluation.samples()]
 
 
 def lm_eval(config: CompareConfig, adapter: str, samples: list[Sample]) -> dict[str, Record]:
