@@ -129,7 +129,16 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, config: TrainConfig, method: str,
 def test_a_run_leaves_its_config_metrics_checkpoints_adapter_evaluations_curve_and_summary(whole: Path) -> None:
     there = {path.name for path in whole.iterdir()}
     assert there == {
-        *("config.yaml", "metrics.jsonl", "checkpoints", "adapter", "evals", "reward.png", "report.html", "summary.json"),
+        *(
+            "config.yaml",
+            "metrics.jsonl",
+            "checkpoints",
+            "adapter",
+            "evals",
+            "reward.png",
+            "report.html",
+            "summary.json",
+        ),
         "trackers",
     }
     assert (whole / "reward.png").read_bytes().startswith(b"\x89PNG")
