@@ -211,6 +211,7 @@ def test_text_is_searched_in_prompts_references_and_replies_and_pages_hold_every
         }
         expected = [seed for seed, words in written.items() if text.lower() in words.lower()]
         assert expected
+        page.locator("#problems article", has_text=f"seed {expected[0]}").wait_for()  # typing is waited for
         page.locator(".count", has_text=re.compile(f"^{len(expected)} of ")).wait_for()
         assert seeds_shown(page) == expected[:20]
 
