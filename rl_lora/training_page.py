@@ -40,7 +40,6 @@ CHARTS = {
         ),
     ],
     "Learning": [
-        Drawn("Loss", "number", {"loss": "train/loss"}, "Mean over the tokens that were learned from."),
         Drawn(
             "Sampler against learner",
             "number",
@@ -58,6 +57,7 @@ CHARTS = {
         Drawn("Step norm", "number", {"step": "train/step_norm"}, "How far a step moved A and B."),
         Drawn("Adapter norms", "number", {"A": "train/A_norm", "B": "train/B_norm"}, "Of all layers."),
         Drawn("Clipped", "percent", {"clipped": "train/clip_fraction"}, "Tokens whose ratio was clipped."),
+        Drawn("Loss", "number", {"loss": "train/loss"}, "Mean over the tokens that were learned from."),
     ],
     "Episodes": [
         Drawn(

@@ -6,7 +6,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # also when the package is not installed
 
@@ -24,10 +26,20 @@ def report(folder: Path) -> None:
         results = json.loads(evaluation.read_text())
         if results.get("kind") != "evaluation":
             raise ValueError(f"{evaluation} is not of an evaluation, or of an older one: evaluate again")
-        write(evaluation_page(results, lines(folder / "samples.jsonl")), page)
+        write(evaluation_page(results, samples_by_row(results, lines(folder / "samples.jsonl"))), page)
     else:
         write(training_page(folder), page)
     print(page)
+
+
+def samples_by_row(results: dict[str, Any], samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The samples under the names that the rows have now: rows with the same weights share theirs."""
+    rows_of: dict[str, list[str]] = {}
+    for name, weights in results["hashes"]["adapters"].items():
+        rows_of.setdefault(weights, []).append(name)
+    for sample in samples:
+        for name in rows_of[sample["adapter_hash"]]:
+            yield sample | {"adapter": name}
 
 
 def main() -> None:

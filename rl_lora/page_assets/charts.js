@@ -173,7 +173,7 @@ function drawLines(figure, chart, tooltip) {
   const show = (i) => {
     const here = at.flatMap((points, series) => (points.has(xs[i]) ? [{ point: points.get(xs[i]), series }] : []));
     here.sort((a, b) => b.point[1] - a.point[1]);
-    const rows = here.map(({ point, series }) => ({ series, text: `${lines.length > 1 ? `${lines[series].name}  ` : ""}${formatPoint(point, chart.unit)}` }));
+    const rows = here.map(({ point, series }) => ({ series, text: `${lines.length > 1 || chart.reference ? `${lines[series].name}  ` : ""}${formatPoint(point, chart.unit)}` }));
     if (chart.reference) rows.push({ series: null, text: `${chart.reference.name}  ${formatPoint(chart.reference.point, chart.unit)}` });
     for (const [name, value] of Object.entries({ x1: X(xs[i]), x2: X(xs[i]), visibility: "visible" })) guide.setAttribute(name, value);
     tooltip.show(X(xs[i]), root.getBoundingClientRect().top - figure.getBoundingClientRect().top + 4, `${chart.x} ${format(xs[i])}`, rows);

@@ -108,7 +108,7 @@ function details(sample, verdictToo) {
     sample.answer === undefined ? null : `answer ${sample.answer.length > 60 ? `${sample.answer.slice(0, 59)}…` : sample.answer}`,
     judged && sample.reward !== undefined ? `reward ${format(sample.reward)}` : null,
     ...(Object.keys(sample.parts ?? {}).length > 1 ? Object.entries(sample.parts) : []).map(([name, value]) => `${name} ${format(value)}`),
-    sample.tokens === undefined ? null : `${sample.tokens} tokens`,
+    sample.tokens === undefined ? null : `${sample.tokens}\u00a0tokens`,
   ].filter((part) => part !== null);
   return parts.flatMap((part, i) => (i ? [" · ", part] : [part]));
 }
@@ -138,7 +138,7 @@ function answer(names, samples, other) {
     distinct.set(key, { sample, times: (distinct.get(key)?.times ?? 0) + 1 });
   }
   const several = samples.length > 1;
-  const who = el("div", { className: "who" }, el("b", {}, names.join(", ")), el("span", { className: "verdict" }, words));
+  const who = el("div", { className: "who" }, el("b", {}, ...names.flatMap((name, i) => [i ? ", " : "", el("span", {}, name)])), el("span", { className: "verdict" }, words));
   if (!several) {
     const [first, ...rest] = details(samples[0], false);
     if (first !== undefined) who.append(" · ", first, ...rest);
