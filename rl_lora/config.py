@@ -54,20 +54,11 @@ class EnvConfig:
 
 
 @dataclass
-class RolloutConfig:
-    """How episodes are sampled."""
+class EpisodeConfig:
+    """How episodes are played, in training and in evaluation."""
 
-    prompts_per_step: int = 16
-    """Groups a step: different problems."""
-    group_size: int = 8
-    """Episodes of one problem. The group's mean reward is the baseline."""
-    max_replaced: int = 0
-    """Groups a step, at most, that are replaced by groups of other problems because their rewards are all the same,
-    which teaches nothing (dynamic sampling: DAPO, arXiv:2503.14476). A replacement may be replaced in turn."""
     max_tokens: int = 16
     """Limit of one reply; longer ones are cut off and counted as truncated."""
-    temperature: float = 1.0
-    """Of sampling, and of the log-probabilities that are learned."""
     system_prompt: str | None = None
     """First message of every conversation."""
     max_turns: int = 16
@@ -80,6 +71,21 @@ class RolloutConfig:
     check_every: int | None = None
     """Tokens between looks at which completions have ended. By default 8 on a GPU, which has to wait for a look, and 1
     elsewhere."""
+
+
+@dataclass
+class RolloutConfig(EpisodeConfig):
+    """How episodes are sampled."""
+
+    prompts_per_step: int = 16
+    """Groups a step: different problems."""
+    group_size: int = 8
+    """Episodes of one problem. The group's mean reward is the baseline."""
+    max_replaced: int = 0
+    """Groups a step, at most, that are replaced by groups of other problems because their rewards are all the same,
+    which teaches nothing (dynamic sampling: DAPO, arXiv:2503.14476). A replacement may be replaced in turn."""
+    temperature: float = 1.0
+    """Of sampling, and of the log-probabilities that are learned."""
 
 
 @dataclass
@@ -175,6 +181,36 @@ class TrainConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+
+
+@dataclass
+class EvaluateConfig(EpisodeConfig):
+    """Evaluate LoRA adapters, and the bare base, on held-out problems: one base, all adapters in the same batches."""
+
+    adapters: list[str] = field(default_factory=list)
+    """Adapter folders (PEFT format), checkpoints, or run folders: the final adapter, or else the last checkpoint's."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    env: EnvConfig = field(default_factory=EnvConfig)
+    env_kwargs: dict[str, Any] | None = None
+    """Arguments of the environment that differ in evaluation. Where it takes a split, {split: eval} is added."""
+    limit: int | None = 256
+    """Held-out problems, the first ones; null: all that the environment has."""
+    n: int = 1
+    """Samples of each problem and adapter."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    k: list[int] = field(default_factory=list)
+    """pass@k and maj@k to compute, such as 1,4,16, none above n. By default 1, 2, 4, ... and n."""
+    against: str | None = None
+    """A row, as the table names it, that all others are compared with, beside the base."""
+    seed: int = 0
+    """Of sampling, and of the permutations of the tests."""
+    out: str = "evaluation"
+    """Folder for results.json, samples.jsonl and report.html. Samples that it holds and that are asked for again are
+    not drawn again; samples that are not asked for are kept in earlier.jsonl."""
+    resume: bool = True
+    """false: draw everything again. Needed where a reward function of your own has changed: its code is not looked
+    at."""
 
 
 MAY_DIFFER = {

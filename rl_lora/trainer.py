@@ -23,7 +23,7 @@ from rl_lora.checkpoint import Checkpoints, random_state
 from rl_lora.config import TrainConfig, advantage_of, flatten
 from rl_lora.demonstrations import Demonstrations
 from rl_lora.environment import environment, held_out
-from rl_lora.evaluate import Evaluation, evaluate
+from rl_lora.evaluation import Evaluation, evaluate_adapters
 from rl_lora.learner import Learner
 from rl_lora.metrics import MetricsFile, Record, Stopwatch, summarize_groups, summarize_updates, with_speed
 from rl_lora.native_sampler import NativeSampler
@@ -192,7 +192,7 @@ class Trainer:
             return
         seconds = Stopwatch()
         with seconds("evaluate"):
-            (share,) = evaluate(
+            (share,) = evaluate_adapters(
                 self.eval_worker,
                 self.eval_seeds[self.rank :: self.world],
                 [ADAPTER],
@@ -201,8 +201,8 @@ class Trainer:
                 on_token=self.report.evaluating,
             )
             place = {seed: i for i, seed in enumerate(self.eval_seeds)}
-            groups = sorted(gather_object(list(share.groups)), key=lambda group: place[group.seed])
-        evaluation = Evaluation(ADAPTER, tuple(groups))
+            problems = sorted(gather_object(list(share.problems)), key=lambda episodes: place[episodes[0].seed])
+        evaluation = Evaluation(ADAPTER, tuple(problems))
         self.scores[self.step] = evaluation.score
         record = evaluation.record | {"seconds/evaluate": seconds.seconds["evaluate"]}
         if self.accelerator.is_main_process:
