@@ -63,6 +63,13 @@ class RolloutConfig:
     max_replaced: int = 0
     """Groups a step, at most, that are replaced by groups of other problems because their rewards are all the same,
     which teaches nothing (dynamic sampling: DAPO, arXiv:2503.14476). A replacement may be replaced in turn."""
+    curriculum: Literal["none", "success_rate"] = "none"
+    """none: the problems in their order. success_rate: more of those that succeed about half of the time, for an
+    environment with a finite list of problems; see `rl_lora/curriculum.py`."""
+    curriculum_explore: float = 0.5
+    """success_rate: this share of a step's problems, at least, are those not played for longest, untried ones first."""
+    curriculum_half_life: float = 20.0
+    """success_rate: steps after which what came of a problem counts half."""
     max_tokens: int = 16
     """Limit of one reply; longer ones are cut off and counted as truncated."""
     temperature: float = 1.0
@@ -203,6 +210,13 @@ def validate(config: TrainConfig) -> None:
         ("rollout.prompts_per_step", c.rollout.prompts_per_step, c.rollout.prompts_per_step >= 1, ">= 1"),
         ("rollout.group_size", c.rollout.group_size, c.rollout.group_size >= 1, ">= 1"),
         ("rollout.max_replaced", c.rollout.max_replaced, c.rollout.max_replaced >= 0, ">= 0"),
+        (
+            "rollout.curriculum_explore",
+            c.rollout.curriculum_explore,
+            0 <= c.rollout.curriculum_explore <= 1,
+            "in [0, 1]",
+        ),
+        ("rollout.curriculum_half_life", c.rollout.curriculum_half_life, c.rollout.curriculum_half_life > 0, "> 0"),
         ("rollout.max_tokens", c.rollout.max_tokens, c.rollout.max_tokens >= 1, ">= 1"),
         (
             "rollout.temperature",
@@ -260,6 +274,8 @@ def validate(config: TrainConfig) -> None:
             wrong.append(f"learner.advantage must be none for demonstrations, got {c.learner.advantage}")
         if c.shuffle_rewards:
             wrong.append("shuffle_rewards has no meaning for demonstrations: they carry no rewards")
+        if c.rollout.curriculum != "none":
+            wrong.append("rollout.curriculum must be none for demonstrations: they neither succeed nor fail")
     elif c.rollout.group_size == 1 and advantage_of(c.learner) != "none":
         wrong.append(
             f"rollout.group_size must be >= 2, got 1: with the {advantage_of(c.learner)} advantage a group of one has "
