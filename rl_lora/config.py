@@ -72,6 +72,14 @@ class RolloutConfig:
     """success_rate: steps after which what came of a problem counts half."""
     max_tokens: int = 16
     """Limit of one reply; longer ones are cut off and counted as truncated."""
+    overlong_tokens: int = 0
+    """A reply that comes so near to max_tokens, in tokens, is punished: from 0 at that distance down to -1 at the limit
+    (soft over-long punishment: DAPO, arXiv:2503.14476); 0: none. The reward part `overlong`."""
+    overlong_weight: float = 1.0
+    """Of that punishment in the reward; 0 only reports it."""
+    brevity_weight: float | None = None
+    """Weight of the reward part `brevity`: 0.5 for the shortest episode of a group down to -0.5 for the longest, never
+    above 0 for an unsolved one (Kimi k1.5, arXiv:2501.12599). 0 only reports it; null: none."""
     temperature: float = 1.0
     """Of sampling, and of the log-probabilities that are learned."""
     system_prompt: str | None = None
@@ -218,6 +226,20 @@ def validate(config: TrainConfig) -> None:
         ),
         ("rollout.curriculum_half_life", c.rollout.curriculum_half_life, c.rollout.curriculum_half_life > 0, "> 0"),
         ("rollout.max_tokens", c.rollout.max_tokens, c.rollout.max_tokens >= 1, ">= 1"),
+        (
+            "rollout.overlong_tokens",
+            c.rollout.overlong_tokens,
+            0 <= c.rollout.overlong_tokens <= c.rollout.max_tokens,
+            f">= 0 and <= rollout.max_tokens={c.rollout.max_tokens}",
+        ),
+        *[
+            (f"rollout.{name}", weight, 0 <= weight < math.inf, ">= 0")
+            for name, weight in (
+                ("overlong_weight", c.rollout.overlong_weight),
+                ("brevity_weight", c.rollout.brevity_weight),
+            )
+            if weight is not None
+        ],
         (
             "rollout.temperature",
             c.rollout.temperature,

@@ -18,6 +18,7 @@ import gymnasium as gym
 from rl_lora.chat import Chat
 from rl_lora.config import RolloutConfig
 from rl_lora.sampler import Completion, Request, Sampler
+from rl_lora.shaping import shaped
 from rl_lora.types import Episode, Group, Stop, Turn
 
 MakeEnv = Callable[[], gym.Env[str, str]]
@@ -135,7 +136,7 @@ class RolloutWorker:
             return request(play, 1) if play.stop is None else None
 
         self.sampler.generate([request(plays[0], len(plays)) for plays in same], on_token, follow)
-        return [self._group(group) for group in groups]
+        return [shaped(self._group(group), self.config) for group in groups]
 
     def close(self) -> None:
         """Close the environments."""
