@@ -123,44 +123,71 @@ class MathEnv(FiniteEnv):
             raise ValueError(f"dataset must be one of {', '.join(PRESETS)}, got {dataset!r}; of others give the path")
         if few_shot < 0 or (limit is not None and limit < 1):
             raise ValueError(f"few_shot must be >= 0 and limit >= 1, got {few_shot} and {limit}")
-        preset = PRESETS.get(dataset or "", Preset(None, None))
-        demonstration = preset.demonstration if demonstration is None else demonstration
-        columns = (question_column, answer_column)
-        train = _items(Side(path, "train") if path else preset.train, columns)
-        held_out = _items(Side(eval_path, "test") if eval_path else preset.eval, columns)
-        if eval_path is None and path is not None:
-            held_out = ()  # data of one's own are not evaluated on somebody else's
-        if train and not held_out:
-            train, held_out = _divided(train, float(eval_fraction))
-        elif not allow_overlap and (n := len({normalized(i.question) for i in train} & _questions(held_out))):
-            raise ValueError(
-                f"{n} training problems are among those of evaluation (normalised text): what would be measured has "
-                "been trained on; remove them, or set allow_overlap=True"
-            )
-        if few_shot > len(train):
-            raise ValueError(f"few_shot={few_shot} needs as many training problems; there are {len(train)}")
-        if few_shot and demonstration is None:
-            raise ValueError("few_shot needs a demonstration: a template of the solved problem's reply")
-        side = train[few_shot:] if split == "train" else held_out
-        if not side:
-            raise ValueError(
-                f"there are no problems for split {split!r}; give {'path' if split == 'train' else 'eval_path'}"
-            )
-        asked = _filled(template, "template", side, answers=False)
-        shown = [None] * len(side) if demonstration is None else _filled(demonstration, "demonstration", side)
-        before = ""
-        if few_shot and demonstration is not None:
-            examples = train[:few_shot]
-            pairs = zip(
-                _filled(template, "template", examples, answers=False),
-                _filled(demonstration, "demonstration", examples),
-                strict=True,
-            )
-            before = "".join(f"{question}\n{solution}\n\n" for question, solution in pairs)
-        self.problems = tuple(
-            Problem(before + question, item.reference, solution)
-            for question, item, solution in zip(asked, side, shown, strict=True)
+        self.problems = _problems(
+            dataset,
+            path,
+            eval_path,
+            float(eval_fraction),
+            (question_column, answer_column),
+            template,
+            demonstration,
+            few_shot,
+            split,
+            allow_overlap,
         )[:limit]
+
+
+@functools.lru_cache(maxsize=8)
+def _problems(
+    dataset: str | None,
+    path: str | None,
+    eval_path: str | None,
+    eval_fraction: float,
+    columns: tuple[str | None, str | None],
+    template: str,
+    demonstration: str | None,
+    few_shot: int,
+    split: str,
+    allow_overlap: bool,
+) -> tuple[Problem, ...]:
+    """What `MathEnv` asks, made once for all of its copies: a rollout plays hundreds of them."""
+    preset = PRESETS.get(dataset or "", Preset(None, None))
+    demonstration = preset.demonstration if demonstration is None else demonstration
+    train = _items(Side(path, "train") if path else preset.train, columns)
+    held_out = _items(Side(eval_path, "test") if eval_path else preset.eval, columns)
+    if eval_path is None and path is not None:
+        held_out = ()  # data of one's own are not evaluated on somebody else's
+    if train and not held_out:
+        train, held_out = _divided(train, eval_fraction)
+    elif not allow_overlap and (n := len({normalized(i.question) for i in train} & _questions(held_out))):
+        raise ValueError(
+            f"{n} training problems are among those of evaluation (normalised text): what would be measured has "
+            "been trained on; remove them, or set allow_overlap=True"
+        )
+    if few_shot > len(train):
+        raise ValueError(f"few_shot={few_shot} needs as many training problems; there are {len(train)}")
+    if few_shot and demonstration is None:
+        raise ValueError("few_shot needs a demonstration: a template of the solved problem's reply")
+    side = train[few_shot:] if split == "train" else held_out
+    if not side:
+        raise ValueError(
+            f"there are no problems for split {split!r}; give {'path' if split == 'train' else 'eval_path'}"
+        )
+    asked = _filled(template, "template", side, answers=False)
+    shown = [None] * len(side) if demonstration is None else _filled(demonstration, "demonstration", side)
+    before = ""
+    if few_shot and demonstration is not None:
+        examples = train[:few_shot]
+        pairs = zip(
+            _filled(template, "template", examples, answers=False),
+            _filled(demonstration, "demonstration", examples),
+            strict=True,
+        )
+        before = "".join(f"{question}\n{solution}\n\n" for question, solution in pairs)
+    return tuple(
+        Problem(before + question, item.reference, solution)
+        for question, item, solution in zip(asked, side, shown, strict=True)
+    )
 
 
 def normalized(question: str) -> str:

@@ -67,7 +67,19 @@ def math_match(
     if verdict.outcome is Outcome.UNSCORABLE:
         raise Unscorable(verdict.reason)
     correct = verdict.outcome is Outcome.CORRECT
-    return Score(float(correct), {"answered": float(verdict.outcome is not Outcome.NO_ANSWER)}, success=correct)
+    parts = {"answered": float(verdict.outcome is not Outcome.NO_ANSWER)}
+    return Score(float(correct), parts, correct, None if verdict.answer is None else spelling(verdict.answer))
+
+
+def spelling(answer: str) -> str:
+    """One text for answers that are the same at sight: plain numbers by their value (of units only % is kept: a unit
+    that is left out is no other answer), choices by their letter, names in lower case, formulas without what only
+    changes their looks. Formulas are not computed: 2x and x + x remain two answers."""
+    text = clean(answer[:MAX_ANSWER_CHARS])
+    number = quantity(text)
+    if number is not None:
+        return f"{number.value}{'%' if number.unit == '%' else ''}"
+    return choice(text) or words(text) or canonical(text)
 
 
 def verify(

@@ -73,7 +73,7 @@ class NativeSampler:
             self._check(request)
         # Neighbours carry the same adapter, and prompts of one batch have similar lengths.
         order = sorted(range(len(requests)), key=lambda i: (requests[i].adapter or "", len(requests[i].prompt_ids)))
-        jobs = [_Job(requests[i], [(i, k) for k in range(requests[i].n)]) for i in order]
+        jobs = [_Job(requests[i], [(i, k) for k in range(requests[i].n)], requests[i].first) for i in order]
         results: dict[tuple[int, int], Completion] = {}
 
         def finish(job: _Job, place: int, completion: Completion) -> _Job | None:
@@ -112,7 +112,7 @@ class _Job:
     request: Request
     of: list[tuple[int, int]]
     first: int = 0
-    """Completions of the same request that other jobs draw before: the uniforms go on behind theirs."""
+    """Completions of the same seed that are drawn elsewhere: the uniforms go on behind theirs."""
 
     def split(self, n: int) -> list[_Job]:
         """Jobs of at most n completions."""

@@ -63,6 +63,9 @@ class Episode:
     success: bool | None = None
     reward_parts: dict[str, float] = field(default_factory=dict)
     observations: tuple[str, ...] = ()
+    answer: str | None = None
+    """What the environment took for the answer, in one spelling, so that equal answers are equal texts; None where it
+    found none, or reports none."""
 
     @property
     def n_tokens(self) -> int:

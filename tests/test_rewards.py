@@ -265,8 +265,8 @@ def test_a_weighted_sum_reports_unweighted_parts_and_the_first_verdict() -> None
         }
     )
     result = score(reward, "85", 85)
-    assert result == Score(0.75, {"length": 0.5, "numeric": 1.0, "format": 0.0}, success=True)
-    assert score(reward, "the 85", 86) == Score(0.0, {"length": 0.0, "numeric": 0.0, "format": 1.0}, success=False)
+    assert result == Score(0.75, {"length": 0.5, "numeric": 1.0, "format": 0.0}, True, "85")
+    assert score(reward, "the 85", 86) == Score(0.0, {"length": 0.0, "numeric": 0.0, "format": 1.0}, False, "85")
 
 
 def test_options_reach_a_built_in() -> None:
