@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from envs.finite import FiniteEnv
 from envs.jsonl import Row
 from envs.prompts import as_text
-from envs.records import read_records
+from envs.records import is_file, read_records
 from envs.split import check_fraction, check_split, split_of
 from envs.text import Problem, fill, placeholders
 from rewards import RewardSpec
@@ -245,6 +246,11 @@ def _items(side: Side | None, templates: Templates) -> tuple[Item, ...]:
             templates.columns, (QUESTION_COLUMNS, ANSWER_COLUMNS), ("question", "answer"), strict=True
         )
     )
+    if not is_file(side.data):  # nobody can mend a row of somebody else's data set
+        whole = [row for row in rows if all(_there(row.columns.get(c)) for c in (question, answer))]
+        if n := len(rows) - len(whole):
+            warnings.warn(f"{side.data}: {n} rows without question or answer left out", stacklevel=2)
+        rows = whole
     read = [_texts(row, question, answer, f"{side.data}, row {row.line}") for row in rows]
     asked = _filled(templates.template, "template", read, answers=False)
     solution = templates.demonstration
@@ -255,6 +261,10 @@ def _items(side: Side | None, templates: Templates) -> tuple[Item, ...]:
         Item(columns["question"], Problem(text, row.columns[answer], reply))
         for row, columns, text, reply in zip(rows, read, asked, shown, strict=True)
     )
+
+
+def _there(value: object) -> bool:
+    return value is not None and bool(str(value).strip())
 
 
 def _column(row: Row, named: str | None, usual: Sequence[str], what: str) -> str:
@@ -273,7 +283,7 @@ def _texts(row: Row, question_column: str, answer_column: str, where: str) -> di
     question, reference = row.columns.get(question_column), row.columns.get(answer_column)
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"{where}: {question_column!r} must be a text, got {question!r}")
-    if reference is None or (isinstance(reference, str) and not reference.strip()):
+    if not _there(reference):
         raise ValueError(f"{where}: {answer_column!r} is empty")
     columns = {name.lower(): as_text(value) for name, value in row.columns.items()}
     return columns | {"question": question.strip(), "answer": as_text(reference)}

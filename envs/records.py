@@ -21,10 +21,16 @@ def read_records(data: str, split: str = "train", name: str | None = None) -> tu
         ValueError: no such file or data set, a row that cannot be read, a library that is missing.
     """
     path = Path(data).expanduser()
-    if path.suffix in FILES or path.is_file():
+    if is_file(data):
         source = locate(data)
         return _read_parquet(source) if path.suffix == ".parquet" else read_rows(source)
     return _read_datasets(str(path) if path.is_dir() else data, split, name)
+
+
+def is_file(data: str) -> bool:
+    """Whether `data` means a file, there or not, and nothing that the library `datasets` knows."""
+    path = Path(data).expanduser()
+    return path.suffix in FILES or path.is_file()
 
 
 @functools.lru_cache(maxsize=8)

@@ -23,7 +23,10 @@ class ModelConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the base and of the activations; auto: bfloat16 where the device multiplies it natively. Adapters: float32."""
     stop_tokens: list[str] = field(default_factory=list)
-    """Tokens that end a reply, beside the model's own; for base models that never learned to stop."""
+    """Tokens that end a reply, beside the model's own, and all that contain their text; for base models that never
+    learned to stop, e.g. the empty line behind few-shot examples: ["\\n\\n"]."""
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """What the model's chat template takes besides the messages, e.g. --model.template_kwargs.enable_thinking false."""
     trust_remote_code: bool = False
     """Run code that comes with a model. Off, whatever the model says."""
 

@@ -39,6 +39,7 @@ from rl_lora.types import Group
 N_TRANSCRIPTS = 3
 EVALUATE_FLAGS = {
     **{name: name for name in ("model.name", "model.dtype", "model.stop_tokens", "model.trust_remote_code")},
+    "model.template_kwargs": "model.template_kwargs",
     **{name: name for name in ("env.id", "env.kwargs")},
     **{f"rollout.{name}": name for name in ("max_tokens", "max_turns", "system_prompt")},
     **{f"eval.{name}": name for name in ("env_kwargs", "episodes", "temperature")},

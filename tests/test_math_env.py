@@ -189,6 +189,15 @@ def test_a_folder_is_read_by_datasets(kind: str, tmp_path: Path, monkeypatch: py
         assert problems(held_out) == {f"What is {i} and 2?" for i in range(10, 16)}
 
 
+def test_rows_of_a_data_set_without_question_or_answer_are_left_out_and_counted(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    holes = [{"question": " ", "answer": 1}, {"question": "?", "answer": None}]
+    datasets.Dataset.from_list([*holes, {"question": "0?", "answer": 0}]).save_to_disk(tmp_path)
+    with pytest.warns(UserWarning, match="2 rows without question or answer left out"):
+        env = MathEnv(path=str(tmp_path), eval_fraction=0, template="{question}")
+    assert problems(env) == {"0?"}
+
+
 def test_a_data_set_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
