@@ -9,6 +9,8 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
+from rewards.math_words import digits
+
 MAX_DIGITS = 1000
 """A number with more digits than this is not read."""
 MAX_EXPONENT = 1000
@@ -100,7 +102,7 @@ def clean(text: str) -> str:
     text = _SIZING.sub("", _FRACTION_COMMAND.sub(r"\\frac", text))
     text = _OVER.sub(r"\\frac{\1\3}{\2\4}", text)
     text = re.sub(r"\s*\{\s*,\s*\}\s*", ",", text).replace(r"\lbrace", r"\{").replace(r"\rbrace", r"\}")
-    return _strip_delimiters(text)
+    return digits(_strip_delimiters(text))
 
 
 def _strip_delimiters(text: str) -> str:
