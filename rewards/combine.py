@@ -22,8 +22,8 @@ class WeightedSum:
     """A reward function: value = sum of weight * part.
 
     `parts` of its score hold each part's own value, before its weight; what a part itself reports is kept as
-    "part/name". Verdict and answer are those of the first part that has a verdict. One unscorable part, whatever its weight, leaves
-    the whole completion unscorable: a verdict that is missing must not look like one.
+    "part/name". Verdict and answer are those of the first part that has a verdict. One unscorable part, whatever its
+    weight, leaves the whole completion unscorable: a verdict that is missing must not look like one.
     """
 
     parts: tuple[Part, ...]

@@ -56,7 +56,27 @@ class EnvConfig:
 
 
 @dataclass
-class RolloutConfig:
+class EpisodeConfig:
+    """How episodes are played, in training and in evaluation."""
+
+    max_tokens: int = 16
+    """Limit of one reply; longer ones are cut off and counted as truncated."""
+    system_prompt: str | None = None
+    """First message of every conversation."""
+    max_turns: int = 16
+    """Replies of an episode, at most."""
+    max_rows: int = 256
+    """Completions that are decoded at a time: less takes less memory."""
+    max_cache_gib: float | None = None
+    """GiB of keys and values of the completions under way and of their prompts; fewer are decoded at a time where they
+    would take more. By default half of the memory that is free."""
+    check_every: int | None = None
+    """Tokens between looks at which completions have ended. By default 8 on a GPU, which has to wait for a look, and 1
+    elsewhere."""
+
+
+@dataclass
+class RolloutConfig(EpisodeConfig):
     """How episodes are sampled."""
 
     prompts_per_step: int = 16
@@ -73,8 +93,6 @@ class RolloutConfig:
     """success_rate: this share of a step's problems, at least, are those not played for longest, untried ones first."""
     curriculum_half_life: float = 20.0
     """success_rate: steps after which what came of a problem counts half."""
-    max_tokens: int = 16
-    """Limit of one reply; longer ones are cut off and counted as truncated."""
     overlong_tokens: int = 0
     """A reply that comes so near to max_tokens, in tokens, is punished: from 0 at that distance down to -1 at the limit
     (soft over-long punishment: DAPO, arXiv:2503.14476); 0: none. The reward part `overlong`."""
@@ -85,18 +103,6 @@ class RolloutConfig:
     above 0 for an unsolved one (Kimi k1.5, arXiv:2501.12599). 0 only reports it; null: none."""
     temperature: float = 1.0
     """Of sampling, and of the log-probabilities that are learned."""
-    system_prompt: str | None = None
-    """First message of every conversation."""
-    max_turns: int = 16
-    """Replies of an episode, at most."""
-    max_rows: int = 256
-    """Completions that are decoded at a time: less takes less memory."""
-    max_cache_gib: float | None = None
-    """GiB of keys and values of the completions under way and of their prompts; fewer are decoded at a time where they
-    would take more. By default half of the memory that is free."""
-    check_every: int | None = None
-    """Tokens between looks at which completions have ended. By default 8 on a GPU, which has to wait for a look, and 1
-    elsewhere."""
 
 
 @dataclass
@@ -192,6 +198,36 @@ class TrainConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+
+
+@dataclass
+class EvaluateConfig(EpisodeConfig):
+    """Evaluate LoRA adapters, and the bare base, on held-out problems: one base, all adapters in the same batches."""
+
+    adapters: list[str] = field(default_factory=list)
+    """Adapter folders (PEFT format), checkpoints, or run folders: the final adapter, or else the last checkpoint's."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    env: EnvConfig = field(default_factory=EnvConfig)
+    env_kwargs: dict[str, Any] | None = None
+    """Arguments of the environment that differ in evaluation. Where it takes a split, {split: eval} is added."""
+    limit: int | None = 256
+    """Held-out problems, the first ones; null: all that the environment has."""
+    n: int = 1
+    """Samples of each problem and adapter."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    k: list[int] = field(default_factory=list)
+    """pass@k and maj@k to compute, such as 1,4,16, none above n. By default 1, 2, 4, ... and n."""
+    against: str | None = None
+    """A row, as the table names it, that all others are compared with, beside the base."""
+    seed: int = 0
+    """Of sampling, and of the permutations of the tests."""
+    out: str = "evaluation"
+    """Folder for results.json, samples.jsonl and report.html. Samples that it holds and that are asked for again are
+    not drawn again; samples that are not asked for are kept in earlier.jsonl."""
+    resume: bool = True
+    """false: draw everything again. Needed where a reward function of your own has changed: its code is not looked
+    at."""
 
 
 MAY_DIFFER = {
@@ -301,6 +337,8 @@ def validate(config: TrainConfig) -> None:
             wrong.append("shuffle_rewards has no meaning for demonstrations: they carry no rewards")
         if c.rollout.curriculum != "none":
             wrong.append("rollout.curriculum must be none for demonstrations: they neither succeed nor fail")
+        if c.rollout.overlong_tokens or c.rollout.brevity_weight is not None:
+            wrong.append("rollout.overlong_tokens and brevity_weight have no meaning for demonstrations")
     elif c.rollout.group_size == 1 and advantage_of(c.learner) != "none":
         wrong.append(
             f"rollout.group_size must be >= 2, got 1: with the {advantage_of(c.learner)} advantage a group of one has "

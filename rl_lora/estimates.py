@@ -40,7 +40,7 @@ def majority_at_k(answers: Sequence[Hashable | None], right: Sequence[float], k:
     n = len(answers)
     _check_k(n, k)
     votes = Counter(answer for answer in answers if answer is not None)
-    worth: Counter[Hashable] = Counter()
+    worth: dict[Hashable, float] = dict.fromkeys(votes, 0.0)
     for answer, value in zip(answers, right, strict=True):
         if answer is not None:
             worth[answer] += value / votes[answer]
@@ -105,10 +105,9 @@ def clustered(sums: Sequence[float], counts: Sequence[int], most: int | None = N
 def paired_interval(differences: Sequence[float], n: int = 1) -> Interval:
     """95 % interval of the mean difference in accuracy of two models over the same problems.
 
-    differences: per problem, each in [-1, 1]. n: samples a problem. As Bonett & Price (2012) do for one sample a problem,
-    which is this formula exactly: two problems are added, in which one sample more is right on either side, so that
-    models without any difference have an interval, and a few problems do not promise too much. For several samples a
-    problem the quantile is Student's.
+    differences: per problem, each in [-1, 1]. n: samples a problem. Two problems are added, in which one sample more is
+    right on either side, so that models without any difference have an interval, and a few problems do not promise too
+    much. For one sample a problem this is exactly Bonett & Price (2012); for several the quantile is Student's.
     """
     d = np.append(np.asarray(differences, np.float64), (1 / n, -1 / n))
     half = (Z if n == 1 else t_quantile(len(d) - 1)) * float(d.std()) / math.sqrt(len(d))

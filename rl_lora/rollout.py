@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 
 from rl_lora.chat import Chat
-from rl_lora.config import RolloutConfig
+from rl_lora.config import EpisodeConfig
 from rl_lora.sampler import Completion, Request, Sampler
-from rl_lora.shaping import shaped
 from rl_lora.types import Episode, Group, Stop, Turn
 
 MakeEnv = Callable[[], gym.Env[str, str]]
@@ -97,7 +96,7 @@ class RolloutWorker:
         make_env: MakeEnv,
         sampler: Sampler,
         chat: Chat,
-        config: RolloutConfig,
+        config: EpisodeConfig,
         *,
         context_length: int = 1 << 30,
         versions: Callable[[str], int] = lambda adapter: 0,
@@ -122,7 +121,7 @@ class RolloutWorker:
         """
         wanted = [Plays(adapter, seed, n) for adapter in adapters for seed in seeds]
         played = self.play(wanted, random_seed=random_seed, temperature=temperature, on_token=on_token)
-        return [shaped(group_of(episodes), self.config) for episodes in played]
+        return [group_of(episodes) for episodes in played]
 
     def play(
         self,

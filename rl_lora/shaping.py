@@ -1,7 +1,7 @@
 """Rewards for the length of replies, in tokens: what an environment, which sees text, cannot know.
 
-They are added to the environment's reward and reported as parts of it, "overlong" and "brevity", before their weight;
-a weight of 0 only reports. The verdict is never touched.
+In training they are added to the environment's reward and reported as parts of it, "overlong" and "brevity", before
+their weight; a weight of 0 only reports. The verdict is never touched, and evaluation knows nothing of them.
 """
 
 from __future__ import annotations

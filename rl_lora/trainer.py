@@ -25,7 +25,7 @@ from rl_lora.config import TrainConfig, advantage_of, flatten
 from rl_lora.curriculum import SEED_STRIDE, curriculum_of
 from rl_lora.demonstrations import Demonstrations
 from rl_lora.environment import environment, held_out
-from rl_lora.evaluate import Evaluation, evaluate
+from rl_lora.evaluation import Evaluation, evaluate_adapters
 from rl_lora.learner import Learner
 from rl_lora.metrics import MetricsFile, Record, Stopwatch, summarize_groups, summarize_updates, with_speed
 from rl_lora.native_sampler import NativeSampler
@@ -33,6 +33,7 @@ from rl_lora.policy import Policy
 from rl_lora.preflight import preflight
 from rl_lora.report import RunReport
 from rl_lora.rollout import RolloutWorker
+from rl_lora.shaping import shaped
 from rl_lora.types import Group
 
 ADAPTER = "policy"
@@ -196,6 +197,7 @@ class Trainer:
             temperature=self.config.rollout.temperature,
             on_token=self.report.sampling,
         )
+        groups = [shaped(group, self.config.rollout) for group in groups]
         return shuffle_rewards(groups, deal) if self.config.shuffle_rewards else groups
 
     def evaluate_if_due(self) -> None:
@@ -206,7 +208,7 @@ class Trainer:
             return
         seconds = Stopwatch()
         with seconds("evaluate"):
-            (share,) = evaluate(
+            (share,) = evaluate_adapters(
                 self.eval_worker,
                 self.eval_seeds[self.rank :: self.world],
                 [ADAPTER],
@@ -215,8 +217,8 @@ class Trainer:
                 on_token=self.report.evaluating,
             )
             place = {seed: i for i, seed in enumerate(self.eval_seeds)}
-            groups = sorted(gather_object(list(share.groups)), key=lambda group: place[group.seed])
-        evaluation = Evaluation(ADAPTER, tuple(groups))
+            problems = sorted(gather_object(list(share.problems)), key=lambda episodes: place[episodes[0].seed])
+        evaluation = Evaluation(ADAPTER, tuple(problems))
         self.scores[self.step] = evaluation.score
         record = evaluation.record | {"seconds/evaluate": seconds.seconds["evaluate"]}
         if self.accelerator.is_main_process:

@@ -135,6 +135,11 @@ class StepStats:
     clip_fraction: float | None
     grad_norm: float | None
     """Before clipping."""
+    step_norm: float | None
+    """Of the change of A and B together; None, as the gradient's, where nothing was learned."""
+    A_norm: float
+    B_norm: float
+    """Of the adapter after the step, scale apart."""
     learning_rate: float
     n_layers_recomputed: int
     """Of the micro-batch with the most."""

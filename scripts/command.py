@@ -15,6 +15,7 @@ from rich.text import Text
 
 Config = TypeVar("Config")
 USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+COMMAS = re.compile(r"\d+(,\d+)*")
 LIBRARIES = {"accelerate", "numpy", "tokenizers", "torch", "transformers"}
 
 
@@ -33,9 +34,23 @@ def parse(config_type: type[Config], args: Sequence[str] | None = None) -> Confi
         action = parser._option_string_actions[f"--{name}"]
         action.nargs, action.const = "?", True
     parser._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")  # -1e-3 is a value, no option
-    parsed: Any = parser.instantiate(parser.parse_args(args))
+    numbers = {f"--{name}" for name, hint in hints.items() if hint == list[int]}
+    parsed: Any = parser.instantiate(parser.parse_args(_bracketed(sys.argv[1:] if args is None else args, numbers)))
     del parsed.config
     return config_type(**vars(parsed))
+
+
+def _bracketed(args: Sequence[str], options: set[str]) -> list[str]:
+    """--k 1,4,16 as the list [1,4,16] that the parser takes."""
+    result: list[str] = []
+    for arg in args:
+        name, equals, value = arg.partition("=")
+        if equals and name in options and COMMAS.fullmatch(value):
+            arg = f"{name}=[{value}]"
+        elif result and result[-1] in options and COMMAS.fullmatch(arg):
+            arg = f"[{arg}]"
+        result.append(arg)
+    return result
 
 
 def run(work: Callable[[], object], when_interrupted: str = "") -> int:

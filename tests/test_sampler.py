@@ -403,3 +403,12 @@ def test_drawing_in_blocks_from_hidden_states_is_drawing_from_the_logits(
         expected, expected_logprobs = sample(head.logits(hidden), temperature, uniforms)
         assert torch.equal(tokens, expected)
         torch.testing.assert_close(logprobs, expected_logprobs)
+
+
+def test_a_request_may_go_on_where_another_of_the_same_seed_ended() -> None:
+    sampler = NativeSampler(tiny_policy("llama", ["a"]))
+    whole, parts = (Request(prompt(9), n=6, max_tokens=5, seed=(3, 1), adapter="a"), [(0, 2), (2, 4)])
+    together = tokens(sampler.generate([whole]))[0]
+    apart = [tokens(sampler.generate([replace(whole, n=n, first=first)]))[0] for first, n in parts]
+    assert [*apart[0], *apart[1]] == together
+    assert len(set(together)) > 1

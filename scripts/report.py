@@ -1,0 +1,46 @@
+"""Write report.html into the folder of a training run, also while it is going on, or of an evaluation:
+`python scripts/report.py runs/NAME`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # also when the package is not installed
+
+from rl_lora.page import evaluation_page, lines, write
+from rl_lora.training_page import training_page
+from scripts.command import run
+
+
+def report(folder: Path) -> None:
+    """Raises ValueError where there is nothing to report of."""
+    evaluation, page = folder / "results.json", folder / "report.html"
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder")
+    if evaluation.is_file():
+        results = json.loads(evaluation.read_text())
+        if results.get("kind") != "evaluation":
+            raise ValueError(f"{evaluation} is not of an evaluation, or of an older one: evaluate again")
+        write(evaluation_page(results, lines(folder / "samples.jsonl")), page)
+    else:
+        write(training_page(folder), page)
+    print(page)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="runs/NAME, or an evaluation's folder")
+    folders = parser.parse_args().folders
+
+    def work() -> None:
+        for folder in folders:
+            report(folder)
+
+    sys.exit(run(work))
+
+
+if __name__ == "__main__":
+    main()
