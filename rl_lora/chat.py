@@ -40,13 +40,14 @@ class Chat:
         ends = getattr(generation_config, "eos_token_id", None)
         stop_ids |= set(ends) if isinstance(ends, list) else {ends}
         before: dict[int, str] = {}
+        pieces: list[str] = []
         for text in stop_tokens:
             ids = tokenizer.encode(text, add_special_tokens=False)
             if len(ids) != 1:
                 raise ValueError(f"stop token {text!r} is {len(ids)} tokens of this model ({ids}); it must be one")
             stop_ids.add(ids[0])
             if ids[0] not in tokenizer.all_special_ids:
-                pieces = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+                pieces = pieces or [str(tokenizer.decode([i])) for i in range(len(tokenizer))]
                 before |= {i: piece.partition(text)[0] for i, piece in enumerate(pieces) if text in piece}
         self._exact_ids = stop_ids - {None}
         self._before = before

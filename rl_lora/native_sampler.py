@@ -13,6 +13,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from rl_lora.kv_cache import Decode, Nodes
 from rl_lora.memory import budget
 from rl_lora.policy import Policy
+from rl_lora.replay import Recorder, Replay
 from rl_lora.sampler import Completion, Follow, Request
 from rl_lora.sampling import Draw
 from rl_lora.tree import Trunk, find_trunks, trunk_of
@@ -60,6 +62,7 @@ class NativeSampler:
                 raise ValueError(f"{name} must be >= 1, got {value}")
         self.policy, self.max_rows, self.max_cache_gib = policy, max_rows, max_cache_gib
         self.check_every = check_every
+        self.recorder = Recorder.for_device(policy.device)
 
     @torch.inference_mode()
     def generate(
@@ -203,7 +206,7 @@ class _Drawing:
         self.tokens.scatter_(1, torch.where(running[:, None], at, self.tokens.shape[1] - 1), drawn[:, None])
         self.logprobs.scatter_(1, torch.where(running[:, None], at, self.tokens.shape[1] - 1), logprob[:, None])
         self.n += running
-        return drawn, running & ~torch.isin(drawn, self.stop_ids) & (self.n < self.limit)
+        return drawn, running & ~(drawn[:, None] == self.stop_ids).any(1) & (self.n < self.limit)
 
     def completion(self, place: int, row: _Row) -> Completion:
         n = int(self.n[place])
@@ -239,6 +242,7 @@ class _Run:
         self.drawing = _Drawing(self.policy)
         self.decode = Decode(self.policy.device)
         self.trunks: list[Trunk] = []
+        self.replay = Replay(self._read, sampler.recorder, partial(self.decode.advance_device, -1))
 
     def run(self) -> None:
         self._read_trunks()
@@ -259,11 +263,17 @@ class _Run:
 
     def _step(self, tokens: Tensor) -> None:
         """Read one token a row, (R,)."""
+        self.decode.make_room()
+        self.drawing.hidden = self.replay(tokens, self.decode.arrangement)
+        self.decode.advance_host()
+
+    def _read(self, tokens: Tensor) -> Tensor:
+        """The device's part of a step: (R,) -> (R, d)."""
         positions = self.decode.begin().clamp_max(self.policy.context_length - 1)  # rows that stand still run past it
         adapters = [row.adapter for row in self.rows]
         hidden = self.policy.hidden(tokens[:, None], adapters, self.decode, positions, self.decode)
-        self.decode.advance()
-        self.drawing.hidden = hidden[:, 0]
+        self.decode.advance_device()
+        return hidden[:, 0]
 
     def _retire(self, running: Sequence[bool]) -> None:
         """Hand over the completions that have ended."""
@@ -300,7 +310,7 @@ class _Run:
         """Rows that stand still have not read the tokens that they were given to keep the batch whole."""
         for place, row in enumerate(self.rows):
             if row.finished:
-                self.decode.t[place] = len(row.ids) - row.base - 1
+                self.decode.set_back(place, len(row.ids) - row.base - 1)
 
     def _arrive(self) -> None:
         """Read in next turns and new prompts, where rows stand still or are missing."""
