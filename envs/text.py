@@ -65,7 +65,8 @@ class TextEnv(gym.Env[str, str]):
 
     @property
     def n_problems(self) -> int | None:
-        """How many problems there are; None if they do not run out."""
+        """How many problems there are, n; None if they do not run out. n seeds in a row, from a multiple of n on, lead
+        to all of them: what `rollout.curriculum` chooses from."""
         return None
 
     @property

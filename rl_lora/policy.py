@@ -9,7 +9,7 @@ import functools
 import inspect
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
@@ -39,7 +39,7 @@ class Policy:
     Args:
         model: any `transformers` causal LM. It is frozen, and put into evaluation mode: no dropout, so that the sampler
             and the learner compute the same function.
-        stop_tokens: see `Chat`.
+        stop_tokens, template_kwargs: see `Chat`.
     """
 
     def __init__(
@@ -49,11 +49,12 @@ class Policy:
         *,
         name: str = "",
         stop_tokens: Sequence[str] = (),
+        template_kwargs: Mapping[str, Any] | None = None,
     ):
         self.model = model.eval()
         self.name = name or str(model.config._name_or_path)
         self.bank = AdapterBank(model)
-        self.chat = Chat(tokenizer, model.generation_config, stop_tokens)
+        self.chat = Chat(tokenizer, model.generation_config, stop_tokens, template_kwargs)
         self.head = Head.of(model)
         self.backbone = model.base_model
         parameters = inspect.signature(self.backbone.forward).parameters
@@ -77,6 +78,7 @@ class Policy:
         device: torch.device | str = "cpu",
         trust_remote_code: bool = False,
         stop_tokens: Sequence[str] = (),
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> Policy:
         """Load a base by name: the embedded default, a local folder, or a hub id (`models.py`).
 
@@ -87,7 +89,7 @@ class Policy:
         model = models.load_causal_lm(
             name, dtype=compute_dtype(dtype, device), device=device, trust_remote_code=trust_remote_code
         )
-        return cls(model, tokenizer, name=name, stop_tokens=stop_tokens)
+        return cls(model, tokenizer, name=name, stop_tokens=stop_tokens, template_kwargs=template_kwargs)
 
     @classmethod
     def from_config(cls, config: ModelConfig, device: torch.device | str) -> Policy:
@@ -98,6 +100,7 @@ class Policy:
             device=device,
             trust_remote_code=config.trust_remote_code,
             stop_tokens=config.stop_tokens,
+            template_kwargs=config.template_kwargs,
         )
 
     def hidden(

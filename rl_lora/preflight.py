@@ -58,7 +58,7 @@ def check_model(config: ModelConfig, targets: str | list[str] = "all-linear") ->
     """Name, tokenizer, stop tokens and targets of a model, without its weights. Returns its chat format and context."""
     models.check_model(config.name, config.trust_remote_code)
     tokenizer = models.load_tokenizer(config.name, config.trust_remote_code)
-    chat = Chat(tokenizer, None, config.stop_tokens)
+    chat = Chat(tokenizer, None, config.stop_tokens, config.template_kwargs)
     model_config = models.load_config(config.name, config.trust_remote_code)
     if targets != "all-linear" and not config.trust_remote_code:
         with torch.device("meta"):
