@@ -32,10 +32,11 @@ from rl_lora.config import (
     RolloutConfig,
     TrainConfig,
 )
+from rl_lora.drawing import Drawing
 from rl_lora.environment import held_out
 from rl_lora.evaluation import evaluate_adapters
 from rl_lora.learner import SamplerLearnerMismatch
-from rl_lora.native_sampler import NativeSampler, _Drawing
+from rl_lora.native_sampler import NativeSampler
 from rl_lora.policy import Policy
 from rl_lora.rollout import RolloutWorker
 from rl_lora.sampler import Completion
@@ -459,13 +460,13 @@ def test_a_run_without_evaluation_has_no_before_and_after(model: Path, tmp_path:
 def test_a_run_whose_sampler_and_learner_disagree_stops_before_it_learns_from_noise(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    completion = _Drawing.completion
+    completion = Drawing.completion
 
-    def wrong(self: _Drawing, *args: Any) -> Completion:
+    def wrong(self: Drawing, *args: Any) -> Completion:
         reply = completion(self, *args)
         return dataclasses.replace(reply, logprobs=tuple(p - 1.0 for p in reply.logprobs))
 
-    monkeypatch.setattr(_Drawing, "completion", wrong)
+    monkeypatch.setattr(Drawing, "completion", wrong)
     trainer = Trainer(tiny_config(model, tmp_path))
     fresh = trainer.policy.bank[ADAPTER].flat.detach().clone()
     with pytest.raises(SamplerLearnerMismatch, match="sampler and learner disagree"):
