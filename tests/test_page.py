@@ -17,7 +17,8 @@ from rl_lora.page import evaluation_page
 from tests.conftest import Open
 
 HOSTILE = (
-    '</script><img src=x onerror="window.hacked=1"><script>window.hacked=1</script><!-- <b>&amp;\u2028\ud800 `${1}`'
+    '</script><img src=x onerror="window.hacked=1"><script>window.hacked=1</script>'
+    "</script x> <!-- <script <b>&amp;\u2028\ud800 `${1}`"
 )
 
 
