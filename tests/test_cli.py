@@ -110,6 +110,19 @@ def test_options_go_over_the_yaml_file_and_the_file_over_the_defaults(tmp_path: 
 
 
 @pytest.mark.parametrize(
+    "text", ["Question: {question}", "Question: {question}\nAnswer:", "a: b: c", "- {answer}", "x:"]
+)
+def test_texts_with_a_colon_stay_texts(tmp_path: Path, text: str) -> None:
+    recorded = tmp_path / "a.yaml"
+    recorded.write_text(yaml.safe_dump({"steps": 3, "env": {"kwargs": {"template": text}}}))
+    flow = yaml.safe_dump({"template": text}, default_flow_style=True)
+    for args in (["--env.kwargs.template", text], ["--config", str(recorded)], ["--env.kwargs", flow]):
+        assert parse(TrainConfig, args).env.kwargs == {"template": text}
+    assert parse(TrainConfig, ["--rollout.system_prompt", text]).rollout.system_prompt == text
+    assert parse(TrainConfig, ["--env.kwargs.reward", "{numeric: 1.0}"]).env.kwargs == {"reward": {"numeric": 1.0}}
+
+
+@pytest.mark.parametrize(
     ("args", "name", "value"),
     [
         ("--env.kwargs.digits 3", "env.kwargs", {"digits": 3}),
