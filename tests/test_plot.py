@@ -1,0 +1,60 @@
+"""The picture of several runs: what of them is read, what is drawn behind what, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from scripts.plot import Curve, PlotConfig, draw, evaluations, run, start_of
+
+
+def a_run(folder: Path, accuracies: dict[int, float | None], init_from: Path | None = None) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump({"adapter": {"init_from": init_from and str(init_from)}}))
+    records = [{"kind": "train", "step": step, "reward": 0.5} for step in range(1, max(accuracies) + 1)]
+    for step, accuracy in accuracies.items():
+        interval = {} if accuracy is None else {"accuracy_low": accuracy - 0.1, "accuracy_high": accuracy + 0.2}
+        records.append({"kind": "eval", "step": step, "accuracy": accuracy, **interval})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def test_a_run_is_drawn_behind_those_it_goes_on_from(tmp_path: Path) -> None:
+    first = a_run(tmp_path / "first", {0: 0.1, 8: 0.4})
+    second = a_run(tmp_path / "second", {0: 0.4, 5: 0.5}, first / "adapter")
+    third = a_run(tmp_path / "third", {0: 0.5, 3: 0.7}, second / "adapter")
+    assert [start_of(folder) for folder in (first, second, third)] == [0, 8, 13]
+    elsewhere = a_run(tmp_path / "elsewhere", {0: 0.2}, tmp_path / "gone" / "adapter")
+    assert start_of(elsewhere) == 0
+
+
+def test_the_picture_has_every_point_with_its_interval(tmp_path: Path) -> None:
+    first = a_run(tmp_path / "first", {0: 0.1, 4: None, 8: 0.4})
+    second = a_run(tmp_path / "second", {0: 0.4, 5: 0.5}, first / "adapter")
+    out = tmp_path / "curve.png"
+    assert run(PlotConfig([str(first), str(second)], str(out))) == out
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+    [axes] = draw([Curve(folder, start_of(folder), evaluations(folder)) for folder in (first, second)]).axes
+    drawn = {bars.get_label(): bars for bars in axes.containers}
+    points = {name: bars.lines[0].get_xydata().tolist() for name, bars in drawn.items()}
+    assert points == {"first": [[0, 0.1], [8, 0.4]], "second": [[8, 0.4], [13, 0.5]]}
+    [segments] = [lines.get_segments() for lines in drawn["second"].lines[2]]
+    assert [[y for _, y in segment] for segment in segments] == [pytest.approx([0.3, 0.6]), pytest.approx([0.4, 0.7])]
+
+
+def test_what_cannot_be_drawn_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="name the folders of runs"):
+        run(PlotConfig())
+    with pytest.raises(ValueError, match="absent holds no evaluation"):
+        run(PlotConfig([str(tmp_path / "absent")]))
+    with pytest.raises(ValueError, match="holds no evaluation with an accuracy"):
+        run(PlotConfig([str(a_run(tmp_path / "none", {0: None}))]))
+    folder = a_run(tmp_path / "a", {0: 0.5})
+    with pytest.raises(ValueError, match="cannot write"):
+        run(PlotConfig([str(folder)], str(tmp_path / "nowhere" / "x.png")))
+    with pytest.raises(ValueError, match="txt"):
+        run(PlotConfig([str(folder)], str(tmp_path / "x.txt")))
