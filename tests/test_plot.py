@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from matplotlib.container import ErrorbarContainer
 
 from scripts.plot import Curve, PlotConfig, draw, evaluations, run, start_of
 
@@ -39,11 +41,11 @@ def test_the_picture_has_every_point_with_its_interval(tmp_path: Path) -> None:
     assert out.read_bytes().startswith(b"\x89PNG")
 
     [axes] = draw([Curve(folder, start_of(folder), evaluations(folder)) for folder in (first, second)]).axes
-    drawn = {bars.get_label(): bars for bars in axes.containers}
-    points = {name: bars.lines[0].get_xydata().tolist() for name, bars in drawn.items()}
+    drawn = {bars.get_label(): bars.lines for bars in axes.containers if isinstance(bars, ErrorbarContainer)}
+    points = {name: np.asarray(line.get_xydata()).tolist() for name, (line, _, _) in drawn.items() if line}
     assert points == {"first": [[0, 0.1], [8, 0.4]], "second": [[8, 0.4], [13, 0.5]]}
-    [segments] = [lines.get_segments() for lines in drawn["second"].lines[2]]
-    assert [[y for _, y in segment] for segment in segments] == [pytest.approx([0.3, 0.6]), pytest.approx([0.4, 0.7])]
+    intervals = np.asarray(drawn["second"][2][0].get_segments())[:, :, 1]
+    assert intervals.tolist() == [pytest.approx([0.3, 0.6]), pytest.approx([0.4, 0.7])]
 
 
 def test_what_cannot_be_drawn_is_said(tmp_path: Path) -> None:
