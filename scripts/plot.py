@@ -6,6 +6,7 @@ Reads what the runs wrote, and no model. A run that goes on from another one's a
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from matplotlib.ticker import PercentFormatter
 
 from rl_lora.metrics import MetricsFile, Record
 from scripts.command import main as command
+
+DASHES = ("-", "--", "-.")
 
 
 @dataclass
@@ -31,20 +34,29 @@ class PlotConfig:
 
 @dataclass(frozen=True)
 class Curve:
-    """One run's evaluations, and the step of the picture at which it starts."""
+    """One run's evaluations."""
 
     folder: Path
-    start: int
+    before: tuple[Path, ...]
+    """The runs that it goes on from, the nearest first."""
     evals: list[Record]
+
+    @property
+    def start(self) -> int:
+        """Steps of all the runs before this one."""
+        return sum(map(steps_of, self.before))
+
+    @property
+    def root(self) -> Path:
+        """Where it began."""
+        return (self.folder, *self.before)[-1].resolve()
 
 
 def run(config: PlotConfig) -> Path:
     """Read the runs, write the picture. Raises ValueError where there is nothing to draw."""
     if not config.runs:
         raise ValueError("name the folders of runs: --runs runs/a runs/b")
-    curves = [Curve(Path(path), start_of(Path(path)), evaluations(Path(path))) for path in config.runs]
-    out = Path(config.out)
-    figure = draw(curves)
+    out, figure = Path(config.out), draw([curve_of(Path(path)) for path in config.runs])
     try:
         figure.savefig(out, dpi=150)
     except OSError as error:
@@ -53,14 +65,16 @@ def run(config: PlotConfig) -> Path:
     return out
 
 
-def evaluations(folder: Path) -> list[Record]:
-    """A run's evaluations that have an accuracy."""
-    records = [
-        record for record in MetricsFile(folder / "metrics.jsonl").read("eval") if record["accuracy"] is not None
-    ]
+def curve_of(folder: Path) -> Curve:
+    """What a run folder has to draw. Raises ValueError if that is nothing."""
+    records = MetricsFile(folder / "metrics.jsonl").read("eval")
+    records = [record for record in records if record["accuracy"] is not None]
     if not records:
         raise ValueError(f"{folder} holds no evaluation with an accuracy: it must be the folder of a run (--run_dir)")
-    return records
+    before: list[Path] = []
+    while (parent := parent_of(before[-1] if before else folder)) is not None:
+        before.append(parent)
+    return Curve(folder, tuple(before), records)
 
 
 def parent_of(folder: Path) -> Path | None:
@@ -71,29 +85,41 @@ def parent_of(folder: Path) -> Path | None:
     return parent if parent and (parent / "metrics.jsonl").is_file() else None
 
 
-def start_of(folder: Path) -> int:
-    """Steps of all the runs that came before this one."""
-    steps, parent = 0, parent_of(folder)
-    while parent is not None:
-        steps += max((record["step"] for record in MetricsFile(parent / "metrics.jsonl").read()), default=0)
-        parent = parent_of(parent)
-    return steps
+def steps_of(folder: Path) -> int:
+    """How far a run has come."""
+    return max((record["step"] for record in MetricsFile(folder / "metrics.jsonl").read()), default=0)
 
 
 def draw(curves: list[Curve]) -> Figure:
-    """One line a run, with error bars; a dotted line where runs go on from others."""
+    """One line a run, with error bars. Runs that began in the same one share a color, and those that go on from the
+    same one are told apart by their dashes; a dotted line where runs go on."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for start in sorted({curve.start for curve in curves} - {0}):
         axes.axvline(start, color="gray", linestyle=":")
+    colors: dict[Path, str] = {}
+    branches: Counter[tuple[Path, int]] = Counter()
     for curve in curves:
+        color = colors.setdefault(curve.root, f"C{len(colors)}")
+        dashes = DASHES[branches[curve.root, curve.start] % len(DASHES)]
+        branches[curve.root, curve.start] += 1
         accuracy = [record["accuracy"] for record in curve.evals]
         errors = [
             [max(0.0, a - record.get("accuracy_low", a)) for a, record in zip(accuracy, curve.evals, strict=True)],
             [max(0.0, record.get("accuracy_high", a) - a) for a, record in zip(accuracy, curve.evals, strict=True)],
         ]
         steps = [curve.start + record["step"] for record in curve.evals]
-        axes.errorbar(steps, accuracy, errors, fmt="o-", markersize=4, capsize=3, label=curve.folder.name)
+        axes.errorbar(
+            steps,
+            accuracy,
+            errors,
+            color=color,
+            linestyle=dashes,
+            marker="o" if dashes == "-" else "s",
+            markersize=4,
+            capsize=3,
+            label=curve.folder.name,
+        )
     axes.set_xlabel("step")
     axes.set_ylabel("accuracy, held out (95 %)")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))

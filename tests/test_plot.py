@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import yaml
 from matplotlib.container import ErrorbarContainer
+from matplotlib.figure import Figure
 
-from scripts.plot import Curve, PlotConfig, draw, evaluations, run, start_of
+from scripts.plot import PlotConfig, curve_of, draw, run
 
 
 def a_run(folder: Path, accuracies: dict[int, float | None], init_from: Path | None = None) -> Path:
@@ -28,9 +29,22 @@ def test_a_run_is_drawn_behind_those_it_goes_on_from(tmp_path: Path) -> None:
     first = a_run(tmp_path / "first", {0: 0.1, 8: 0.4})
     second = a_run(tmp_path / "second", {0: 0.4, 5: 0.5}, first / "adapter")
     third = a_run(tmp_path / "third", {0: 0.5, 3: 0.7}, second / "adapter")
-    assert [start_of(folder) for folder in (first, second, third)] == [0, 8, 13]
+    assert [curve_of(folder).start for folder in (first, second, third)] == [0, 8, 13]
+    branch = a_run(tmp_path / "branch", {0: 0.4, 5: 0.3}, first / "adapter")
     elsewhere = a_run(tmp_path / "elsewhere", {0: 0.2}, tmp_path / "gone" / "adapter")
-    assert start_of(elsewhere) == 0
+    assert curve_of(elsewhere).start == 0
+    lines = styles(draw([curve_of(folder) for folder in (first, elsewhere, second, third, branch)]))
+    assert len({lines[name] for name in ("first", "second", "third")}) == 1
+    assert len({color for color, _ in lines.values()}) == 2
+    assert lines["branch"][0] == lines["second"][0]
+    assert lines["branch"][1] != lines["second"][1]
+
+
+def styles(figure: Figure) -> dict[str, tuple[str, str]]:
+    """Color and dashes of each run's line."""
+    bars = [bars for bars in figure.axes[0].containers if isinstance(bars, ErrorbarContainer)]
+    lines = {str(bar.get_label()): bar.lines[0] for bar in bars}
+    return {name: (str(line.get_color()), str(line.get_linestyle())) for name, line in lines.items() if line}
 
 
 def test_the_picture_has_every_point_with_its_interval(tmp_path: Path) -> None:
@@ -40,7 +54,7 @@ def test_the_picture_has_every_point_with_its_interval(tmp_path: Path) -> None:
     assert run(PlotConfig([str(first), str(second)], str(out))) == out
     assert out.read_bytes().startswith(b"\x89PNG")
 
-    [axes] = draw([Curve(folder, start_of(folder), evaluations(folder)) for folder in (first, second)]).axes
+    [axes] = draw([curve_of(first), curve_of(second)]).axes
     drawn = {bars.get_label(): bars.lines for bars in axes.containers if isinstance(bars, ErrorbarContainer)}
     points = {name: np.asarray(line.get_xydata()).tolist() for name, (line, _, _) in drawn.items() if line}
     assert points == {"first": [[0, 0.1], [8, 0.4]], "second": [[8, 0.4], [13, 0.5]]}
