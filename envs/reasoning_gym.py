@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -36,6 +37,8 @@ RUNS_REPLIES = {
     "string_insertion",
 }
 """Generators whose own verdict passes an answer to Python's eval, or to sympy's parser, which calls it."""
+HASHED = {"isomorphic_strings", "knight_swap", "polynomial_multiplication", "ransom_note"}
+"""Generators that go through sets, whose order is another one in every process unless PYTHONHASHSEED is set."""
 TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
@@ -60,7 +63,8 @@ class ReasoningGymEnv(SingleTurnEnv):
         split: "train" or "eval".
 
     Raises:
-        ValueError: an argument that cannot be, reasoning-gym is not installed, a side without problems.
+        ValueError: an argument that cannot be, reasoning-gym is not installed, a side without problems, a generator
+            whose problems would not follow from the seed.
     """
 
     def __init__(
@@ -82,6 +86,11 @@ class ReasoningGymEnv(SingleTurnEnv):
             raise ValueError(
                 f"the own verdict of {dataset!r} evaluates a reply as code, which is not done here: name a reward, "
                 "such as math or a 'module:function' of your own"
+            )
+        if dataset in HASHED and os.environ.get("PYTHONHASHSEED", "random") == "random":
+            raise ValueError(
+                f"the problems of {dataset!r} follow from the seed only under a fixed order of Python's sets: start "
+                "with PYTHONHASHSEED=0 in the environment"
             )
         if "question" not in placeholders(template):
             raise ValueError(f"template must contain {{question}}, got {template!r}")

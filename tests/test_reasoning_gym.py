@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import json
+import os
 import re
 import subprocess
 import sys
@@ -16,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import envs  # noqa: F401
-from envs.reasoning_gym import RUNS_REPLIES, ReasoningGymEnv
+from envs.reasoning_gym import HASHED, RUNS_REPLIES, ReasoningGymEnv
 
 pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install 'rl_lora[reasoning-gym]'")
 
@@ -102,7 +104,7 @@ def test_metadata_demonstrates() -> None:
     assert question.endswith("\nA:")
 
 
-def test_no_reply_is_run_as_code() -> None:
+def test_no_reply_is_run_as_code(monkeypatch: pytest.MonkeyPatch) -> None:
     from reasoning_gym.factory import DATASETS
 
     found = set()
@@ -111,10 +113,52 @@ def test_no_reply_is_run_as_code() -> None:
         if re.search(r"eval\((?!entry)|parse_expr\(|sympify\(|exec\(", code):
             found.add(name)
     assert found - {"propositional_logic"} <= RUNS_REPLIES  # its parse_expr is its own, and runs nothing
+    monkeypatch.setenv("PYTHONHASHSEED", "0")
     for name in RUNS_REPLIES & set(DATASETS):
         with pytest.raises(ValueError, match="evaluates a reply as code"):
             ReasoningGymEnv(name)
     ReasoningGymEnv("countdown", reward="numeric")
+
+
+@pytest.mark.parametrize("dataset", sorted(HASHED))
+def test_what_hangs_on_the_order_of_sets_wants_it_fixed(dataset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reward = "numeric" if dataset in RUNS_REPLIES else None
+    for value in (None, "random"):
+        monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+        if value:
+            monkeypatch.setenv("PYTHONHASHSEED", value)
+        with pytest.raises(ValueError, match="PYTHONHASHSEED=0"):
+            ReasoningGymEnv(dataset, reward=reward)
+    monkeypatch.setenv("PYTHONHASHSEED", "0")
+    ReasoningGymEnv(dataset, reward=reward)
+
+
+@pytest.mark.slow
+def test_all_other_generators_make_the_same_problems_in_every_process() -> None:
+    code = """
+import json
+from reasoning_gym import create_dataset
+from reasoning_gym.factory import DATASETS
+shown = {}
+for name in DATASETS:
+    if name not in ("composite", "word_ladder", "acre"):  # a mixture, a size of its own, minutes a problem
+        dataset = create_dataset(name, size=2**20, seed=0)
+        shown[name] = [(dataset[i]["question"], dataset[i]["answer"]) for i in (1, 2)]
+print("\\n" + json.dumps(shown))  # some of them print dots
+"""
+    first, second = (
+        json.loads(
+            subprocess.run(
+                [sys.executable, "-c", code],
+                capture_output=True,
+                text=True,
+                check=True,
+                env=os.environ | {"PYTHONHASHSEED": h},
+            ).stdout.splitlines()[-1]
+        )
+        for h in ("1", "2")
+    )
+    assert {name for name in first if first[name] != second[name]} <= HASHED
 
 
 @pytest.mark.parametrize(
