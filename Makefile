@@ -8,7 +8,7 @@ PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check -c constrai
 INSTALL_FILES := setup.cfg pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo seeds benchmark peers lm-eval test lint clean
+.PHONY: help setup demo seeds legs benchmark peers lm-eval test lint clean
 
 help: ## list these targets
 	@echo "usage: make TARGET [PYTHON=python3.12] [PIP_ARGS='pip options, such as an index with CPU builds of torch']"
@@ -23,6 +23,24 @@ seeds: setup ## three seeds and a control with shuffled rewards, then one table 
 	for seed in 0 1 2; do $(VENV)/bin/python scripts/train.py --run_dir runs/seed$$seed --seed $$seed --resume true || exit 1; done
 	$(VENV)/bin/python scripts/train.py --run_dir runs/shuffled --shuffle_rewards true --resume true
 	$(VENV)/bin/python scripts/evaluate.py --adapters runs/seed0 runs/seed1 runs/seed2 runs/shuffled
+
+# Word problems from reasoning-gym; a fifth of the questions is held out. RL draws other seeds than its demonstrations did.
+LEGS := --env.id rl_lora/ReasoningGym-v0 --env.kwargs '{dataset: leg_counting, \
+	config: {min_animals: 1, max_animals: 1, max_instances: 99}, demonstration: "{worked}", reward: numeric, eval_fraction: 0.2}'
+LEGS_SFT := --steps 16 --adapter.rank 8 --learner.learning_rate 5e-4 --eval.every 8
+LEGS_RL := --steps 20 --learner.learning_rate 1e-4
+LEGS_RUN := $(LEGS) --rollout.max_tokens 24 --eval.episodes 400 --resume true
+
+legs: $(VENV)/.reasoning-gym ## warm start, then RL, on word problems: three seeds, a control, table and curve (continues in runs/legs-*)
+	for seed in 0 1 2; do \
+		$(VENV)/bin/python scripts/sft.py --run_dir runs/legs-sft$$seed --seed $$seed $(LEGS_SFT) $(LEGS_RUN) && \
+		$(VENV)/bin/python scripts/train.py --run_dir runs/legs-rl$$seed --seed 1$$seed \
+			--adapter.init_from runs/legs-sft$$seed/adapter $(LEGS_RL) $(LEGS_RUN) || exit 1; done
+	$(VENV)/bin/python scripts/train.py --run_dir runs/legs-shuffled --seed 10 --shuffle_rewards true \
+		--adapter.init_from runs/legs-sft0/adapter $(LEGS_RL) $(LEGS_RUN)
+	$(VENV)/bin/python scripts/evaluate.py $(LEGS) --max_tokens 24 --limit 400 --out runs/legs-evaluation \
+		--adapters runs/legs-sft? runs/legs-rl? runs/legs-shuffled
+	$(VENV)/bin/python scripts/plot.py --runs runs/legs-sft? runs/legs-rl? runs/legs-shuffled --out runs/legs.png
 
 benchmark: setup ## rollouts, learning and training steps on this machine: tokens/s, share of its peak, memory
 	$(VENV)/bin/python scripts/benchmark.py
@@ -77,6 +95,9 @@ endef
 
 $(VENV)/.setup: $(INSTALL_FILES) | $(VENV)/.created
 	$(call install,.)
+
+$(VENV)/.reasoning-gym: $(INSTALL_FILES) | $(VENV)/.setup
+	$(call install,.[reasoning-gym])
 
 $(VENV)/.test: $(INSTALL_FILES) | $(VENV)/.setup
 	$(call install,.[test])

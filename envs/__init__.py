@@ -13,6 +13,7 @@ _ENVS = {
     "rl_lora/Arithmetic-v0": "envs.arithmetic:ArithmeticEnv",
     "rl_lora/Math-v0": "envs.math:MathEnv",
     "rl_lora/Prompts-v0": "envs.prompts:PromptsEnv",
+    "rl_lora/ReasoningGym-v0": "envs.reasoning_gym:ReasoningGymEnv",
 }
 
 for _id, _entry_point in _ENVS.items():

@@ -1,0 +1,137 @@
+"""Held-out accuracy of several runs in one picture: `python scripts/plot.py --runs runs/a runs/b`.
+
+Reads what the runs wrote, and no model. A run that goes on from another one's adapter is drawn behind it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # also when the package is not installed
+
+import yaml
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from rl_lora.metrics import MetricsFile, Record
+from scripts.command import main as command
+
+DASHES = ("-", "--", "-.")
+
+
+@dataclass
+class PlotConfig:
+    """Draw the held-out accuracy of runs over their steps, with 95 % intervals."""
+
+    runs: list[str] = field(default_factory=list)
+    """Run folders. One whose adapter.init_from is another one's adapter starts where that one ended."""
+    out: str = "accuracy.png"
+    """The picture: .png, .svg or .pdf."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One run's evaluations."""
+
+    folder: Path
+    before: tuple[Path, ...]
+    """The runs that it goes on from, the nearest first."""
+    evals: list[Record]
+
+    @property
+    def start(self) -> int:
+        """Steps of all the runs before this one."""
+        return sum(map(steps_of, self.before))
+
+    @property
+    def root(self) -> Path:
+        """Where it began."""
+        return (self.folder, *self.before)[-1].resolve()
+
+
+def run(config: PlotConfig) -> Path:
+    """Read the runs, write the picture. Raises ValueError where there is nothing to draw."""
+    if not config.runs:
+        raise ValueError("name the folders of runs: --runs runs/a runs/b")
+    out, figure = Path(config.out), draw([curve_of(Path(path)) for path in config.runs])
+    try:
+        figure.savefig(out, dpi=150)
+    except OSError as error:
+        raise ValueError(f"cannot write {out}: {error}") from error
+    print(out)
+    return out
+
+
+def curve_of(folder: Path) -> Curve:
+    """What a run folder has to draw. Raises ValueError if that is nothing."""
+    records = MetricsFile(folder / "metrics.jsonl").read("eval")
+    records = [record for record in records if record["accuracy"] is not None]
+    if not records:
+        raise ValueError(f"{folder} holds no evaluation with an accuracy: it must be the folder of a run (--run_dir)")
+    before: list[Path] = []
+    while (parent := parent_of(before[-1] if before else folder)) is not None:
+        before.append(parent)
+    return Curve(folder, tuple(before), records)
+
+
+def parent_of(folder: Path) -> Path | None:
+    """The run whose adapter this one starts from, if it is there."""
+    path = folder / "config.yaml"
+    init_from = yaml.safe_load(path.read_text())["adapter"]["init_from"] if path.is_file() else None
+    parent = Path(init_from).parent if init_from else None
+    return parent if parent and (parent / "metrics.jsonl").is_file() else None
+
+
+def steps_of(folder: Path) -> int:
+    """How far a run has come."""
+    return max((record["step"] for record in MetricsFile(folder / "metrics.jsonl").read()), default=0)
+
+
+def draw(curves: list[Curve]) -> Figure:
+    """One line a run, with error bars. Runs that began in the same one share a color, and those that go on from the
+    same one are told apart by their dashes; a dotted line where runs go on."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for start in sorted({curve.start for curve in curves} - {0}):
+        axes.axvline(start, color="gray", linestyle=":")
+    colors: dict[Path, str] = {}
+    branches: Counter[tuple[Path, int]] = Counter()
+    for curve in curves:
+        color = colors.setdefault(curve.root, f"C{len(colors)}")
+        dashes = DASHES[branches[curve.root, curve.start] % len(DASHES)]
+        branches[curve.root, curve.start] += 1
+        accuracy = [record["accuracy"] for record in curve.evals]
+        errors = [
+            [max(0.0, a - record.get("accuracy_low", a)) for a, record in zip(accuracy, curve.evals, strict=True)],
+            [max(0.0, record.get("accuracy_high", a) - a) for a, record in zip(accuracy, curve.evals, strict=True)],
+        ]
+        steps = [curve.start + record["step"] for record in curve.evals]
+        axes.errorbar(
+            steps,
+            accuracy,
+            errors,
+            color=color,
+            linestyle=dashes,
+            marker="o" if dashes == "-" else "s",
+            markersize=4,
+            capsize=3,
+            label=curve.folder.name,
+        )
+    axes.set_xlabel("step")
+    axes.set_ylabel("accuracy, held out (95 %)")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="best", fontsize="small")
+    return figure
+
+
+def main() -> None:
+    command(PlotConfig, run)
+
+
+if __name__ == "__main__":
+    main()
