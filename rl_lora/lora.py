@@ -250,20 +250,25 @@ class LoRALinear(_Wrapper):
     """A frozen linear layer (nn.Linear, a subclass of it, or Conv1D) and the bank's adapters on it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base(x)  # (..., out); a fresh tensor, so that the deltas can be added in place
         routing = self.bank.routing
         if routing is None:
-            return y
-        x2, y2 = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])  # (N, in), (N, out)
+            return self.base(x)
+        # Deltas are added in place, and to no view: a view's gradient would be copied twice.
+        x2 = x.reshape(-1, x.shape[-1])  # (N, in)
+        y2: Tensor = self.base(x2)  # (N, out)
+        self._add_deltas(y2, x2, routing)
+        return y2.view(*x.shape[:-1], y2.shape[-1])
+
+    def _add_deltas(self, y2: Tensor, x2: Tensor, routing: Routing) -> None:
         if routing.whole is not None:
             if (factors := routing.whole.factors.get(self.name)) is not None:
                 _add_delta(y2, x2, factors)
-            return y
+            return
         adapters = [run.adapter for run in routing.runs]
-        if not torch.is_grad_enabled() and (stack := self.bank.stack(self.name, adapters, x.dtype)) is not None:
+        if not torch.is_grad_enabled() and (stack := self.bank.stack(self.name, adapters, x2.dtype)) is not None:
             z = (x2 @ stack.A.t()).masked_fill_(routing.others(stack.ranks, len(x2), x2.device), 0)
             y2.addmm_(z, stack.B)  # zeros add nothing, not even rounding
-            return y
+            return
         for run in routing.runs:
             if (factors := run.adapter.factors.get(self.name)) is None:
                 continue
@@ -272,7 +277,6 @@ class LoRALinear(_Wrapper):
                 _add_delta(y2[where], x2[where], factors)
             else:
                 y2.index_copy_(0, where, _add_delta(y2[where], x2[where], factors))
-        return y
 
 
 def _add_delta(y: Tensor, x: Tensor, factors: Factors) -> Tensor:
