@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from rl_lora.attention import Options
 
@@ -26,6 +26,9 @@ Attention = Callable[["Tree", Tensor, Tensor, Tensor, Options], Tensor]
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.05}  # float32 products may be TF32 on a GPU
 """Largest mean difference from our own attention and its gradients, in standard deviations."""
+RECOMPILE_LIMIT = 64
+BLOCK = 128
+"""Tokens of a side of the blocks that are computed or left out."""
 
 
 def serves(tree: Tree, query: Tensor, options: Options) -> bool:
@@ -51,7 +54,9 @@ def attend(tree: Tree, query: Tensor, key: Tensor, value: Tensor, options: Optio
 
 @functools.cache
 def _compiled() -> Any:
-    return torch.compile(flex_attention, dynamic=True)
+    # One code object serves gradients or none, windows or none, and several sizes: each is a compilation of its own.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)  # beyond the limit it raises, never runs slow
 
 
 def soft_cap(cap: float) -> Callable[..., Tensor]:
@@ -74,13 +79,44 @@ def mask_mod(end: Tensor, positions: Tensor, window: int | None) -> MaskMod:
 
 
 def block_mask(tree: Tree, window: int | None) -> BlockMask:
-    """The blocks of 128 x 128 tokens that have to be computed; kept with the tree, for all layers."""
+    """The blocks of BLOCK x BLOCK tokens that have to be computed; kept with the tree, for all layers.
+
+    Worked out from what is known of blocks: the matrix of all pairs of tokens, which torch would look at, is as large
+    as the scores.
+    """
     if window not in tree.block_masks:
         assert tree.end is not None
-        n, device = tree.n_tokens, tree.positions.device
         mod = mask_mod(tree.end, tree.positions[0], window)
-        tree.block_masks[window] = create_block_mask(mod, None, None, n, n, device=str(device))
+        needed, full = blocks(tree.end.cpu().numpy(), tree.positions[0].cpu().numpy(), window)
+        parts, whole = (_first(some, tree.positions.device) for some in (needed & ~full, full))
+        n = tree.n_tokens
+        tree.block_masks[window] = BlockMask.from_kv_blocks(*parts, *whole, BLOCK, mod, (n, n))
     return tree.block_masks[window]
+
+
+def blocks(end: np.ndarray, positions: np.ndarray, window: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """bool (n, n) each: which blocks of queries see some of which blocks of keys, and which see all of them. With a
+    window, blocks may be called needed that are not."""
+    n = -(-len(end) // BLOCK)
+    starts = np.arange(n) * BLOCK
+    most, least = (f.reduceat(end, starts) for f in (np.maximum, np.minimum))
+    earlier = starts[:, None] > starts
+    needed = (earlier | np.eye(n, dtype=bool)) & (most > starts[:, None])
+    full = earlier & (least >= starts[:, None] + BLOCK) & (starts[:, None] + BLOCK <= len(end))
+    if window is not None:
+        first, last = (f.reduceat(positions, starts) for f in (np.minimum, np.maximum))
+        needed &= first[:, None] - last < window
+        full &= last[:, None] - first < window
+    return needed, full
+
+
+def _first(some: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    """How many blocks of keys each block of queries has, and which, those first: int32 (1, 1, n), (1, 1, n, n)."""
+    counts, order = (
+        torch.from_numpy(x.astype(np.int32)).to(device)[None, None]
+        for x in (some.sum(1), np.argsort(~some, axis=1, kind="stable"))
+    )
+    return counts, order
 
 
 def ends(spans: Sequence[Span]) -> np.ndarray | None:
@@ -113,7 +149,9 @@ def proven(query: Tensor, key: Tensor, value: Tensor, options: Options, own: Att
     kind = (query.device, query.dtype, *shapes, options, differentiated)
     if kind not in _proofs:
         try:
-            _prove(query, key, value, options, own, differentiated)
+            # Whoever counts or drops what this pass keeps for its backward pass does not mean what a proof keeps.
+            with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+                _prove(query, key, value, options, own, differentiated)
             _proofs[kind] = True
         except Exception as error:  # whatever a compiler may raise: our own attention is right
             _proofs[kind] = False

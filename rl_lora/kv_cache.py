@@ -95,9 +95,10 @@ class Decode(Cache):
         """Of each layer, (rows >= R, H_kv, room >= max t, D)."""
         self.values: list[Tensor] = []
         self.arrangement = 0
-        """Counts how often rows, or the memory that they lie in, have changed: a recorded step holds for one."""
+        """Counts how often rows, or what else a step reads, have moved in memory: a recorded step holds for one."""
         self._at: Tensor | None = None
-        """`t` on the device, int64 (R,); None where it has to be brought there."""
+        """`t` on the device, int64 (R,): one tensor for an arrangement, since a recorded step reads and writes it."""
+        self._at_is_stale = False
         self._sharing: list[tuple[Nodes, Sharing]] = []
         self._lengths: list[Tensor] = []  # of each row's trunk and prompt, int64 (R,), on the device
 
@@ -176,6 +177,9 @@ class Decode(Cache):
         self._reserve(int(t.max()) + n_tokens)
         if self._at is None:
             self._at = torch.from_numpy(self.t).to(self.device, copy=True)
+        elif self._at_is_stale:
+            self._at.copy_(torch.from_numpy(self.t))
+        self._at_is_stale = False
 
     def begin(self, n_tokens: int = 1, rows: np.ndarray | None = None) -> Tensor:
         """The next forward pass reads n tokens of every row, or of these rows; returns their positions, (R, n).
@@ -208,7 +212,7 @@ class Decode(Cache):
             self.advance_host(n_tokens)
         else:
             self.t[slice(None) if rows is None else rows] += n_tokens
-            self._at = None
+            self._at_is_stale = True
 
     def advance_device(self, n_tokens: int = 1) -> None:
         """The half of `advance`, for all rows, that a recorded step repeats."""
@@ -223,7 +227,7 @@ class Decode(Cache):
         """Forget what a row has read behind its first t own tokens."""
         if self.t[row] != t:
             self.t[row] = t
-            self._at = None
+            self._at_is_stale = True
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return int(self.t.max(initial=0))

@@ -100,6 +100,7 @@ class AdapterBank:
         self.adapters: dict[str, Adapter] = {}
         self.routing: Routing | None = None
         self._stacks: dict[tuple[str, torch.dtype], tuple[list[Any], Stack | None]] = {}
+        self._routed: tuple[tuple[str | None, ...], Routing | None] | None = None
         self._wrapped: set[str] = set()
 
     def add(
@@ -133,6 +134,8 @@ class AdapterBank:
 
     def remove(self, name: str) -> None:
         del self.adapters[self[name].name]
+        self._stacks.clear()
+        self._routed = None
 
     def __getitem__(self, name: str) -> Adapter:
         if name not in self.adapters:
@@ -170,7 +173,10 @@ class AdapterBank:
         Entries are usually the rows of the batch; a single row whose tokens belong to several adapters gives one entry
         a token. A backward pass that recomputes activations must run inside as well.
         """
-        previous, self.routing = self.routing, self._routing(adapters)
+        key = tuple(adapters)
+        if self._routed is None or self._routed[0] != key:
+            self._routed = key, self._routing(key)  # kept, so that steps of the same rows bring nothing to the device
+        previous, self.routing = self.routing, self._routed[1]
         try:
             yield
         finally:

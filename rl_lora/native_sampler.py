@@ -127,7 +127,7 @@ class _Run:
         self.drawing = Drawing(self.policy)
         self.decode = Decode(self.policy.device)
         self.trunks: list[Trunk] = []
-        self.replay = Replay(self._read, sampler.recorder, partial(self.decode.advance_device, -1))
+        self.replay = Replay(sampler.recorder, partial(self.decode.advance_device, -1))
 
     def run(self) -> None:
         self._read_trunks()
@@ -149,7 +149,7 @@ class _Run:
     def _step(self, tokens: Tensor) -> None:
         """Read one token a row, (R,)."""
         self.decode.make_room()
-        self.drawing.hidden = self.replay(tokens, self.decode.arrangement)
+        self.drawing.hidden = self.replay(self._read, tokens, self.decode.arrangement)
         self.decode.advance_host()
 
     def _read(self, tokens: Tensor) -> Tensor:
@@ -275,6 +275,7 @@ class _Run:
         adapters = [row.adapter for row in rows]
         hidden = self.policy.hidden(tokens.to(self.policy.device), adapters, self.decode, positions, self.decode)
         self.decode.advance(lengths, at)
+        self.decode.arrangement += 1  # what is kept of adapters (`AdapterBank.stack`) was that of these rows
         last = torch.from_numpy(lengths - 1).to(hidden.device)
         self.drawing.restart(places, rows, hidden[torch.arange(len(rows), device=hidden.device), last])
 

@@ -80,15 +80,16 @@ class Replay:
     that choose kernels, cached casts).
     """
 
-    def __init__(self, step: Step, recorder: Recorder, undo: Callable[[], object]):
-        self.step, self.recorder, self.undo = step, recorder, undo
+    def __init__(self, recorder: Recorder, undo: Callable[[], object]):
+        self.recorder, self.undo = recorder, undo
         self.arrangement = -1
         self.recording: Step | None = None
 
-    def __call__(self, tokens: Tensor, arrangement: int) -> Tensor:
+    def __call__(self, step: Step, tokens: Tensor, arrangement: int) -> Tensor:
+        """`step` is not kept: it may belong to what this belongs to."""
         if arrangement != self.arrangement:
             self.arrangement, self.recording = arrangement, None
-            return self.step(tokens)
+            return step(tokens)
         if self.recording is None:
-            self.recording = self.recorder(self.step, tokens, self.undo)
-        return (self.recording or self.step)(tokens)
+            self.recording = self.recorder(step, tokens, self.undo)
+        return (self.recording or step)(tokens)

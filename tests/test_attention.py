@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from rl_lora import flex, kv_cache, tree_attention
 from rl_lora import tree as tree_module
@@ -109,6 +110,34 @@ def test_two_numbers_a_token_say_who_sees_whom(seed, window):
     i = torch.arange(tree.n_tokens)
     seen = flex.mask_mod(tree.end, tree.positions[0], window)(i[:1], i[:1], i[:, None], i[None])
     assert torch.equal(seen, allowed(tree, window))
+
+
+def whole_blocks(mask: BlockMask) -> list[set[int]]:
+    """Of each block of queries, the blocks of keys that it sees all of."""
+    assert mask.full_kv_num_blocks is not None
+    assert mask.full_kv_indices is not None
+    counts, indices = mask.full_kv_num_blocks[0, 0].tolist(), mask.full_kv_indices[0, 0].tolist()
+    return [set(row[:n]) for row, n in zip(indices, counts, strict=True)]
+
+
+@pytest.mark.parametrize("window", [None, 150])
+@pytest.mark.parametrize("seed", range(4))
+def test_blocks_are_those_that_torch_finds_by_looking_at_all_pairs(seed, window):
+    rng = np.random.default_rng(seed)
+    spans = walk(rng, 14)
+    lengths = [length * int(rng.integers(1, 60)) for _, length, _ in spans]
+    starts = np.cumsum([0, *lengths[:-1]]).tolist()
+    tree = Tree([(start, n, parent) for start, n, (_, _, parent) in zip(starts, lengths, spans, strict=True)])
+    assert tree.end is not None
+    mod = flex.mask_mod(tree.end, tree.positions[0], window)
+    expected = create_block_mask(mod, None, None, tree.n_tokens, tree.n_tokens, device="cpu")
+    found = flex.block_mask(tree, window)
+    if window is None:
+        assert torch.equal(found.to_dense(), expected.to_dense())
+        assert whole_blocks(found) == whole_blocks(expected)
+    else:  # none of those that are needed is left out, and none is taken for whole that is not
+        assert (found.to_dense() >= expected.to_dense()).all()
+        assert all(mine <= theirs for mine, theirs in zip(whole_blocks(found), whole_blocks(expected), strict=True))
 
 
 def test_spans_out_of_a_walks_order_are_known_as_such():

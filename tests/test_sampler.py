@@ -5,6 +5,7 @@ Rows are independent: of their neighbours, of the size of the batch, of whether 
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from rl_lora import head as head_module
 from rl_lora.head import Head
+from rl_lora.kv_cache import Decode
 from rl_lora.native_sampler import NativeSampler
 from rl_lora.packing import pack
 from rl_lora.policy import Policy
@@ -417,6 +419,13 @@ def test_a_request_may_go_on_where_another_of_the_same_seed_ended() -> None:
     assert len(set(together)) > 1
 
 
+FORBIDDEN = {
+    torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten.nonzero.default,
+    torch.ops.aten.lift_fresh.default,  # a tensor made of numbers of the host
+}
+
+
 def record_operations(step: Step, tokens: Tensor) -> Step:
     """What a CUDA graph does, on a CPU: the step's operations are taken down with the memory that they read and write,
     and done again; no line of Python in between, and no number that the host would have to wait for."""
@@ -425,7 +434,7 @@ def record_operations(step: Step, tokens: Tensor) -> Step:
 
     class Tape(TorchDispatchMode):
         def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if op in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            if op in FORBIDDEN:
                 raise RuntimeError(f"{op} makes the host wait")
             result = op(*args, **(kwargs or {}))
             tape.append((op, args, kwargs or {}, result))
@@ -449,10 +458,24 @@ def record_operations(step: Step, tokens: Tensor) -> Step:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("check_every", [1, 5])
 def test_recorded_steps_draw_what_steps_draw(arch: str, check_every: int) -> None:
+    """With rows that come, go, stand still, and go on with another turn."""
     policy = tiny_policy(arch, ["a", "b"], stop_tokens=LETTERS)
     requests = [replace(r, max_tokens=r.max_tokens * 5) for r in mixed_requests(0.8)]
     sampler = NativeSampler(policy, 9, check_every=check_every)
-    expected = sampler.generate(requests)
+
+    def generate() -> list[list[Completion]]:
+        second: set[tuple[int, int]] = set()
+
+        def follow(i: int, k: int, completion: Completion) -> Request | None:
+            if (i, k) in second or i % 2:
+                return None
+            second.add((i, k))
+            ids = requests[i].prompt_ids + completion.token_ids + prompt(1 + i, seed=k)
+            return replace(requests[i], prompt_ids=ids, n=1, max_tokens=30, seed=(i, k))
+
+        return sampler.generate(requests, follow=follow)
+
+    expected = generate()
     n_recorded = n_replayed = 0
 
     def record(step: Step, tokens: Tensor) -> Step:
@@ -468,14 +491,27 @@ def test_recorded_steps_draw_what_steps_draw(arch: str, check_every: int) -> Non
         return counted
 
     sampler.recorder = Recorder(record)
-    if policy.bank.active_experts > 1:  # how many tokens an expert gets, only the device knows
+    if policy.bank.active_experts > 1 or arch == "gpt2":  # asks how many tokens an expert gets; looks for padding
         with pytest.warns(UserWarning, match="without recorded steps"):
-            assert sampler.generate(requests) == expected
+            assert generate() == expected
         assert n_recorded == 1
     else:
-        assert sampler.generate(requests) == expected
+        assert generate() == expected
         assert sampler.recorder.proven
-        assert n_replayed > 2 * n_recorded > 2, "most steps are meant to be replayed, of several arrangements"
+        assert n_replayed > n_recorded > 2, "steps of several arrangements are meant to be replayed"
+
+
+def test_nothing_of_a_rollout_outlives_it() -> None:
+    """Without the help of the garbage collector: keys and values may be half of the memory."""
+    sampler = NativeSampler(tiny_policy("llama", ["a"]))
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(2):
+            sampler.generate([Request(prompt(9), n=3, max_tokens=14, adapter="a")])
+        assert not [x for x in gc.get_objects() if isinstance(x, Decode)]
+    finally:
+        gc.enable()
 
 
 def test_a_recording_that_computes_something_else_is_not_used() -> None:
