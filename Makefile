@@ -8,11 +8,11 @@ PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check -c constrai
 INSTALL_FILES := setup.cfg pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo seeds legs benchmark peers test lint clean
+.PHONY: help setup demo seeds legs benchmark peers lm-eval test lint clean
 
 help: ## list these targets
 	@echo "usage: make TARGET [PYTHON=python3.12] [PIP_ARGS='pip options, such as an index with CPU builds of torch']"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.setup ## make .venv and install rl_lora with the versions of constraints.txt
 
@@ -38,7 +38,7 @@ legs: $(VENV)/.reasoning-gym ## warm start, then RL, on word problems: three see
 			--adapter.init_from runs/legs-sft$$seed/adapter $(LEGS_RL) $(LEGS_RUN) || exit 1; done
 	$(VENV)/bin/python scripts/train.py --run_dir runs/legs-shuffled --seed 10 --shuffle_rewards true \
 		--adapter.init_from runs/legs-sft0/adapter $(LEGS_RL) $(LEGS_RUN)
-	$(VENV)/bin/python scripts/evaluate.py $(LEGS) --max_tokens 24 --episodes 400 --out runs/legs-evaluation \
+	$(VENV)/bin/python scripts/evaluate.py $(LEGS) --max_tokens 24 --limit 400 --out runs/legs-evaluation \
 		--adapters runs/legs-sft? runs/legs-rl? runs/legs-shuffled
 	$(VENV)/bin/python scripts/evaluate.py $(LEGS) --max_tokens 128 --episodes 100 --out runs/legs-base
 	$(VENV)/bin/python scripts/plot.py --runs runs/legs-sft? runs/legs-rl? runs/legs-shuffled --out runs/legs.png
@@ -47,6 +47,8 @@ benchmark: setup ## rollouts, learning and training steps on this machine: token
 	$(VENV)/bin/python scripts/benchmark.py
 
 peers: $(VENV)-peers/.ready $(VENV)-vllm/.ready ## environments of TRL and vLLM, for scripts/benchmark.py --peer trl vllm
+
+lm-eval: $(VENV)-lm-eval/.ready ## environment of lm-evaluation-harness, for scripts/compare_lm_eval.py
 
 test: lint ## lint, then run the tests (PYTEST_ARGS='-m slow' for the slow ones)
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
@@ -68,8 +70,13 @@ $(VENV)-vllm/.ready:
 	$(VENV)-vllm/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
 	@touch $@
 
+$(VENV)-lm-eval/.ready:
+	$(PYTHON) -m venv $(VENV)-lm-eval
+	$(VENV)-lm-eval/bin/python -m pip install $(PIP_ARGS) torch==2.13.0 transformers==5.23.0 peft==0.21.2 accelerate lm-eval==0.4.13
+	@touch $@
+
 clean: ## remove .venv, caches and build products (runs/ and the model cache stay)
-	rm -rf $(VENV) $(VENV)-peers $(VENV)-vllm build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-peers $(VENV)-vllm $(VENV)-lm-eval build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find rl_lora envs rewards scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An install that was cut off may leave half a package that pip takes for a whole one: after it, the next call starts over.

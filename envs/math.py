@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from envs.finite import FiniteEnv
 from envs.jsonl import Row
 from envs.prompts import as_text
-from envs.records import read_records
+from envs.records import is_file, read_records
 from envs.split import check_fraction, check_split, split_of
 from envs.text import Problem, fill, placeholders
 from rewards import RewardSpec
 
-QUESTION_COLUMNS = ("question", "problem", "question_concat", "prompt")
+QUESTION_COLUMNS = ("question_concat", "question", "problem", "prompt")
 ANSWER_COLUMNS = ("answer", "final_answer", "result", "solution")
-"""Where questions and answers stand if no column is named: the first of these, in any case, that a data set has."""
+"""Where questions and answers stand if no column is named: the first of these, in any case, that a data set has.
+question_concat comes first: beside it, SVAMP's Question is only the last sentence of the problem."""
 BOXED = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
 CALCULATOR = re.compile(r"<<[^<>]*>>")
 """GSM8K's annotations of its solutions, which no reply should have."""
+WHOLE = re.compile(r"(?<![\w.])(\d+)\.0(?![\w.])")
+"""Whole numbers as SVAMP's equations write them: 290.0 / 2.0."""
+OVERLAPS = ("refuse", "drop", "allow")
 
 
 @dataclass(frozen=True)
@@ -66,11 +70,20 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Item:
-    """A row of a data set, read: the question, the reference, and all columns as texts."""
+    """A row of a data set, read: the question as it stands there, and what is made of it."""
 
     question: str
-    reference: Any
-    columns: dict[str, str]
+    problem: Problem
+
+
+@dataclass(frozen=True)
+class Templates:
+    """How an item is made of a row: columns, what is asked, what solves it. A preset's demonstration may be missing."""
+
+    columns: tuple[str | None, str | None]
+    template: str
+    demonstration: str | None
+    preset: bool
 
 
 class MathEnv(FiniteEnv):
@@ -78,11 +91,12 @@ class MathEnv(FiniteEnv):
 
     Args:
         dataset: gsm8k, math (evaluated on MATH-500), math500, svamp, mawps, aime or deepmath, read from the Hugging
-            Face hub (`pip install 'rl_lora[data]'`) unless `path` and `eval_path` say otherwise.
-        path, eval_path: a .jsonl or .parquet file, or a data set's id on the hub, in place of the two sides of
-            `dataset`, or without it. Where there is no data for evaluation, a share of `path` is held out.
+            Face hub (`pip install 'rl_lora[data]'`) unless `path` and `eval_path` say otherwise. A list is a mixture.
+        path, eval_path: a .jsonl or .parquet file, a folder that `datasets` reads, or a data set's id on the hub, in
+            place of the two sides of `dataset`, or without it; or lists of them, for a mixture. Where there is no data
+            for evaluation, a share of `path` is held out.
         eval_fraction: that share; the hash of a question's normalised text decides, so equal ones are on one side.
-        question_column, answer_column: by default the first that is there of question, problem, question_concat,
+        question_column, answer_column: by default the first that is there of question_concat, question, problem,
             prompt, and of answer, final_answer, result, solution. What an answer may look like is the verifier's
             business: it takes what stands behind "####", or in \\boxed{}.
         template: what is asked; {question}, or {name} for the column of that name, but never the answer.
@@ -92,7 +106,8 @@ class MathEnv(FiniteEnv):
         limit: at most so many problems, the first ones of the side.
         reward: see `rewards.resolve`.
         split: "train" or "eval".
-        allow_overlap: take problems for training whose normalised text is among those of evaluation.
+        overlap: what becomes of problems for training whose normalised text is among those of evaluation: "refuse" is
+            an error with their number, "drop" leaves them out of training, "allow" keeps them.
 
     Raises:
         ValueError: an argument that cannot be, data that cannot be read, training problems that are in the evaluation.
@@ -100,9 +115,9 @@ class MathEnv(FiniteEnv):
 
     def __init__(
         self,
-        dataset: str | None = None,
-        path: str | None = None,
-        eval_path: str | None = None,
+        dataset: str | Sequence[str] | None = None,
+        path: str | Sequence[str] | None = None,
+        eval_path: str | Sequence[str] | None = None,
         eval_fraction: float = 0.1,
         question_column: str | None = None,
         answer_column: str | None = None,
@@ -112,64 +127,105 @@ class MathEnv(FiniteEnv):
         limit: int | None = None,
         reward: RewardSpec = "math",
         split: str = "train",
-        allow_overlap: bool = False,
+        overlap: str = "refuse",
     ) -> None:
         super().__init__(reward)
         check_split(split)
         check_fraction(eval_fraction)
-        if dataset is None and path is None and eval_path is None:
+        datasets, paths, eval_paths = _names(dataset), _names(path), _names(eval_path)
+        if not datasets and not paths and not eval_paths:
             raise ValueError(f"name a dataset ({', '.join(PRESETS)}), or give a path")
-        if dataset is not None and dataset not in PRESETS:
-            raise ValueError(f"dataset must be one of {', '.join(PRESETS)}, got {dataset!r}; of others give the path")
+        if unknown := [name for name in datasets if name not in PRESETS]:
+            raise ValueError(
+                f"dataset must be one of {', '.join(PRESETS)}, got {unknown[0]!r}; of others give the path"
+            )
+        if len(datasets) > 1 and paths and len(paths) != len(datasets):
+            raise ValueError(
+                f"a mixture has a path for each dataset, or none, got {len(datasets)} datasets and {len(paths)} paths"
+            )
         if few_shot < 0 or (limit is not None and limit < 1):
             raise ValueError(f"few_shot must be >= 0 and limit >= 1, got {few_shot} and {limit}")
-        preset = PRESETS.get(dataset or "", Preset(None, None))
-        demonstration = preset.demonstration if demonstration is None else demonstration
-        columns = (question_column, answer_column)
-        train = _items(Side(path, "train") if path else preset.train, columns)
-        held_out = _items(Side(eval_path, "test") if eval_path else preset.eval, columns)
-        if eval_path is None and path is not None:
-            held_out = ()  # data of one's own are not evaluated on somebody else's
-        if train and not held_out:
-            train, held_out = _divided(train, float(eval_fraction))
-        elif not allow_overlap and (n := len({normalized(i.question) for i in train} & _questions(held_out))):
+        if overlap not in OVERLAPS:
+            raise ValueError(f"overlap must be one of {', '.join(OVERLAPS)}, got {overlap!r}")
+        templates = Templates((question_column, answer_column), template, demonstration, False)
+        data = (datasets, paths, eval_paths)
+        self.problems = _problems(data, templates, float(eval_fraction), few_shot, split, overlap)[:limit]
+
+
+Names = tuple[str, ...]
+Data = tuple[Names, Names, Names]
+"""Data sets, paths, paths for evaluation."""
+
+
+def _names(names: str | Sequence[str] | None) -> Names:
+    names = (names,) if isinstance(names, str) else tuple(names or ())
+    if not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"datasets and paths are texts, or lists of texts, got {names!r}")
+    return names
+
+
+@functools.lru_cache(maxsize=8)
+def _problems(
+    data: tuple[Names, Names, Names],
+    templates: Templates,
+    eval_fraction: float,
+    few_shot: int,
+    split: str,
+    overlap: str,
+) -> tuple[Problem, ...]:
+    """What `MathEnv` asks, made once for all of its copies: a rollout plays hundreds of them."""
+    train, held_out = _sides(data, templates)
+    if train and not held_out:
+        train, held_out = _divided(train, eval_fraction)
+    elif overlap != "allow":
+        evaluated = {normalized(item.question) for item in held_out}
+        kept = tuple(item for item in train if normalized(item.question) not in evaluated)
+        if overlap == "refuse" and len(kept) < len(train):
             raise ValueError(
-                f"{n} training problems are among those of evaluation (normalised text): what would be measured has "
-                "been trained on; remove them, or set allow_overlap=True"
+                f"{len(train) - len(kept)} training problems are among those of evaluation (normalised text): what "
+                "would be measured has been trained on; overlap=drop leaves them out, overlap=allow keeps them"
             )
-        if few_shot > len(train):
-            raise ValueError(f"few_shot={few_shot} needs as many training problems; there are {len(train)}")
-        if few_shot and demonstration is None:
-            raise ValueError("few_shot needs a demonstration: a template of the solved problem's reply")
-        side = train[few_shot:] if split == "train" else held_out
-        if not side:
-            raise ValueError(
-                f"there are no problems for split {split!r}; give {'path' if split == 'train' else 'eval_path'}"
-            )
-        asked = _filled(template, "template", side, answers=False)
-        shown = [None] * len(side) if demonstration is None else _filled(demonstration, "demonstration", side)
-        before = ""
-        if few_shot and demonstration is not None:
-            examples = train[:few_shot]
-            pairs = zip(
-                _filled(template, "template", examples, answers=False),
-                _filled(demonstration, "demonstration", examples),
-                strict=True,
-            )
-            before = "".join(f"{question}\n{solution}\n\n" for question, solution in pairs)
-        self.problems = tuple(
-            Problem(before + question, item.reference, solution)
-            for question, item, solution in zip(asked, side, shown, strict=True)
-        )[:limit]
+        train = kept
+    if few_shot > len(train):
+        raise ValueError(f"few_shot={few_shot} needs as many training problems; there are {len(train)}")
+    examples = [item.problem for item in train[:few_shot]]
+    if any(example.demonstration is None for example in examples):
+        raise ValueError("few_shot needs a demonstration: a template of the solved problem's reply")
+    side = train[few_shot:] if split == "train" else held_out
+    if not side:
+        raise ValueError(
+            f"there are no problems for split {split!r}; give {'path' if split == 'train' else 'eval_path'}"
+        )
+    before = "".join(f"{example.question}\n{example.demonstration}\n\n" for example in examples)
+    return tuple(item.problem._replace(question=before + item.problem.question) for item in side)
+
+
+def _sides(data: Data, templates: Templates) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
+    """The items for training and for evaluation. What is given by path replaces a side of the presets as a whole."""
+    datasets, paths, eval_paths = data
+    presets = [PRESETS[name] for name in datasets] or [Preset(None, None)]
+
+    def made(preset: Preset) -> Templates:
+        return replace(templates, demonstration=preset.demonstration, preset=True)
+
+    own = templates.demonstration is not None
+    train, held_out = [], []
+    for i, preset in enumerate(presets):
+        sides = [preset.train]
+        if paths:  # of one data set, several files; of several, a file each
+            sides = [Side(path, "train") for path in (paths if len(presets) == 1 else paths[i : i + 1])]
+        train += [item for side in sides for item in _items(side, templates if own else made(preset))]
+    if eval_paths:
+        held_out = [item for path in eval_paths for item in _items(Side(path, "test"), made(presets[0]))]
+    elif not paths:  # data of one's own are not evaluated on somebody else's
+        held_out = [item for preset in presets for item in _items(preset.eval, made(preset))]
+    return tuple(train), tuple(held_out)
 
 
 def normalized(question: str) -> str:
-    """Letters and digits of a question, in lower case: what two copies of a problem have in common."""
-    return " ".join(re.findall(r"\w+", question.casefold()))
-
-
-def _questions(items: Sequence[Item]) -> set[str]:
-    return {normalized(item.question) for item in items}
+    """Words, numbers and signs of a question, in lower case: what two copies of a problem have in common, whatever
+    their spaces, punctuation and dollar signs."""
+    return " ".join(re.findall(r"\w+|[^\w\s.,;:!?'\"`$\\]", question.casefold()))
 
 
 def _divided(items: Sequence[Item], fraction: float) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
@@ -179,16 +235,36 @@ def _divided(items: Sequence[Item], fraction: float) -> tuple[tuple[Item, ...], 
     return tuple(sides["train"]), tuple(sides["eval"])
 
 
-@functools.lru_cache(maxsize=8)
-def _items(side: Side | None, columns: tuple[str | None, str | None]) -> tuple[Item, ...]:
+@functools.lru_cache(maxsize=32)
+def _items(side: Side | None, templates: Templates) -> tuple[Item, ...]:
     if side is None:
         return ()
     rows = [row for name in side.names for row in read_records(side.data, side.split, name)]
     question, answer = (
         _column(rows[0], named, usual, f"{side.data}: its {what} column")
-        for named, usual, what in zip(columns, (QUESTION_COLUMNS, ANSWER_COLUMNS), ("question", "answer"), strict=True)
+        for named, usual, what in zip(
+            templates.columns, (QUESTION_COLUMNS, ANSWER_COLUMNS), ("question", "answer"), strict=True
+        )
     )
-    return tuple(_item(row, question, answer, f"{side.data}, row {row.line}") for row in rows)
+    if not is_file(side.data):  # nobody can mend a row of somebody else's data set
+        whole = [row for row in rows if all(_there(row.columns.get(c)) for c in (question, answer))]
+        if n := len(rows) - len(whole):
+            warnings.warn(f"{side.data}: {n} rows without question or answer left out", stacklevel=2)
+        rows = whole
+    read = [_texts(row, question, answer, f"{side.data}, row {row.line}") for row in rows]
+    asked = _filled(templates.template, "template", read, answers=False)
+    solution = templates.demonstration
+    if solution is not None and templates.preset and not placeholders(solution) <= set(read[0]):
+        solution = None
+    shown = [None] * len(rows) if solution is None else _filled(solution, "demonstration", read)
+    return tuple(
+        Item(columns["question"], Problem(text, row.columns[answer], reply))
+        for row, columns, text, reply in zip(rows, read, asked, shown, strict=True)
+    )
+
+
+def _there(value: object) -> bool:
+    return value is not None and bool(str(value).strip())
 
 
 def _column(row: Row, named: str | None, usual: Sequence[str], what: str) -> str:
@@ -202,22 +278,23 @@ def _column(row: Row, named: str | None, usual: Sequence[str], what: str) -> str
     raise ValueError(f"{what} ({wanted}) is not there; there are {', '.join(map(repr, row.columns))}")
 
 
-def _item(row: Row, question_column: str, answer_column: str, where: str) -> Item:
+def _texts(row: Row, question_column: str, answer_column: str, where: str) -> dict[str, str]:
+    """All columns of a row as texts, by their names in lower case, and `question` and `answer`."""
     question, reference = row.columns.get(question_column), row.columns.get(answer_column)
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"{where}: {question_column!r} must be a text, got {question!r}")
-    if reference is None or (isinstance(reference, str) and not reference.strip()):
+    if not _there(reference):
         raise ValueError(f"{where}: {answer_column!r} is empty")
     columns = {name.lower(): as_text(value) for name, value in row.columns.items()}
-    return Item(question.strip(), reference, columns | {"question": question.strip(), "answer": as_text(reference)})
+    return columns | {"question": question.strip(), "answer": as_text(reference)}
 
 
-def _filled(template: str, what: str, items: Sequence[Item], *, answers: bool = True) -> list[str]:
-    names = {name for name in placeholders(template) if name in items[0].columns}
+def _filled(template: str, what: str, rows: Sequence[dict[str, str]], *, answers: bool = True) -> list[str]:
+    names = {name for name in placeholders(template) if name in rows[0]}
     hidden = set() if answers else {"answer", *ANSWER_COLUMNS}
     if not names - hidden:
-        raise ValueError(f"{what} must name a column in braces ({', '.join(items[0].columns)}), got {template!r}")
+        raise ValueError(f"{what} must name a column in braces ({', '.join(rows[0])}), got {template!r}")
     if leaked := names & hidden:
         raise ValueError(f"{what} would show the answer: it names {', '.join(sorted(leaked))}")
-    clean: Callable[[str], str] = functools.partial(CALCULATOR.sub, "")
-    return [clean(fill(template, {name: item.columns.get(name, "") for name in names})) for item in items]
+    filled = [CALCULATOR.sub("", fill(template, {name: row.get(name, "") for name in names})) for row in rows]
+    return [WHOLE.sub(r"\1", text) for text in filled] if answers else filled

@@ -1,4 +1,4 @@
-"""Rows of a data set, from wherever it is: a JSONL or Parquet file, or a data set of the Hugging Face hub."""
+"""Rows of a data set, from wherever it is: a JSONL or Parquet file, a folder, or a data set of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ FILES = (".jsonl", ".json", ".parquet")
 
 
 def read_records(data: str, split: str = "train", name: str | None = None) -> tuple[Row, ...]:
-    """Rows of a file (which has no splits), or of a split of the hub's data set `data`, of its configuration `name`.
+    """Rows of a file (which has no splits), or of a split of what the library `datasets` knows as `data`: a data set of
+    the hub and its configuration `name`, a folder of files, or one that `save_to_disk` wrote.
 
     All callers share the rows: do not change them.
 
@@ -20,10 +21,16 @@ def read_records(data: str, split: str = "train", name: str | None = None) -> tu
         ValueError: no such file or data set, a row that cannot be read, a library that is missing.
     """
     path = Path(data).expanduser()
-    if path.suffix in FILES or path.is_file():
+    if is_file(data):
         source = locate(data)
         return _read_parquet(source) if path.suffix == ".parquet" else read_rows(source)
-    return _read_hub(data, split, name)
+    return _read_datasets(str(path) if path.is_dir() else data, split, name)
+
+
+def is_file(data: str) -> bool:
+    """Whether `data` means a file, there or not, and nothing that the library `datasets` knows."""
+    path = Path(data).expanduser()
+    return path.suffix in FILES or path.is_file()
 
 
 @functools.lru_cache(maxsize=8)
@@ -40,7 +47,7 @@ def _read_parquet(source: Source) -> tuple[Row, ...]:
 
 
 @functools.lru_cache(maxsize=8)
-def _read_hub(data: str, split: str, name: str | None) -> tuple[Row, ...]:
+def _read_datasets(data: str, split: str, name: str | None) -> tuple[Row, ...]:
     try:
         import datasets
     except ImportError as error:
@@ -49,7 +56,12 @@ def _read_hub(data: str, split: str, name: str | None) -> tuple[Row, ...]:
             "pip install 'rl_lora[data]'"
         ) from error
     try:
-        rows: list[dict[str, Any]] = datasets.load_dataset(data, name, split=split).to_list()
+        if saved := [file for file in ("dataset_dict.json", "state.json") if (Path(data) / file).is_file()]:
+            found = datasets.load_from_disk(data)
+            found = found[split] if saved[0] == "dataset_dict.json" else found
+        else:
+            found = datasets.load_dataset(data, name, split=split)
+        rows: list[dict[str, Any]] = found.to_list()
     except Exception as error:  # of many kinds: the network, the hub, the builder
         known = f"{data}, configuration {name}" if name else data
         raise ValueError(

@@ -1,8 +1,9 @@
 """Text environments on gymnasium: `TextSpace`, `TextEnv`, and `SingleTurnEnv` for question -> answer -> reward.
 
-A trainer reads three keys of the info of `step`, each of them optional:
+A trainer reads four keys of the info of `step`, each of them optional:
     is_success: bool, the verdict, apart from the possibly shaped reward.
     reward_parts: dict[str, float], what the reward is made of.
+    answer: str, what was judged, in one spelling, where the reward function says so.
     unscorable: str, why the reward function could not judge. The reward is then 0.0 and means nothing.
 """
 
@@ -64,7 +65,8 @@ class TextEnv(gym.Env[str, str]):
 
     @property
     def n_problems(self) -> int | None:
-        """How many problems there are; None if they do not run out."""
+        """How many problems there are, n; None if they do not run out. n seeds in a row, from a multiple of n on, lead
+        to all of them: what `rollout.curriculum` chooses from."""
         return None
 
     @property
@@ -152,6 +154,8 @@ def judge(reward: RewardFunction, completion: str, reference: Any, where: str) -
     info: dict[str, Any] = {"reward_parts": {name: float(value) for name, value in result.parts.items()}}
     if result.success is not None:
         info["is_success"] = bool(result.success)
+    if result.answer is not None:
+        info["answer"] = result.answer
     return float(result.value), info
 
 

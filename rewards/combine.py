@@ -22,8 +22,8 @@ class WeightedSum:
     """A reward function: value = sum of weight * part.
 
     `parts` of its score hold each part's own value, before its weight; what a part itself reports is kept as
-    "part/name". The verdict is that of the first part that has one. One unscorable part, whatever its weight, leaves
-    the whole completion unscorable: a verdict that is missing must not look like one.
+    "part/name". Verdict and answer are those of the first part that has a verdict. One unscorable part, whatever its
+    weight, leaves the whole completion unscorable: a verdict that is missing must not look like one.
     """
 
     parts: tuple[Part, ...]
@@ -33,10 +33,12 @@ class WeightedSum:
         total = 0.0
         values: dict[str, float] = {}
         success: bool | None = None
+        answer: str | None = None
         for part in self.parts:
             result = score(part.function, completion, reference, part.name)
             total += part.weight * result.value
             values[part.name] = result.value
             values |= {f"{part.name}/{inner}": value for inner, value in result.parts.items()}
-            success = result.success if success is None else success
-        return Score(total, values, success)
+            if success is None:
+                success, answer = result.success, result.answer
+        return Score(total, values, success, answer)

@@ -23,7 +23,7 @@ from typing import Any
 from rewards import math_workers
 from rewards.math_extraction import boxed, extract, methods_of
 from rewards.math_numbers import Quantity, clean, quantity
-from rewards.math_text import base_numeral, canonical, choice, chosen, words
+from rewards.math_text import base_numeral, canonical, choice, chosen, nothing, ratio, same_ratio, words
 from rewards.score import Score, Unscorable
 
 MAX_ANSWER_CHARS = 1000
@@ -67,7 +67,19 @@ def math_match(
     if verdict.outcome is Outcome.UNSCORABLE:
         raise Unscorable(verdict.reason)
     correct = verdict.outcome is Outcome.CORRECT
-    return Score(float(correct), {"answered": float(verdict.outcome is not Outcome.NO_ANSWER)}, success=correct)
+    parts = {"answered": float(verdict.outcome is not Outcome.NO_ANSWER)}
+    return Score(float(correct), parts, correct, None if verdict.answer is None else spelling(verdict.answer))
+
+
+def spelling(answer: str) -> str:
+    """One text for answers that are the same at sight: plain numbers by their value (of units only % is kept: a unit
+    that is left out is no other answer), choices by their letter, names in lower case, formulas without what only
+    changes their looks. Formulas are not computed: 2x and x + x remain two answers."""
+    text = clean(answer[:MAX_ANSWER_CHARS])
+    number = quantity(text)
+    if number is not None:
+        return f"{number.value}{'%' if number.unit == '%' else ''}"
+    return choice(text) or words(text) or canonical(text)
 
 
 def verify(
@@ -103,6 +115,10 @@ def verify(
       of the other. An inequality for one name equals its interval.
     - *Lists* bare or in {} are equal in any order, tuples and intervals in theirs, with their brackets; a bare list
       equals a tuple in the same order. A matrix is not a tuple.
+    - *No solution*: "no solution", "no real roots", "none" and \emptyset are one answer.
+    - *Ratios*: 2:4:6 equals 1:2:3 and 2 to 3 equals 2:3; what could be reduced and has minutes, 3:30, is a time.
+    - *Angles*: 90^\circ equals 90 and equals \pi/2.
+    - *Words*: numbers in words are numbers: thirteen cookies, negative two, three quarters.
     - *Bases*: 52_8 equals itself only, neither 52 nor 42.
     - *Choices and names*: (A), A, \text{(A)} and "A. 12 cm" are one; names are compared without case.
     - *Logarithms*: \log without a base may be natural or decimal, as either makes it equal.
@@ -226,6 +242,11 @@ def _plain_verdict(answer: str, expected: _Reference) -> bool | None:
         return number.equals(expected.quantity)
     if canonical(answer) == canonical(expected.text):
         return True
+    if nothing(answer) and nothing(expected.text):
+        return True
+    terms, others = ratio(answer), ratio(expected.text)
+    if terms is not None and others is not None and ":" in expected.text:
+        return same_ratio(terms, others)
     if expected.choice is not None:
         return chosen(answer) == expected.choice.upper()
     if expected.words is not None:

@@ -91,6 +91,8 @@ def _same(answer: str, reference: str) -> bool:
     number, expected = quantity(answer), quantity(reference)
     if number is not None and expected is not None:
         return number.equals(expected)
+    if (in_radians := _angles(answer, reference)) is not None:
+        return _same_scalar(*in_radians)
     if (base_numeral(answer) or base_numeral(reference)) is not None:
         return base_numeral(answer) == base_numeral(reference)
     for compare_parts in (_congruences, _plus_minus, _assignments, _unions, _relations, _matrices, _collections):
@@ -101,6 +103,16 @@ def _same(answer: str, reference: str) -> bool:
     if units_conflict(unit, expected_unit):
         return False
     return _same_scalar(answer, reference)
+
+
+def _angles(answer: str, reference: str) -> tuple[str, str] | None:
+    """An angle in degrees beside one in multiples of \\pi, both in radians; None for anything else."""
+    sides = [split_unit(text) for text in (answer, reference)]
+    degrees = [unit == "degree" for _, unit in sides]
+    if sorted(degrees) != [False, True] or r"\pi" not in sides[degrees.index(False)][0]:
+        return None
+    radians = [rf"\frac{{({stem})\pi}}{{180}}" if unit == "degree" else stem for stem, unit in sides]
+    return radians[0], radians[1]
 
 
 _SYSTEM = re.compile(r"\\begin\{(cases|aligned|align\*?|gathered)\}(.*)\\end\{\1\}", re.DOTALL)

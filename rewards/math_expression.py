@@ -504,8 +504,12 @@ def _factorial(value: Value) -> Value:
 
 
 def _binomial(n: Value, k: Value) -> Value:
-    if not all(isinstance(x, Fraction) and x.denominator == 1 for x in (n, k)):
-        raise Undefined("binomial of something other than integers")
+    if not all(isinstance(x, Fraction) for x in (n, k)) or k.denominator != 1:
+        raise Undefined("binomial of something other than rational numbers, or of a k that is no integer")
+    if n.denominator != 1 and 0 <= k <= 10:  # a polynomial in n, looked at anywhere
+        return math.prod((Fraction(n - j, j + 1) for j in range(int(k))), start=Fraction(1))
+    if n.denominator != 1:
+        raise Undefined("binomial of a fraction")
     if k < 0 or 0 <= n < k:
         return Fraction(0)
     if abs(n) > 10_000 or k > 10_000:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from rewards.math_numbers import DECIMAL
+from rewards.math_text import nothing
+from rewards.math_words import NUMBER_WORDS
 
 MAX_CHARS = 20_000
 """Only this many characters at the end of a completion are looked at: an answer stands at the end."""
@@ -187,8 +189,14 @@ def whole(text: str) -> str | None:
     text = text.strip()
     if not text or len(text) > 200 or "\n" in text:
         return None
-    bare = re.sub(r"\\(?:text|mbox)\s*\{[^{}]*\}|\\[a-zA-Z]+", " ", text)
+    if nothing(text):
+        return text
+    bare = re.sub(r"\\(?:text|mbox|begin|end)\s*\{[^{}]*\}(?:\{[clr|]*\})?|\\[a-zA-Z]+", " ", text)
+    bare = re.sub(r"\b[A-Z]{2,3}\b", " ", bare) if "=" in text else bare  # AB = CD
     words = [word for word in re.findall(r"[^\W\d_]{2,}", bare) if word.lower() not in _FORMULA_WORDS]
+    if words and words[0].lower() in NUMBER_WORDS and text.startswith(words[0]):
+        text = re.split(r"\s+of\s", text, maxsplit=1)[0]  # two thirds of the cake
+        words = [word for word in re.findall(r"[^\W\d_]{2,}", text) if word.lower() not in NUMBER_WORDS | {"and"}]
     allowed = 0 if _MATH.search(text) else 1
     return _last_side(text) if len(words) <= allowed else None
 

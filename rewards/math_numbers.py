@@ -9,6 +9,8 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
+from rewards.math_words import digits
+
 MAX_DIGITS = 1000
 """A number with more digits than this is not read."""
 MAX_EXPONENT = 1000
@@ -73,6 +75,7 @@ _WORDED = re.compile(
     r"\\(?:text|mbox|mathrm)\s*\{\s*((?:(?:hundred|thousand|million|billion|trillion)\b[a-z ]*|Rs\.?|USD|\\?\$))\s*\}"
 )
 _OVER = re.compile(r"\{([^{}]*)\}\s*\\over(?![a-z])\s*\{([^{}]*)\}|\{([^{}]*?)\s*\\over(?![a-z])\s*([^{}]*)\}")
+_CHOOSE = re.compile(r"\{([^{}]*?)\s*\\choose(?![a-zA-Z])\s*([^{}]*)\}")
 _LEADING = re.compile(r"^(?:\\approx(?![a-z])|\\sim(?![a-z])|\\equiv(?![a-z])|=)\s*")
 _WRAPPED = re.compile(r"\\(?:text|mbox|textbf|textit|textrm|mathrm|mathbf)\s*\{([^{}]*)\}")
 _DELIMITERS = (
@@ -98,9 +101,9 @@ def clean(text: str) -> str:
     text = _THOUSANDS_SPACE.sub(lambda n: n[1] + re.sub(r"[^0-9]", "", n[2]), text)
     text = _SPACING.sub(" ", _WORDED.sub(r" \1 ", _DRESSED.sub(r"\1", _COLOR.sub("", text))))
     text = _SIZING.sub("", _FRACTION_COMMAND.sub(r"\\frac", text))
-    text = _OVER.sub(r"\\frac{\1\3}{\2\4}", text)
+    text = _CHOOSE.sub(r"\\binom{\1}{\2}", _OVER.sub(r"\\frac{\1\3}{\2\4}", text))
     text = re.sub(r"\s*\{\s*,\s*\}\s*", ",", text).replace(r"\lbrace", r"\{").replace(r"\rbrace", r"\}")
-    return _strip_delimiters(text)
+    return digits(_strip_delimiters(text))
 
 
 def _strip_delimiters(text: str) -> str:

@@ -2,7 +2,9 @@ r"""Answers that are text rather than values: choices (A), names, numerals with 
 
 from __future__ import annotations
 
+import math
 import re
+from fractions import Fraction
 
 _TEXT = re.compile(r"\\(?:text|mbox|textbf|textit|textrm|mathrm|mathbf|mathit|rm|bf)\s*\{([^{}]*)\}")
 _CHOICE = re.compile(
@@ -12,6 +14,15 @@ _BARE_CHOICE = re.compile(r"\(\s*([A-Z])\s*\)|([A-J])|\(\s*([A-J])\s*\)")
 _NUMERAL = re.compile(r"([+-]?)([0-9A-Z.]+)\s*_\s*(?:\{\s*([0-9]+)\s*\}|([0-9]+)|\{\s*\\text\s*\{([a-z]+)\}\s*\})")
 _WORDS = re.compile(r"[^\W\d_]+(?:(?: |, |\. |'|-|/| & | - )[^\W\d_]+)*")
 _FORMULA_WORDS = frozenset(("sqrt", "sin", "cos", "tan", "log", "exp", "infinity", "inf"))
+
+
+_NOTHING = re.compile(
+    r"(?:there (?:is|are|exists?) )?(?:no (?:real )?(?:solutions?|roots?)(?: exists?)?|none)"
+    r"|(?:the )?(?:empty|null) set",
+    re.IGNORECASE,
+)
+_RATIO = re.compile(r"[0-9]+(?:\.[0-9]+)?(?:\s*(?::|\\colon\b|\bto\b)\s*[0-9]+(?:\.[0-9]+)?)+")
+_HALF_DAY = re.compile(r"\s*[ap]\.?m\.?$", re.IGNORECASE)
 
 
 def plain(text: str) -> str:
@@ -46,6 +57,32 @@ def words(text: str) -> str | None:
     if not _WORDS.fullmatch(text) or not re.search(r"[^\W\d_]{3}", text) or text.lower() in _FORMULA_WORDS:
         return None
     return re.sub(r"^(?:the|a|an) ", "", " ".join(re.split(r"[ ,-]+", text.lower())))
+
+
+def nothing(text: str) -> bool:
+    r"""Whether a text says that no value solves the problem: \emptyset, "no solution", "There are no real roots"."""
+    return canonical(text) == r"\emptyset" or _NOTHING.fullmatch(plain(text).strip("*_. ")) is not None
+
+
+def ratio(text: str) -> tuple[Fraction, ...] | None:
+    """The terms of 2:4:6, or of "2 to 3"; and of a time of day, 3:30 pm."""
+    text = _HALF_DAY.sub("", text.strip())
+    return tuple(map(Fraction, re.findall(r"[0-9.]+", text))) if _RATIO.fullmatch(text) else None
+
+
+def same_ratio(a: tuple[Fraction, ...], b: tuple[Fraction, ...]) -> bool:
+    """Whether two ratios are proportional. What could be reduced and has minutes, 3:30, is a time, and only itself."""
+    if len(a) != len(b):
+        return False
+    if _is_time(a) or _is_time(b):
+        return a == b
+    return all(x * b[0] == y * a[0] for x, y in zip(a, b, strict=True)) and any(a) == any(b)
+
+
+def _is_time(terms: tuple[Fraction, ...]) -> bool:
+    whole = all(term.denominator == 1 for term in terms)
+    clock = len(terms) == 2 and whole and terms[0] <= 24 and 10 <= terms[1] < 60
+    return clock and math.gcd(int(terms[0]), int(terms[1])) > 1
 
 
 def base_numeral(text: str) -> tuple[str, str] | None:

@@ -16,6 +16,9 @@ from rewards.score import Score
 MAX_CHARS = 4096
 """Only this many characters at the end of a text are looked at."""
 
+MAX_PLAIN_DIGITS = 50
+"""Numbers beyond 10^50 are spelled with an exponent."""
+
 SIGNS = "-+\N{MINUS SIGN}"  # the hyphen first: these also stand in character classes
 # 1234, 1,234, 12.5, .5, 1e3: digits are ASCII digits; "1,23" is two numbers.
 _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?!\d)|[0-9]+)"
@@ -43,7 +46,18 @@ def numeric_match(completion: str, reference: Any = None, *, strict: bool = Fals
     expected = _reference_number(reference)
     found = _only_number(completion) if strict else last_number(completion)
     correct = found is not None and found == expected
-    return Score(float(correct), success=correct)
+    return Score(float(correct), success=correct, answer=None if found is None else _spelled(found))
+
+
+def _spelled(number: Decimal) -> str:
+    """One text for equal numbers: 85 for 085 and 85.0, never longer than it was written."""
+    sign, digits, exponent = number.as_tuple()
+    text = "".join(map(str, digits)).lstrip("0")
+    if not text:
+        return "0"
+    stripped = text.rstrip("0")
+    number = Decimal((sign, tuple(map(int, stripped)), int(exponent) + len(text) - len(stripped)))
+    return format(number, "f") if abs(number.adjusted()) < MAX_PLAIN_DIGITS else str(number)
 
 
 def last_number(text: str) -> Decimal | None:

@@ -25,12 +25,14 @@ class Score:
     """A reward with more to say than its number.
 
     `value` is what is learned from. `parts` are named numbers to report. `success` is the verdict (solved or not),
-    apart from the possibly shaped value; `None` where there is none. Raises ValueError unless every number is finite.
+    apart from the possibly shaped value; `None` where there is none. `answer` is what was judged, in one spelling, so
+    that equal answers are equal texts: votes are counted by it. Raises ValueError unless every number is finite.
     """
 
     value: float
     parts: dict[str, float] = field(default_factory=dict)
     success: bool | None = None
+    answer: str | None = None
 
     def __post_init__(self) -> None:
         for name, number in {"value": self.value, **self.parts}.items():

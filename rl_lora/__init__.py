@@ -5,7 +5,8 @@ One frozen base, many adapters in every batch: see the README for the commands, 
 
 from rl_lora.adapter import Adapter
 from rl_lora.adapter_io import load_adapter, save_adapter
-from rl_lora.config import TrainConfig
+from rl_lora.config import EvaluateConfig, TrainConfig
+from rl_lora.evaluator import evaluate
 from rl_lora.learner import Learner
 from rl_lora.lora import AdapterBank
 from rl_lora.native_sampler import NativeSampler
@@ -18,6 +19,7 @@ __all__ = [
     "Adapter",
     "AdapterBank",
     "Completion",
+    "EvaluateConfig",
     "Learner",
     "NativeSampler",
     "Policy",
@@ -26,6 +28,7 @@ __all__ = [
     "Sampler",
     "TrainConfig",
     "Trainer",
+    "evaluate",
     "load_adapter",
     "save_adapter",
     "train",

@@ -162,6 +162,15 @@ class Adapter:
     def n_parameters(self) -> int:
         return self.flat.numel()
 
+    @torch.no_grad()
+    def norms(self) -> tuple[float, float]:
+        """Euclidean norms of all entries of A, over all sites, and of all entries of B."""
+        A, B = (
+            torch.stack([matrix.norm() for matrix in matrices]).norm().item()
+            for matrices in zip(*((factors.A, factors.B) for factors in self.factors.values()), strict=True)
+        )
+        return A, B
+
     def hash(self) -> str:
         """SHA-256 of the weights, for reports and for proofs that nothing moved."""
         return hashlib.sha256(self.flat.detach().cpu().numpy().tobytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""Checkpoints: adapter, optimizer, random states, step and config in one folder that is there whole or not at all.
+"""Checkpoints: adapter, optimizer, random states, curriculum, step and config in one folder, there whole or not at all.
 
 A folder is written under a temporary name and renamed. The sampling needs no state: every draw is fixed by the run's
 seed, the step and the problem. The random states kept are for what users bring along.
@@ -45,6 +45,12 @@ class Checkpoint:
     def state(self) -> dict[str, Any]:
         """step, version, score and the flat config."""
         return json.loads((self.folder / "state.json").read_text())
+
+    @property
+    def curriculum(self) -> dict[str, Any]:
+        """The state of the run's curriculum, empty without one."""
+        path = self.folder / "curriculum.json"
+        return json.loads(path.read_text()) if path.exists() else {}
 
     def restore(self, adapter: Adapter, optimizer: torch.optim.Optimizer, rank: int = 0) -> None:
         """Put the optimizer, the adapter's version and the random states back. The adapter's weights come first:
@@ -110,10 +116,11 @@ class Checkpoints:
         config: dict[str, Any],
         score: float | None,
         random_states: list[dict[str, Any]] | None = None,
+        curriculum: dict[str, Any] | None = None,
     ) -> Checkpoint:
         """Write the checkpoint of a step, then remove those that are no longer kept.
 
-        `random_states`: of every process, this one's by default.
+        `random_states`: of every process, this one's by default. `curriculum`: its state, if there is one.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         for left_over in self.folder.glob(".partial-*"):
@@ -123,6 +130,8 @@ class Checkpoints:
         save_adapter(adapter, partial / "adapter", base_model)
         torch.save(optimizer.state_dict(), partial / "optimizer.pt")
         torch.save(random_states or [random_state()], partial / "random.pt")
+        if curriculum is not None:
+            (partial / "curriculum.json").write_text(json.dumps(curriculum))
         state = {"step": step, "version": adapter.version, "score": score, "config": config}
         (partial / "state.json").write_text(json.dumps(state, indent=1))
         for path in partial.rglob("*"):

@@ -21,9 +21,13 @@ class ModelConfig:
     name: str = DEFAULT_MODEL
     """`smollm2-135m` (embedded: no account, no hub), a local folder, or a Hugging Face hub id."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the base and of the activations; auto: bfloat16 where the device multiplies it natively. Adapters: float32."""
+    """Of the base and of the activations; auto: bfloat16 where the device multiplies it fast, which on a CPU is timed,
+    else float32. Adapters: float32."""
     stop_tokens: list[str] = field(default_factory=list)
-    """Tokens that end a reply, beside the model's own; for base models that never learned to stop."""
+    """Tokens that end a reply, beside the model's own, and all that contain their text; for base models that never
+    learned to stop, e.g. the empty line behind few-shot examples: ["\\n\\n"]."""
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """What the model's chat template takes besides the messages, e.g. --model.template_kwargs.enable_thinking false."""
     trust_remote_code: bool = False
     """Run code that comes with a model. Off, whatever the model says."""
 
@@ -53,20 +57,11 @@ class EnvConfig:
 
 
 @dataclass
-class RolloutConfig:
-    """How episodes are sampled."""
+class EpisodeConfig:
+    """How episodes are played, in training and in evaluation."""
 
-    prompts_per_step: int = 16
-    """Groups a step: different problems."""
-    group_size: int = 8
-    """Episodes of one problem. The group's mean reward is the baseline."""
-    max_replaced: int = 0
-    """Groups a step, at most, that are replaced by groups of other problems because their rewards are all the same,
-    which teaches nothing (dynamic sampling: DAPO, arXiv:2503.14476). A replacement may be replaced in turn."""
     max_tokens: int = 16
     """Limit of one reply; longer ones are cut off and counted as truncated."""
-    temperature: float = 1.0
-    """Of sampling, and of the log-probabilities that are learned."""
     system_prompt: str | None = None
     """First message of every conversation."""
     max_turns: int = 16
@@ -79,6 +74,36 @@ class RolloutConfig:
     check_every: int | None = None
     """Tokens between looks at which completions have ended. By default 8 on a GPU, which has to wait for a look, and 1
     elsewhere."""
+
+
+@dataclass
+class RolloutConfig(EpisodeConfig):
+    """How episodes are sampled."""
+
+    prompts_per_step: int = 16
+    """Groups a step: different problems."""
+    group_size: int = 8
+    """Episodes of one problem. The group's mean reward is the baseline."""
+    max_replaced: int = 0
+    """Groups a step, at most, that are replaced by groups of other problems because their rewards are all the same,
+    which teaches nothing (dynamic sampling: DAPO, arXiv:2503.14476). A replacement may be replaced in turn."""
+    curriculum: Literal["none", "success_rate"] = "none"
+    """none: the problems in their order. success_rate: more of those that succeed about half of the time, for an
+    environment with a finite list of problems; see `rl_lora/curriculum.py`."""
+    curriculum_explore: float = 0.5
+    """success_rate: this share of a step's problems, at least, are those not played for longest, untried ones first."""
+    curriculum_half_life: float = 20.0
+    """success_rate: steps after which what came of a problem counts half."""
+    overlong_tokens: int = 0
+    """A reply that comes so near to max_tokens, in tokens, is punished: from 0 at that distance down to -1 at the limit
+    (soft over-long punishment: DAPO, arXiv:2503.14476); 0: none. The reward part `overlong`."""
+    overlong_weight: float = 1.0
+    """Of that punishment in the reward; 0 only reports it."""
+    brevity_weight: float | None = None
+    """Weight of the reward part `brevity`: 0.5 for the shortest episode of a group down to -0.5 for the longest, never
+    above 0 for an unsolved one (Kimi k1.5, arXiv:2501.12599). 0 only reports it; null: none."""
+    temperature: float = 1.0
+    """Of sampling, and of the log-probabilities that are learned."""
 
 
 @dataclass
@@ -176,6 +201,36 @@ class TrainConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
 
+@dataclass
+class EvaluateConfig(EpisodeConfig):
+    """Evaluate LoRA adapters, and the bare base, on held-out problems: one base, all adapters in the same batches."""
+
+    adapters: list[str] = field(default_factory=list)
+    """Adapter folders (PEFT format), checkpoints, or run folders: the final adapter, or else the last checkpoint's."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    env: EnvConfig = field(default_factory=EnvConfig)
+    env_kwargs: dict[str, Any] | None = None
+    """Arguments of the environment that differ in evaluation. Where it takes a split, {split: eval} is added."""
+    limit: int | None = 256
+    """Held-out problems, the first ones; null: all that the environment has."""
+    n: int = 1
+    """Samples of each problem and adapter."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    k: list[int] = field(default_factory=list)
+    """pass@k and maj@k to compute, such as 1,4,16, none above n. By default 1, 2, 4, ... and n."""
+    against: str | None = None
+    """A row, as the table names it, that all others are compared with, beside the base."""
+    seed: int = 0
+    """Of sampling, and of the permutations of the tests."""
+    out: str = "evaluation"
+    """Folder for results.json, samples.jsonl and report.html. Samples that it holds and that are asked for again are
+    not drawn again; samples that are not asked for are kept in earlier.jsonl."""
+    resume: bool = True
+    """false: draw everything again. Needed where a reward function of your own has changed: its code is not looked
+    at."""
+
+
 MAY_DIFFER = {
     "run_dir",
     "steps",
@@ -203,7 +258,28 @@ def validate(config: TrainConfig) -> None:
         ("rollout.prompts_per_step", c.rollout.prompts_per_step, c.rollout.prompts_per_step >= 1, ">= 1"),
         ("rollout.group_size", c.rollout.group_size, c.rollout.group_size >= 1, ">= 1"),
         ("rollout.max_replaced", c.rollout.max_replaced, c.rollout.max_replaced >= 0, ">= 0"),
+        (
+            "rollout.curriculum_explore",
+            c.rollout.curriculum_explore,
+            0 <= c.rollout.curriculum_explore <= 1,
+            "in [0, 1]",
+        ),
+        ("rollout.curriculum_half_life", c.rollout.curriculum_half_life, c.rollout.curriculum_half_life > 0, "> 0"),
         ("rollout.max_tokens", c.rollout.max_tokens, c.rollout.max_tokens >= 1, ">= 1"),
+        (
+            "rollout.overlong_tokens",
+            c.rollout.overlong_tokens,
+            0 <= c.rollout.overlong_tokens <= c.rollout.max_tokens,
+            f">= 0 and <= rollout.max_tokens={c.rollout.max_tokens}",
+        ),
+        *[
+            (f"rollout.{name}", weight, 0 <= weight < math.inf, ">= 0")
+            for name, weight in (
+                ("overlong_weight", c.rollout.overlong_weight),
+                ("brevity_weight", c.rollout.brevity_weight),
+            )
+            if weight is not None
+        ],
         (
             "rollout.temperature",
             c.rollout.temperature,
@@ -260,6 +336,10 @@ def validate(config: TrainConfig) -> None:
             wrong.append(f"learner.advantage must be none for demonstrations, got {c.learner.advantage}")
         if c.shuffle_rewards:
             wrong.append("shuffle_rewards has no meaning for demonstrations: they carry no rewards")
+        if c.rollout.curriculum != "none":
+            wrong.append("rollout.curriculum must be none for demonstrations: they neither succeed nor fail")
+        if c.rollout.overlong_tokens or c.rollout.brevity_weight is not None:
+            wrong.append("rollout.overlong_tokens and brevity_weight have no meaning for demonstrations")
     elif c.rollout.group_size == 1 and advantage_of(c.learner) != "none":
         wrong.append(
             f"rollout.group_size must be >= 2, got 1: with the {advantage_of(c.learner)} advantage a group of one has "

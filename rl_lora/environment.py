@@ -47,25 +47,42 @@ def environment(config: EnvConfig, **overrides: Any) -> MakeEnv:
     return make
 
 
-def held_out(config: EnvConfig, env_kwargs: dict[str, Any] | None, episodes: int) -> tuple[MakeEnv, list[int]]:
-    """The evaluation environment, and seeds of `episodes` different problems; see `EvalConfig.env_kwargs`.
+def held_out(config: EnvConfig, env_kwargs: dict[str, Any] | None, episodes: int | None) -> tuple[MakeEnv, list[int]]:
+    """The evaluation environment, and seeds of `episodes` different problems (None: all); see `EvalConfig.env_kwargs`.
 
     Problems differ if their first observations do; fewer seeds where the environment has fewer problems. In a game that
     always opens with the same words, what differs is hidden: there, every seed counts.
     """
     if episodes == 0:
         return environment(config), []
-    env = environment(config)()
-    takes_split = "split" in inspect.signature(type(env.unwrapped).__init__).parameters
-    env.close()
+    takes_split = _takes_split(config)
     make = environment(config, **{**({"split": "eval"} if takes_split else {}), **(env_kwargs or {})})
     start = 0 if takes_split else UNSPLIT_OFFSET
     env = make()
+    n_problems = getattr(env.unwrapped, "n_problems", None)
+    if episodes is None:
+        if n_problems is None:
+            raise ValueError(f"{config.id} has no end of problems: set a limit")
+        episodes = int(n_problems)
     seed_of: dict[str, int] = {}
     for seed in range(start, start + TRIES * episodes):
         if len(seed_of) == episodes:
             break
         seed_of.setdefault(first_observation(env, seed), seed)
-    hidden = len(seed_of) == 1 and getattr(env.unwrapped, "n_problems", None) is None
+    hidden = len(seed_of) == 1 and n_problems is None
     env.close()
     return make, list(range(start, start + episodes)) if hidden else list(seed_of.values())
+
+
+def _takes_split(config: EnvConfig) -> bool:
+    """Whether the environment has sides. One of them may be empty: data that are for evaluation only."""
+    try:
+        env = environment(config)()
+    except ValueError as error:
+        try:
+            environment(config, split="eval")
+        except ValueError:
+            raise error from None
+        return True
+    env.close()
+    return "split" in inspect.signature(type(env.unwrapped).__init__).parameters

@@ -20,6 +20,8 @@ from rl_lora.attention import Options, Sharing, Source, additive, attend
 BLOCK = 32
 """Tokens that the rows' own buffers grow by, at least. Attention reads whole buffers: of a part of one, torch makes a
 copy before it multiplies on a CPU."""
+GPU_BLOCKS = 4
+"""So many blocks at a time on a GPU: a recorded step (`replay.py`) holds as long as the buffers do."""
 
 
 class Nodes:
@@ -92,6 +94,10 @@ class Decode(Cache):
         self.keys: list[Tensor] = []
         """Of each layer, (rows >= R, H_kv, room >= max t, D)."""
         self.values: list[Tensor] = []
+        self.arrangement = 0
+        """Counts how often rows, or the memory that they lie in, have changed: a recorded step holds for one."""
+        self._at: Tensor | None = None
+        """`t` on the device, int64 (R,); None where it has to be brought there."""
         self._sharing: list[tuple[Nodes, Sharing]] = []
         self._lengths: list[Tensor] = []  # of each row's trunk and prompt, int64 (R,), on the device
 
@@ -123,7 +129,9 @@ class Decode(Cache):
         if len(self) <= have[0] and room <= have[2]:
             return
         rows = max(len(self), have[0])
-        room = have[2] if room <= have[2] else math.ceil((room + room // 8) / BLOCK) * BLOCK
+        block = BLOCK * (GPU_BLOCKS if torch.device(self.device).type == "cuda" else 1)
+        room = have[2] if room <= have[2] else math.ceil((room + room // 8) / block) * block
+        self.arrangement += 1
         for mine, like in ((self.keys, self.prompts.keys), (self.values, self.prompts.values)):
             new = [x.new_zeros(rows, x.shape[1], room, x.shape[3]) for x in like]
             for x, old in zip(new, mine, strict=False):
@@ -150,7 +158,8 @@ class Decode(Cache):
 
     def _arrange(self) -> None:
         """Bring rows and what they share together."""
-        self._sharing, self._lengths = [], []
+        self._sharing, self._lengths, self._at = [], [], None
+        self.arrangement += 1
         if self.prompts is None:
             return
         for nodes, owner in (
@@ -161,20 +170,26 @@ class Decode(Cache):
                 self._sharing.append((nodes, Sharing(owner, len(nodes), self.device)))
                 self._lengths.append(torch.from_numpy(nodes.lengths[owner]).to(self.device))
 
+    def make_room(self, n_tokens: int = 1, rows: np.ndarray | None = None) -> None:
+        """What `begin` needs of the host; where it has been called already, `begin` is work of the device alone."""
+        t = self.t if rows is None else self.t[rows]
+        self._reserve(int(t.max()) + n_tokens)
+        if self._at is None:
+            self._at = torch.from_numpy(self.t).to(self.device, copy=True)
+
     def begin(self, n_tokens: int = 1, rows: np.ndarray | None = None) -> Tensor:
         """The next forward pass reads n tokens of every row, or of these rows; returns their positions, (R, n).
 
         A row of less is padded, and `advance` counts what it really had.
         """
-        t = self.t if rows is None else self.t[rows]
-        self._reserve(int(t.max()) + n_tokens)
+        self.make_room(n_tokens, rows)
+        assert self._at is not None
         self._rows = None if rows is None else torch.from_numpy(rows).to(self.device)
-        new = torch.arange(n_tokens, device=self.device)
-        at = self._at_of_rows = (
-            torch.from_numpy(t).to(self.device)[:, None] + new
-        )  # (R, n): where the tokens go in the row's own buffer
-        self._row_index = (torch.arange(len(t), device=self.device) if self._rows is None else self._rows)[:, None]
-        lengths = self._lengths if rows is None else [x[self._rows] for x in self._lengths]
+        at = self._at if self._rows is None else self._at[self._rows]
+        # (R, n): where the tokens go in the row's own buffer
+        self._at_of_rows = at[:, None] + torch.arange(n_tokens, device=self.device)
+        self._row_index = (torch.arange(len(at), device=self.device) if self._rows is None else self._rows)[:, None]
+        lengths = self._lengths if self._rows is None else [x[self._rows] for x in self._lengths]
         self._seen = lengths
         self._masks: dict[int | None, Tensor] = {}
         self._sources = self._sharing
@@ -184,14 +199,31 @@ class Decode(Cache):
                 (nodes, Sharing(owner, len(nodes), self.device))
                 for (nodes, _), owner in zip(self._sharing, owners, strict=True)
             ]
-        return at + torch.stack(lengths).sum(0)[:, None]
+        return self._at_of_rows + torch.stack(lengths).sum(0)[:, None]
 
     def advance(self, n_tokens: int | np.ndarray = 1, rows: np.ndarray | None = None) -> None:
         """Count the tokens that the model has just read."""
-        if rows is None:
-            self.t = self.t + n_tokens
+        if rows is None and isinstance(n_tokens, int):
+            self.advance_device(n_tokens)
+            self.advance_host(n_tokens)
         else:
-            self.t[rows] += n_tokens
+            self.t[slice(None) if rows is None else rows] += n_tokens
+            self._at = None
+
+    def advance_device(self, n_tokens: int = 1) -> None:
+        """The half of `advance`, for all rows, that a recorded step repeats."""
+        assert self._at is not None
+        self._at += n_tokens
+
+    def advance_host(self, n_tokens: int = 1) -> None:
+        """The other half."""
+        self.t = self.t + n_tokens
+
+    def set_back(self, row: int, t: int) -> None:
+        """Forget what a row has read behind its first t own tokens."""
+        if self.t[row] != t:
+            self.t[row] = t
+            self._at = None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return int(self.t.max(initial=0))

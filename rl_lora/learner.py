@@ -165,13 +165,16 @@ class Learner:
         n_recomputed: int,
     ) -> StepStats:
         """Clip the gradient and take the step; without any signal (no norm) nothing moves, momentum included."""
-        adapter = self.policy.bank[name]
+        adapter, step_norm = self.policy.bank[name], None
         if grad_norm is not None:
             assert adapter.flat.grad is not None
+            before = adapter.flat.detach().clone()
             if 0 < self.config.max_grad_norm < grad_norm:
                 adapter.flat.grad.mul_(self.config.max_grad_norm / grad_norm)
             self.optimizer(name).step()
             adapter.version += 1
+            step_norm = float((adapter.flat.detach() - before).norm())
+        A_norm, B_norm = adapter.norms()
         return StepStats(
             adapter=name,
             version=adapter.version,
@@ -184,6 +187,9 @@ class Learner:
             ratio_max=tally.ratio_max if tally.n and not self.given else None,
             clip_fraction=tally.mean(tally.clipped),
             grad_norm=grad_norm,
+            step_norm=step_norm,
+            A_norm=A_norm,
+            B_norm=B_norm,
             learning_rate=self.config.learning_rate,
             n_layers_recomputed=n_recomputed,
         )

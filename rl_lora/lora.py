@@ -10,7 +10,7 @@ import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +21,9 @@ from transformers.pytorch_utils import Conv1D
 from rl_lora.adapter import Adapter, Factors, Site
 
 ALL_LINEAR = "all-linear"
+MAX_STACKED = 128
+"""Ranks, over all adapters of a batch, that are multiplied at once, each row's own picked out of them: a few products
+more than needed, in place of two or three operations for each adapter."""
 ROUTERS = ("gate", "router", "shared_expert_gate")
 """Leaf names of linear layers that choose experts. Not adapted by default: they are control flow, not features."""
 
@@ -39,6 +42,7 @@ class Routing:
 
     size: int
     runs: tuple[Run, ...]
+    _masks: dict[tuple[int, ...], Tensor] = field(default_factory=dict, compare=False)
 
     @property
     def whole(self) -> Adapter | None:
@@ -54,6 +58,27 @@ class Routing:
         if isinstance(where, slice):
             return slice(where.start * n, where.stop * n)
         return (where[:, None] * n + torch.arange(n, device=where.device)).flatten()
+
+    def others(self, ranks: tuple[int, ...], n_tokens: int, device: torch.device) -> Tensor:
+        """bool (n_tokens, sum of ranks): where a column is not of the token's own adapter. ranks: of each run."""
+        if ranks not in self._masks:
+            mask = torch.ones(self.size, sum(ranks), dtype=torch.bool, device=device)
+            start = 0
+            for run, rank in zip(self.runs, ranks, strict=True):
+                mask[run.where, start : start + rank] = False
+                start += rank
+            self._masks[ranks] = mask
+        return self._masks[ranks].repeat_interleave(n_tokens // self.size, 0)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The A and B of several adapters on one layer side by side: A (K, in), B (K, out) with the scale in it."""
+
+    ranks: tuple[int, ...]
+    """Of each adapter; 0 where it does not stand on the layer. K is their sum."""
+    A: Tensor
+    B: Tensor
 
 
 class AdapterBank:
@@ -74,6 +99,7 @@ class AdapterBank:
         self.active_experts = max(1, getattr(config, "num_experts_per_tok", None) or 1)
         self.adapters: dict[str, Adapter] = {}
         self.routing: Routing | None = None
+        self._stacks: dict[tuple[str, torch.dtype], tuple[list[Any], Stack | None]] = {}
         self._wrapped: set[str] = set()
 
     def add(
@@ -167,6 +193,25 @@ class AdapterBank:
             runs.append(Run(self[name], where))
         return Routing(len(adapters), tuple(runs))
 
+    def stack(self, site: str, adapters: Sequence[Adapter], dtype: torch.dtype) -> Stack | None:
+        """The factors of these adapters on one layer, kept until they change; None where there would be too many, or
+        one has diverged.
+
+        With gradients it is of no use: it is no view of the adapters.
+        """
+        there = [adapter.factors.get(site) for adapter in adapters]
+        state = [factors and (factors.adapter, factors.adapter.version, factors.A._version) for factors in there]
+        if (site, dtype) not in self._stacks or self._stacks[site, dtype][0] != state:
+            found = [factors for factors in there if factors is not None]
+            stack = None
+            if found and sum(len(factors.A) for factors in found) <= MAX_STACKED:
+                A = torch.cat([factors.A for factors in found]).to(dtype)
+                B = torch.cat([factors.scale * factors.B.t() for factors in found]).to(dtype)
+                if bool(A.isfinite().all() & B.isfinite().all()):  # else 0 * NaN would reach the others' rows
+                    stack = Stack(tuple(0 if factors is None else len(factors.A) for factors in there), A, B)
+            self._stacks[site, dtype] = state, stack
+        return self._stacks[site, dtype][1]
+
     def base_hash(self) -> str:
         """SHA-256 over the base's weights, by name: the same before and after training, or something is wrong."""
         digest = hashlib.sha256()
@@ -205,15 +250,25 @@ class LoRALinear(_Wrapper):
     """A frozen linear layer (nn.Linear, a subclass of it, or Conv1D) and the bank's adapters on it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base(x)  # (..., out); a fresh tensor, so that the deltas can be added in place
         routing = self.bank.routing
         if routing is None:
-            return y
-        x2, y2 = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])  # (N, in), (N, out)
+            return self.base(x)
+        # Deltas are added in place, and to no view: a view's gradient would be copied twice.
+        x2 = x.reshape(-1, x.shape[-1])  # (N, in)
+        y2: Tensor = self.base(x2)  # (N, out)
+        self._add_deltas(y2, x2, routing)
+        return y2.view(*x.shape[:-1], y2.shape[-1])
+
+    def _add_deltas(self, y2: Tensor, x2: Tensor, routing: Routing) -> None:
         if routing.whole is not None:
             if (factors := routing.whole.factors.get(self.name)) is not None:
                 _add_delta(y2, x2, factors)
-            return y
+            return
+        adapters = [run.adapter for run in routing.runs]
+        if not torch.is_grad_enabled() and (stack := self.bank.stack(self.name, adapters, x2.dtype)) is not None:
+            z = (x2 @ stack.A.t()).masked_fill_(routing.others(stack.ranks, len(x2), x2.device), 0)
+            y2.addmm_(z, stack.B)  # zeros add nothing, not even rounding
+            return
         for run in routing.runs:
             if (factors := run.adapter.factors.get(self.name)) is None:
                 continue
@@ -222,7 +277,6 @@ class LoRALinear(_Wrapper):
                 _add_delta(y2[where], x2[where], factors)
             else:
                 y2.index_copy_(0, where, _add_delta(y2[where], x2[where], factors))
-        return y
 
 
 def _add_delta(y: Tensor, x: Tensor, factors: Factors) -> Tensor:

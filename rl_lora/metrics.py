@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from rl_lora.types import Episode, Group, StepStats
+from rl_lora.samples import Sample, sample_of
+from rl_lora.types import Group, StepStats
 
 Record = dict[str, Any]
 
@@ -35,20 +36,19 @@ def mean(values: Sequence[float]) -> float | None:
     return float(np.mean(values)) if values else None
 
 
-def summarize_episodes(episodes: Sequence[Episode], n_unscorable: int = 0) -> Record:
+def summarize_samples(samples: Sequence[Sample], n_unscorable: int = 0) -> Record:
     """Means over scorable episodes; `accuracy` is None where the environment gives no verdict."""
-    verdicts = [float(episode.success) for episode in episodes if episode.success is not None]
     record: Record = {
-        "reward": mean([episode.reward for episode in episodes]),
-        "accuracy": mean(verdicts),
-        "truncated": mean([float(episode.truncated) for episode in episodes]),
-        "unscorable": n_unscorable / max(1, len(episodes) + n_unscorable),
-        "tokens_per_episode": mean([float(episode.n_tokens) for episode in episodes]),
-        "turns_per_episode": mean([float(len(episode.turns)) for episode in episodes]),
+        "reward": mean([sample["reward"] for sample in samples]),
+        "accuracy": mean([float(sample["success"]) for sample in samples if sample["success"] is not None]),
+        "truncated": mean([float(sample["truncated"]) for sample in samples]),
+        "unscorable": n_unscorable / max(1, len(samples) + n_unscorable),
+        "tokens_per_episode": mean([float(sample["tokens"]) for sample in samples]),
+        "turns_per_episode": mean([float(len(sample["completions"])) for sample in samples]),
     }
-    for name in sorted({name for episode in episodes for name in episode.reward_parts}):
+    for name in sorted({name for sample in samples for name in sample["reward_parts"]}):
         record[f"parts/{name}"] = mean(
-            [episode.reward_parts[name] for episode in episodes if name in episode.reward_parts]
+            [sample["reward_parts"][name] for sample in samples if name in sample["reward_parts"]]
         )
     return record
 
@@ -57,7 +57,9 @@ def summarize_groups(groups: Sequence[Group]) -> Record:
     """The step's sampled episodes, all of them. A group has signal if its rewards differ."""
     episodes = [episode for group in groups for episode in group.episodes]
     rewards = [[episode.reward for episode in group.episodes] for group in groups]
-    record = summarize_episodes(episodes, sum(group.n_unscorable for group in groups))
+    record = summarize_samples(
+        [sample_of(episode) for episode in episodes], sum(group.n_unscorable for group in groups)
+    )
     record["reward_std"] = float(np.std([r for rewards_G in rewards for r in rewards_G])) if episodes else None
     record["groups_without_signal"] = mean([float(len(set(rewards_G)) < 2) for rewards_G in rewards])
     record["groups_solved"] = mean(
@@ -70,16 +72,19 @@ def summarize_groups(groups: Sequence[Group]) -> Record:
 
 
 def summarize_updates(updates: Sequence[StepStats]) -> Record:
-    """The optimizer steps of one training step: sums of counts, the first `sampler_learner_kl`, means of the rest."""
+    """The optimizer steps of one training step: sums of counts, the first `sampler_learner_kl`, the adapter's norms
+    after the last, means of the rest."""
     record: Record = {
         "version": updates[-1].version,
+        "A_norm": updates[-1].A_norm,
+        "B_norm": updates[-1].B_norm,
         "learning_rate": updates[-1].learning_rate,
         "layers_recomputed": max(stats.n_layers_recomputed for stats in updates),
         "tokens_learned": sum(stats.n_tokens_learned for stats in updates),
         "sampler_learner_kl": next((s.sampler_learner_kl for s in updates if s.sampler_learner_kl is not None), None),
         "ratio_max": max((stats.ratio_max for stats in updates if stats.ratio_max is not None), default=None),
     }
-    for name in ("loss", "entropy", "clip_fraction", "grad_norm"):
+    for name in ("loss", "entropy", "clip_fraction", "grad_norm", "step_norm"):
         record[name] = mean([value for stats in updates if (value := getattr(stats, name)) is not None])
     return record
 

@@ -9,22 +9,21 @@ returned are those of what was sampled from, and of what is learned.
 from __future__ import annotations
 
 import itertools
-import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rl_lora.drawing import Drawing, Finish, Job, Row
 from rl_lora.kv_cache import Decode, Nodes
 from rl_lora.memory import budget
 from rl_lora.policy import Policy
+from rl_lora.replay import Recorder, Replay
 from rl_lora.sampler import Completion, Follow, Request
-from rl_lora.sampling import Draw
 from rl_lora.tree import Trunk, find_trunks, trunk_of
-from rl_lora.types import Stop
 
 TURNOVER = 0.2
 """Share of the rows that must have finished before others take their place: moving costs about as much as a step."""
@@ -60,6 +59,7 @@ class NativeSampler:
                 raise ValueError(f"{name} must be >= 1, got {value}")
         self.policy, self.max_rows, self.max_cache_gib = policy, max_rows, max_cache_gib
         self.check_every = check_every
+        self.recorder = Recorder.for_device(policy.device)
 
     @torch.inference_mode()
     def generate(
@@ -73,10 +73,10 @@ class NativeSampler:
             self._check(request)
         # Neighbours carry the same adapter, and prompts of one batch have similar lengths.
         order = sorted(range(len(requests)), key=lambda i: (requests[i].adapter or "", len(requests[i].prompt_ids)))
-        jobs = [_Job(requests[i], [(i, k) for k in range(requests[i].n)]) for i in order]
+        jobs = [Job(requests[i], [(i, k) for k in range(requests[i].n)], requests[i].first) for i in order]
         results: dict[tuple[int, int], Completion] = {}
 
-        def finish(job: _Job, place: int, completion: Completion) -> _Job | None:
+        def finish(job: Job, place: int, completion: Completion) -> Job | None:
             i, k = job.of[place]
             results[i, k] = completion
             if follow is None or (request := follow(i, k, completion)) is None:
@@ -84,7 +84,7 @@ class NativeSampler:
             self._check(request)
             if request.n != 1:
                 raise ValueError(f"what follows one completion is one completion, got a request of n={request.n}")
-            return _Job(request, [(i, k)])
+            return Job(request, [(i, k)])
 
         (_PlainRun if self.policy.not_shared else _Run)(self, jobs, finish, on_token or (lambda n: None)).run()
         return [[results[i, k] for k in range(request.n)] for i, request in enumerate(requests)]
@@ -105,118 +105,6 @@ class NativeSampler:
             )
 
 
-@dataclass
-class _Job:
-    """A request that waits for room: `of` says, for each of its completions, (request, k) as the caller counts."""
-
-    request: Request
-    of: list[tuple[int, int]]
-    first: int = 0
-    """Completions of the same request that other jobs draw before: the uniforms go on behind theirs."""
-
-    def split(self, n: int) -> list[_Job]:
-        """Jobs of at most n completions."""
-        return [_Job(self.request, self.of[i : i + n], self.first + i) for i in range(0, len(self.of), n)]
-
-
-Finish = Callable[[_Job, int, Completion], _Job | None]
-
-
-class _Row:
-    """One completion in the making, and the conversation it goes on from."""
-
-    def __init__(self, job: _Job, place: int):
-        self.job, self.place = job, place
-        self.adapter = job.request.adapter
-        self.ids = job.request.prompt_ids  # what the row's keys and values are of, but for the last token drawn
-        self.base = len(self.ids)  # how many of those are the prompt's that the row came in with
-        self.finished = False
-
-    @property
-    def request(self) -> Request:
-        return self.job.request
-
-    def uniforms(self) -> np.ndarray:
-        seed = self.request.seed if isinstance(self.request.seed, tuple) else (self.request.seed,)
-        sequence = np.random.SeedSequence((*seed, self.job.first + self.place))
-        return np.random.Generator(np.random.Philox(sequence)).random(self.request.max_tokens, dtype=np.float32)
-
-
-class _Drawing:
-    """What is drawn: device tensors with one entry for each of R rows."""
-
-    def __init__(self, policy: Policy):
-        self.policy, device = policy, policy.device
-        self.draw_from = Draw(policy.head)
-        self.stop_ids = torch.tensor(sorted(policy.chat.stop_ids), dtype=torch.int64, device=device)
-        self.hidden = torch.empty(0, policy.head.weight.shape[1], dtype=policy.dtype, device=device)
-        self.temperature = torch.empty(0, device=device)
-        self.limit, self.n = torch.empty(2, 0, dtype=torch.int64, device=device)
-        self.uniforms = torch.empty(0, 0, device=device)  # (R, T)
-        self.tokens = torch.empty(0, 1, dtype=torch.int64, device=device)  # (R, T + 1); the last column takes anything
-        self.logprobs = torch.empty(0, 1, device=device)
-        self.plain = True  # every temperature is 1
-
-    def admit(self, rows: Sequence[_Row], hidden: Tensor) -> None:
-        """New rows, and the hidden states (R', d) that their first tokens are drawn from."""
-        self._widen(max(row.request.max_tokens for row in rows))
-        R = len(self.n)
-        self.hidden = torch.cat([self.hidden, hidden])
-        for name in ("temperature", "limit", "n", "uniforms", "tokens", "logprobs"):
-            x = getattr(self, name)
-            setattr(self, name, torch.cat([x, x.new_zeros(len(rows), *x.shape[1:])]))
-        self._start(range(R, R + len(rows)), rows)
-
-    def restart(self, places: Sequence[int], rows: Sequence[_Row], hidden: Tensor) -> None:
-        """Rows that go on with a new request."""
-        self._widen(max(row.request.max_tokens for row in rows))
-        self.hidden[torch.tensor(places, device=hidden.device)] = hidden
-        self._start(places, rows)
-
-    def _start(self, places: Sequence[int], rows: Sequence[_Row]) -> None:
-        T = self.uniforms.shape[1]
-        device = self.n.device
-        at = torch.tensor(places, device=device)
-        self.temperature[at] = torch.tensor([float(row.request.temperature) for row in rows], device=device)
-        self.plain = self.plain and all(row.request.temperature == 1 for row in rows)
-        self.limit[at] = torch.tensor([row.request.max_tokens for row in rows], device=device)
-        self.n[at] = 0
-        uniforms = np.zeros((len(rows), T), np.float32)
-        for i, row in enumerate(rows):
-            uniforms[i, : row.request.max_tokens] = row.uniforms()
-        self.uniforms[at] = torch.from_numpy(uniforms).to(device)
-
-    def _widen(self, T: int) -> None:
-        if (more := T - self.uniforms.shape[1]) > 0:
-            for name in ("uniforms", "tokens", "logprobs"):
-                setattr(self, name, torch.nn.functional.pad(getattr(self, name), (0, more)))
-
-    def keep(self, rows: Tensor) -> None:
-        for name in ("hidden", "temperature", "limit", "n", "uniforms", "tokens", "logprobs"):
-            setattr(self, name, getattr(self, name)[rows])
-
-    def draw(self, running: Tensor) -> tuple[Tensor, Tensor]:
-        """One token for each row, taken down where `running`; the tokens, and who runs on."""
-        at = self.n[:, None]
-        uniforms = self.uniforms.gather(1, at.clamp_max(self.uniforms.shape[1] - 1))[:, 0]
-        drawn, logprob = self.draw_from(self.hidden, None if self.plain else self.temperature, uniforms)
-        self.tokens.scatter_(1, torch.where(running[:, None], at, self.tokens.shape[1] - 1), drawn[:, None])
-        self.logprobs.scatter_(1, torch.where(running[:, None], at, self.tokens.shape[1] - 1), logprob[:, None])
-        self.n += running
-        return drawn, running & ~torch.isin(drawn, self.stop_ids) & (self.n < self.limit)
-
-    def completion(self, place: int, row: _Row) -> Completion:
-        n = int(self.n[place])
-        tokens, logprobs = self.tokens[place, :n].tolist(), self.logprobs[place, :n].tolist()
-        if not all(map(math.isfinite, logprobs)):
-            raise FloatingPointError(
-                f"the model gives no finite probabilities under adapter {row.adapter!r}; it has diverged, or its "
-                "weights do not fit the dtype"
-            )
-        stop = Stop.END if tokens[-1] in self.policy.chat.stop_ids else Stop.LENGTH
-        return Completion(tuple(tokens), tuple(logprobs), stop)
-
-
 class _Run:
     """One call of `generate`: rows come, draw, and leave.
 
@@ -225,7 +113,7 @@ class _Run:
     prompts and next turns are read in.
     """
 
-    def __init__(self, sampler: NativeSampler, jobs: Sequence[_Job], finish: Finish, on_token: Callable[[int], None]):
+    def __init__(self, sampler: NativeSampler, jobs: Sequence[Job], finish: Finish, on_token: Callable[[int], None]):
         self.policy, self.finish, self.on_token = sampler.policy, finish, on_token
         self.check_every, self.max_rows, self.max_bytes = (
             sampler.check_every,
@@ -233,12 +121,13 @@ class _Run:
             budget(sampler.max_cache_gib, sampler.policy.device),
         )
         self.waiting = deque(part for job in jobs for part in job.split(self.max_rows))
-        self.rows: list[_Row] = []
-        self.turns: dict[_Row, _Job] = {}
+        self.rows: list[Row] = []
+        self.turns: dict[Row, Job] = {}
         """Next turns that wait to be read in, by the row that they go on in."""
-        self.drawing = _Drawing(self.policy)
+        self.drawing = Drawing(self.policy)
         self.decode = Decode(self.policy.device)
         self.trunks: list[Trunk] = []
+        self.replay = Replay(self._read, sampler.recorder, partial(self.decode.advance_device, -1))
 
     def run(self) -> None:
         self._read_trunks()
@@ -259,11 +148,17 @@ class _Run:
 
     def _step(self, tokens: Tensor) -> None:
         """Read one token a row, (R,)."""
+        self.decode.make_room()
+        self.drawing.hidden = self.replay(tokens, self.decode.arrangement)
+        self.decode.advance_host()
+
+    def _read(self, tokens: Tensor) -> Tensor:
+        """The device's part of a step: (R,) -> (R, d)."""
         positions = self.decode.begin().clamp_max(self.policy.context_length - 1)  # rows that stand still run past it
         adapters = [row.adapter for row in self.rows]
         hidden = self.policy.hidden(tokens[:, None], adapters, self.decode, positions, self.decode)
-        self.decode.advance()
-        self.drawing.hidden = hidden[:, 0]
+        self.decode.advance_device()
+        return hidden[:, 0]
 
     def _retire(self, running: Sequence[bool]) -> None:
         """Hand over the completions that have ended."""
@@ -300,7 +195,7 @@ class _Run:
         """Rows that stand still have not read the tokens that they were given to keep the batch whole."""
         for place, row in enumerate(self.rows):
             if row.finished:
-                self.decode.t[place] = len(row.ids) - row.base - 1
+                self.decode.set_back(place, len(row.ids) - row.base - 1)
 
     def _arrive(self) -> None:
         """Read in next turns and new prompts, where rows stand still or are missing."""
@@ -308,14 +203,14 @@ class _Run:
             self._take_turns()
         free = self.max_rows - len(self.rows)
         if self.waiting and (not self.rows or free >= TURNOVER * self.max_rows):
-            jobs: list[_Job] = []
+            jobs: list[Job] = []
             while self.waiting and len(self.waiting[0].of) <= free and self._fits([*jobs, self.waiting[0]]):
                 jobs.append(self.waiting.popleft())
                 free -= len(jobs[-1].of)
             if jobs:
                 self._admit(jobs)
 
-    def _fits(self, jobs: Sequence[_Job]) -> bool:
+    def _fits(self, jobs: Sequence[Job]) -> bool:
         """Whether these can come in beside what is there; a first one always can."""
         if len(jobs) == 1 and not self.rows:
             return True
@@ -326,13 +221,13 @@ class _Run:
             prompts += int(self.decode.prompts.lengths.sum())
         return self.policy.cache_bytes_per_token * (rows * room + prompts) <= self.max_bytes
 
-    def _admit(self, jobs: Sequence[_Job]) -> None:
+    def _admit(self, jobs: Sequence[Job]) -> None:
         """Prefill the jobs' prompts, each once, and start their rows."""
         prompts: dict[Trunk, int] = {}
         rows, prompt_of_row = [], []
         for job in jobs:
             for place in range(len(job.of)):
-                rows.append(_Row(job, place))
+                rows.append(Row(job, place))
                 key = job.request.adapter, job.request.prompt_ids
                 prompt_of_row.append(prompts.setdefault(key, len(prompts)))
         found = [trunk_of(self.trunks, *key) for key in prompts]
@@ -401,7 +296,7 @@ class _PlainRun:
     Without our own mask, rows of a batch need prompts of one length, and nobody comes in before all have left.
     """
 
-    def __init__(self, sampler: NativeSampler, jobs: Sequence[_Job], finish: Finish, on_token: Callable[[int], None]):
+    def __init__(self, sampler: NativeSampler, jobs: Sequence[Job], finish: Finish, on_token: Callable[[int], None]):
         self.policy, self.max_rows, self.finish, self.on_token = sampler.policy, sampler.max_rows, finish, on_token
         self.waiting = list(jobs)
 
@@ -410,16 +305,16 @@ class _PlainRun:
             jobs = sorted(self.waiting, key=lambda job: len(job.request.prompt_ids))
             self.waiting = []
             for _, alike in itertools.groupby(jobs, key=lambda job: len(job.request.prompt_ids)):
-                rows = [_Row(job, place) for job in alike for place in range(len(job.of))]
+                rows = [Row(job, place) for job in alike for place in range(len(job.of))]
                 for i in range(0, len(rows), self.max_rows):
                     self._batch(rows[i : i + self.max_rows])
 
-    def _batch(self, rows: Sequence[_Row]) -> None:
+    def _batch(self, rows: Sequence[Row]) -> None:
         policy, adapters = self.policy, [row.adapter for row in rows]
         cache = policy.cache()
         prompts = torch.tensor([row.request.prompt_ids for row in rows], device=policy.device)
         hidden = policy.hidden(prompts, adapters, cache=cache)[:, -1]
-        drawing = _Drawing(policy)
+        drawing = Drawing(policy)
         drawing.admit(rows, hidden)
         running = torch.ones(len(rows), dtype=torch.bool, device=policy.device)
         n_running = len(rows)

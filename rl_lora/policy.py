@@ -5,9 +5,11 @@ Left out: sampling (`native_sampler.py`), the loss (`learner.py`), and any secon
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
@@ -37,7 +39,7 @@ class Policy:
     Args:
         model: any `transformers` causal LM. It is frozen, and put into evaluation mode: no dropout, so that the sampler
             and the learner compute the same function.
-        stop_tokens: see `Chat`.
+        stop_tokens, template_kwargs: see `Chat`.
     """
 
     def __init__(
@@ -47,11 +49,12 @@ class Policy:
         *,
         name: str = "",
         stop_tokens: Sequence[str] = (),
+        template_kwargs: Mapping[str, Any] | None = None,
     ):
         self.model = model.eval()
         self.name = name or str(model.config._name_or_path)
         self.bank = AdapterBank(model)
-        self.chat = Chat(tokenizer, model.generation_config, stop_tokens)
+        self.chat = Chat(tokenizer, model.generation_config, stop_tokens, template_kwargs)
         self.head = Head.of(model)
         self.backbone = model.base_model
         parameters = inspect.signature(self.backbone.forward).parameters
@@ -75,17 +78,18 @@ class Policy:
         device: torch.device | str = "cpu",
         trust_remote_code: bool = False,
         stop_tokens: Sequence[str] = (),
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> Policy:
         """Load a base by name: the embedded default, a local folder, or a hub id (`models.py`).
 
-        `dtype` "auto" is bfloat16 where the device multiplies it natively, else float32.
+        `dtype` "auto" is bfloat16 where the device multiplies it fast (see `compute_dtype`), else float32.
         """
         device = torch.device(device)
         tokenizer = models.load_tokenizer(name, trust_remote_code=trust_remote_code)
         model = models.load_causal_lm(
             name, dtype=compute_dtype(dtype, device), device=device, trust_remote_code=trust_remote_code
         )
-        return cls(model, tokenizer, name=name, stop_tokens=stop_tokens)
+        return cls(model, tokenizer, name=name, stop_tokens=stop_tokens, template_kwargs=template_kwargs)
 
     @classmethod
     def from_config(cls, config: ModelConfig, device: torch.device | str) -> Policy:
@@ -96,6 +100,7 @@ class Policy:
             device=device,
             trust_remote_code=config.trust_remote_code,
             stop_tokens=config.stop_tokens,
+            template_kwargs=config.template_kwargs,
         )
 
     def hidden(
@@ -260,12 +265,44 @@ def has_window(config: PreTrainedConfig) -> bool:
 
 
 def compute_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
-    """The dtype of the base and of the activations; adapters are float32 always."""
+    """The dtype of the base and of the activations; adapters are float32 always.
+
+    A CPU that has instructions for bfloat16 is timed: on some of them float32 is nearly twice as fast all the same.
+    """
     if dtype != "auto":
         return getattr(torch, dtype)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    native = [getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile")]
-    if device.type == "cpu" and any(supported() for supported in native if supported):
+    if (
+        device.type == "cpu"
+        and _multiplies_bfloat16()
+        and seconds_of_product(torch.bfloat16) < SLOWER * (seconds_of_product(torch.float32))
+    ):
         return torch.bfloat16
     return torch.float32
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for it."""
+    native = [getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile")]
+    return any(supported() for supported in native if supported)
+
+
+SLOWER = 1.25
+"""What a product in bfloat16 may cost beside one in float32: half of the memory is worth something. Processors are far
+from it: 0.4 where the instructions do twice the work, 1.9 where they are split into several."""
+
+
+@functools.cache
+def seconds_of_product(dtype: torch.dtype) -> float:
+    """A product of the size of a decoding step on this CPU, the best of a few; some milliseconds to find out.
+
+    Of the process's own time: what other processes take does not count.
+    """
+    x, weight = torch.ones(128, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+    seconds = []
+    for _ in range(8):
+        start = time.process_time()
+        torch.nn.functional.linear(x, weight)
+        seconds.append(time.process_time() - start)
+    return min(seconds)

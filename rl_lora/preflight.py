@@ -17,12 +17,12 @@ from rl_lora import models
 from rl_lora.adapter_io import check_adapter
 from rl_lora.chat import Chat
 from rl_lora.checkpoint import Checkpoints
-from rl_lora.config import ModelConfig, TrainConfig, differences, flatten, validate
+from rl_lora.config import EpisodeConfig, ModelConfig, TrainConfig, differences, flatten, validate
 from rl_lora.demonstrations import Demonstrations
 from rl_lora.environment import environment, held_out
 from rl_lora.lora import AdapterBank
 from rl_lora.policy import context_length
-from rl_lora.rollout import RolloutWorker
+from rl_lora.rollout import MakeEnv, RolloutWorker
 from rl_lora.sampler import Completion
 
 
@@ -43,17 +43,22 @@ def preflight(config: TrainConfig, seeds: Iterable[int]) -> None:
         teacher.collect(seeds, adapters=[None])
         teacher.close()
     for make, problems in ((make_env, seeds), (make_eval_env, eval_seeds)):
-        worker = RolloutWorker(make, _NoSampler(), chat, config.rollout, context_length=context)
-        for seed in problems:
-            worker.first_prompt(seed)
-        worker.close()
+        check_prompts(make, problems, chat, config.rollout, context)
+
+
+def check_prompts(make_env: MakeEnv, seeds: Iterable[int], chat: Chat, config: EpisodeConfig, context: int) -> None:
+    """Raises ValueError for a problem whose prompt does not fit the model's context."""
+    worker = RolloutWorker(make_env, _NoSampler(), chat, config, context_length=context)
+    for seed in seeds:
+        worker.first_prompt(seed)
+    worker.close()
 
 
 def check_model(config: ModelConfig, targets: str | list[str] = "all-linear") -> tuple[Chat, int]:
     """Name, tokenizer, stop tokens and targets of a model, without its weights. Returns its chat format and context."""
     models.check_model(config.name, config.trust_remote_code)
     tokenizer = models.load_tokenizer(config.name, config.trust_remote_code)
-    chat = Chat(tokenizer, None, config.stop_tokens)
+    chat = Chat(tokenizer, None, config.stop_tokens, config.template_kwargs)
     model_config = models.load_config(config.name, config.trust_remote_code)
     if targets != "all-linear" and not config.trust_remote_code:
         with torch.device("meta"):

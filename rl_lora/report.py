@@ -1,4 +1,4 @@
-"""What a run shows, and what it leaves to look at: progress, samples, the summary, `reward.png`.
+"""What a run shows, and what it leaves to look at: progress, samples, the summary, `reward.png`, `report.html`.
 
 The training reads back only whether it is finished. Without a terminal the same lines come, without the bar.
 """
@@ -30,20 +30,15 @@ from rich.text import Text
 
 from rl_lora.adapter import Adapter
 from rl_lora.checkpoint import Checkpoints
-from rl_lora.config import TrainConfig, flatten
-from rl_lora.evaluate import Evaluation
+from rl_lora.config import EvaluateConfig, TrainConfig, flatten
+from rl_lora.evaluation import Evaluation
 from rl_lora.metrics import MetricsFile, Record
+from rl_lora.page import write
 from rl_lora.policy import Policy
+from rl_lora.training_page import training_page
 from rl_lora.types import Group
 
 N_TRANSCRIPTS = 3
-EVALUATE_FLAGS = {
-    **{name: name for name in ("model.name", "model.dtype", "model.stop_tokens", "model.trust_remote_code")},
-    **{name: name for name in ("env.id", "env.kwargs")},
-    **{f"rollout.{name}": name for name in ("max_tokens", "max_turns", "system_prompt")},
-    **{f"eval.{name}": name for name in ("env_kwargs", "episodes", "temperature")},
-}
-"""What a run's config calls what `scripts/evaluate.py` has to know."""
 
 
 class RunReport:
@@ -183,7 +178,7 @@ class RunReport:
                 path.unlink()
 
     def finish(self, config: TrainConfig, metrics: MetricsFile, checkpoints: Checkpoints) -> None:
-        """Write summary.json and reward.png."""
+        """Write summary.json, reward.png and report.html."""
         evals, train = metrics.read("eval"), metrics.read("train")
         best, adapter = checkpoints.best(), str(self.run_dir / "adapter")
         summary: dict[str, Any] = {
@@ -201,6 +196,7 @@ class RunReport:
             "next": shlex.join([_python(), "scripts/evaluate.py", *_flags(config), "--adapters", adapter]),
         }
         plot_rewards(train, evals, self.run_dir / "reward.png")
+        write(training_page(self.run_dir), self.run_dir / "report.html")
         partial = self.run_dir / "summary.json.partial"
         partial.write_text(json.dumps(summary, indent=1) + "\n")
         partial.replace(self.run_dir / "summary.json")
@@ -234,6 +230,7 @@ class RunReport:
         lines = [f"\nadapter       {summary['adapter']}  (PEFT format)"]
         if summary["best_checkpoint"]:
             lines.append(f"best held out {summary['best_checkpoint']}  ({summary['best_score']:.3f})")
+        lines.append(f"report        {self.run_dir / 'report.html'}")
         lines.append(f"curve         {self.run_dir / 'reward.png'}")
         lines.append(f"all numbers   {self.run_dir / 'metrics.jsonl'}")
         lines.append(f"next          {summary['next']}\n")
@@ -253,8 +250,8 @@ class RunReport:
         return [
             {
                 "problem": after[seed]["observations"][0],
-                "before": " / ".join(before[seed]["replies"]),
-                "after": " / ".join(after[seed]["replies"]),
+                "before": " / ".join(before[seed]["completions"]),
+                "after": " / ".join(after[seed]["completions"]),
             }
             for seed in solved[:N_TRANSCRIPTS]
         ]
@@ -307,10 +304,13 @@ def _python() -> str:
 
 def _flags(config: TrainConfig) -> list[str]:
     """What `scripts/evaluate.py` has to be told to evaluate on this run's task."""
-    mine, default, flags = flatten(config), flatten(TrainConfig()), []
-    for name, flag in EVALUATE_FLAGS.items():
-        if mine[name] not in (default[name], 0):  # no held-out episodes in the run are no reason for none later
-            flags += [f"--{flag}", mine[name] if isinstance(mine[name], str) else json.dumps(mine[name])]
+    mine, flags = flatten(config), []
+    elsewhere: dict[str, tuple[str, ...]] = {"limit": ("eval.episodes",), "resume": ()}
+    for name, default in flatten(EvaluateConfig()).items():
+        places = elsewhere.get(name, (f"eval.{name}", f"rollout.{name}", name))
+        value = next((mine[place] for place in places if place in mine), default)
+        if value != default and (name, value) != ("limit", 0):  # none held out in the run is no reason for none later
+            flags += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
     return flags
 
 

@@ -5,22 +5,32 @@ Any gymnasium environment whose observations and actions are text is played; the
 `is_success` (bool): the verdict, apart from the reward, which may be shaped.
 `reward_parts` (dict[str, float]): summed over the turns and averaged in the metrics.
 `unscorable` (a reason): the episode could not be judged; it is left out of its group, and counted.
+`answer` (str): what was judged, in one spelling: equal answers are votes for the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 
 from rl_lora.chat import Chat
-from rl_lora.config import RolloutConfig
+from rl_lora.config import EpisodeConfig
 from rl_lora.sampler import Completion, Request, Sampler
 from rl_lora.types import Episode, Group, Stop, Turn
 
 MakeEnv = Callable[[], gym.Env[str, str]]
+
+
+class Plays(NamedTuple):
+    """n episodes of one problem under one adapter; `first` others of it have been played elsewhere."""
+
+    adapter: str | None
+    seed: int
+    n: int = 1
+    first: int = 0
 
 
 @dataclass
@@ -40,6 +50,7 @@ class _Play:
     reward: float = 0.0
     parts: dict[str, float] = field(default_factory=dict)
     success: bool | None = None
+    answer: str | None = None
     stop: Stop | None = None
 
     def episode(self) -> Episode:
@@ -55,6 +66,7 @@ class _Play:
             success=self.success,
             reward_parts=self.parts,
             observations=tuple(self.observations),
+            answer=self.answer,
         )
 
 
@@ -84,7 +96,7 @@ class RolloutWorker:
         make_env: MakeEnv,
         sampler: Sampler,
         chat: Chat,
-        config: RolloutConfig,
+        config: EpisodeConfig,
         *,
         context_length: int = 1 << 30,
         versions: Callable[[str], int] = lambda adapter: 0,
@@ -107,24 +119,41 @@ class RolloutWorker:
 
         `random_seed` and the problem's seed fix what is drawn: the same call gives the same groups.
         """
-        problems = [(adapter, seed) for adapter in adapters for seed in seeds]
-        while len(self._envs) < len(problems) * n:
+        wanted = [Plays(adapter, seed, n) for adapter in adapters for seed in seeds]
+        played = self.play(wanted, random_seed=random_seed, temperature=temperature, on_token=on_token)
+        return [group_of(episodes) for episodes in played]
+
+    def play(
+        self,
+        wanted: Sequence[Plays],
+        *,
+        random_seed: tuple[int, ...] = (0,),
+        temperature: float = 1.0,
+        on_token: Callable[[int], None] | None = None,
+    ) -> list[list[Episode]]:
+        """The episodes of each entry of `wanted`, unscorable ones too, all in the same batches; see `collect`."""
+        while len(self._envs) < sum(plays.n for plays in wanted):
             self._envs.append(self.make_env())
         envs = iter(self._envs)
-        groups = [[self._reset(next(envs), seed, adapter, k) for k in range(n)] for adapter, seed in problems]
+        groups = [
+            [self._reset(next(envs), w.seed, w.adapter, k) for k in range(w.first, w.first + w.n)] for w in wanted
+        ]
+        first_of = {id(play): w.first for w, group in zip(wanted, groups, strict=True) for play in group}
         plays = [play for group in groups for play in group]
         requests: dict[tuple[Any, ...], list[_Play]] = {}
         for play in plays:
             requests.setdefault((play.adapter, play.seed, play.prompt_ids), []).append(play)
 
         def request(play: _Play, n: int) -> Request:
+            first = 0 if play.turns else first_of[id(play)]  # later turns have a seed of their own for each k
             return Request(
                 prompt_ids=play.prompt_ids,
                 n=n,
                 max_tokens=self.config.max_tokens,
                 temperature=temperature,
                 adapter=play.adapter,
-                seed=(*random_seed, play.seed % (1 << 64), len(play.turns), play.k),
+                seed=(*random_seed, play.seed % (1 << 64), len(play.turns), play.k - first),
+                first=first,
             )
 
         same = list(requests.values())
@@ -135,7 +164,7 @@ class RolloutWorker:
             return request(play, 1) if play.stop is None else None
 
         self.sampler.generate([request(plays[0], len(plays)) for plays in same], on_token, follow)
-        return [self._group(group) for group in groups]
+        return [[play.episode() for play in group] for group in groups]
 
     def close(self) -> None:
         """Close the environments."""
@@ -174,6 +203,7 @@ class RolloutWorker:
         observation, reward, terminated, truncated, info = result
         play.reward += float(reward)
         play.success = bool(info["is_success"]) if "is_success" in info else play.success
+        play.answer = str(info["answer"]) if info.get("answer") is not None else play.answer
         for name, value in info.get("reward_parts", {}).items():
             play.parts[name] = play.parts.get(name, 0.0) + float(value)
         if info.get("unscorable"):
@@ -188,7 +218,8 @@ class RolloutWorker:
             if len(play.prompt_ids) + self.config.max_tokens > self.context_length:
                 play.stop = Stop.LENGTH  # the conversation has outgrown the model
 
-    @staticmethod
-    def _group(plays: Sequence[_Play]) -> Group:
-        scored = tuple(play.episode() for play in plays if play.stop is not Stop.UNSCORABLE)
-        return Group(plays[0].env_id, plays[0].seed, plays[0].adapter, scored, len(plays) - len(scored))
+
+def group_of(episodes: Sequence[Episode]) -> Group:
+    """The group that episodes of one problem make."""
+    scored = tuple(episode for episode in episodes if episode.stop is not Stop.UNSCORABLE)
+    return Group(episodes[0].env_id, episodes[0].seed, episodes[0].adapter, scored, len(episodes) - len(scored))

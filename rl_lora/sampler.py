@@ -14,7 +14,8 @@ class Request:
     """n completions of one prompt under one adapter (or the bare base, where that is None).
 
     `temperature` 0 is greedy decoding; its log-probabilities are those of temperature 1.
-    `seed` fixes the uniform numbers of the n rows, whatever else is in the batch.
+    `seed` fixes the uniform numbers of the n rows, whatever else is in the batch. `first`: the rows are number first,
+    first + 1, ... of that seed: two requests of n draw what one of 2 n does.
     """
 
     prompt_ids: tuple[int, ...]
@@ -23,6 +24,7 @@ class Request:
     temperature: float = 1.0
     adapter: str | None = None
     seed: int | tuple[int, ...] = 0
+    first: int = 0
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from rl_lora.adapter_io import load_adapter, save_adapter
 from rl_lora.advantages import advantages, shuffle_rewards
 from rl_lora.checkpoint import Checkpoints, random_state
 from rl_lora.config import TrainConfig, advantage_of, flatten
+from rl_lora.curriculum import SEED_STRIDE, curriculum_of
 from rl_lora.demonstrations import Demonstrations
 from rl_lora.environment import environment, held_out
-from rl_lora.evaluate import Evaluation, evaluate
+from rl_lora.evaluation import Evaluation, evaluate_adapters
 from rl_lora.learner import Learner
 from rl_lora.metrics import MetricsFile, Record, Stopwatch, summarize_groups, summarize_updates, with_speed
 from rl_lora.native_sampler import NativeSampler
@@ -31,6 +33,7 @@ from rl_lora.policy import Policy
 from rl_lora.preflight import preflight
 from rl_lora.report import RunReport
 from rl_lora.rollout import RolloutWorker
+from rl_lora.shaping import shaped
 from rl_lora.types import Group
 
 ADAPTER = "policy"
@@ -52,8 +55,7 @@ def train(config: TrainConfig) -> Path:
         preflight(config, [])
         RunReport(run_dir, visible=PartialState(cpu=no_accelerator()).is_main_process).show()
         return run_dir
-    seeds = itertools.chain.from_iterable(problem_seeds(config, step) for step in range(config.steps))
-    preflight(config, itertools.islice(seeds, MAX_CHECKED))
+    preflight(config, itertools.islice(training_problems(config), MAX_CHECKED))
     Trainer(config).run()
     return run_dir
 
@@ -61,6 +63,14 @@ def train(config: TrainConfig) -> Path:
 def no_accelerator() -> bool:
     """Whether accelerate must be told that this is a CPU: otherwise it takes each launched process for the only one."""
     return not torch.accelerator.is_available()
+
+
+def training_problems(config: TrainConfig) -> Iterator[int]:
+    """The seeds of a run, in their order; with a curriculum, all that it may choose from. `config` is valid."""
+    if (curriculum := curriculum_of(config)) is not None:
+        yield from curriculum.seeds
+    else:
+        yield from itertools.chain.from_iterable(problem_seeds(config, step) for step in range(config.steps))
 
 
 def problem_seeds(config: TrainConfig, step: int) -> list[int]:
@@ -78,7 +88,7 @@ def fresh_seeds(config: TrainConfig, step: int) -> list[int]:
 
 def _seeds(config: TrainConfig, step: int) -> list[int]:
     n = config.rollout.prompts_per_step + config.rollout.max_replaced
-    return [config.seed * 1_000_003 + step * n + i for i in range(n)]
+    return [config.seed * SEED_STRIDE + step * n + i for i in range(n)]
 
 
 class Trainer:
@@ -100,6 +110,7 @@ class Trainer:
         self.checkpoints = Checkpoints(self.run_dir / "checkpoints", config.checkpoint.keep)
         self.report = RunReport(self.run_dir, visible=self.accelerator.is_main_process)
 
+        self.curriculum = curriculum_of(config)
         with self.report.stage(f"loading {config.model.name}"):
             self.policy = Policy.from_config(config.model, self.accelerator.device)
         set_seed(config.seed, device_specific=True)  # nothing here draws from these; environments and rewards may
@@ -138,8 +149,11 @@ class Trainer:
                 seconds = Stopwatch()
                 with seconds("rollout"):
                     groups, sampled = self.rollout()
-                record = summarize_groups(gather_object(sampled))  # before any group is left out
+                everything = gather_object(sampled)
+                record = summarize_groups(everything)  # before any group is left out
                 record["groups_replaced"] = sum(gather_object([len(sampled) - len(groups)]))
+                if self.curriculum is not None:
+                    record |= self.curriculum.observe(self.step, everything)
                 if self.learner.given:
                     record |= dict.fromkeys(("reward", "reward_std", "groups_without_signal", "groups_solved"))
                 with seconds("learn"):
@@ -157,10 +171,11 @@ class Trainer:
         process has its share of the replacements.
         """
         updates = self.config.learner.updates_per_step
-        seeds, fresh = (
-            problem_seeds(self.config, self.step),
-            fresh_seeds(self.config, self.step)[self.rank :: self.world],
-        )
+        if self.curriculum is not None:
+            seeds, fresh = self.curriculum.choose(self.step)
+        else:
+            seeds, fresh = problem_seeds(self.config, self.step), fresh_seeds(self.config, self.step)
+        fresh = fresh[self.rank :: self.world]
         deal = np.random.default_rng((self.config.seed, self.step, self.rank))
         groups = self._sample([seed for i, seed in enumerate(seeds) if i // updates % self.world == self.rank], deal)
         sampled = list(groups)
@@ -182,6 +197,7 @@ class Trainer:
             temperature=self.config.rollout.temperature,
             on_token=self.report.sampling,
         )
+        groups = [shaped(group, self.config.rollout) for group in groups]
         return shuffle_rewards(groups, deal) if self.config.shuffle_rewards else groups
 
     def evaluate_if_due(self) -> None:
@@ -192,7 +208,7 @@ class Trainer:
             return
         seconds = Stopwatch()
         with seconds("evaluate"):
-            (share,) = evaluate(
+            (share,) = evaluate_adapters(
                 self.eval_worker,
                 self.eval_seeds[self.rank :: self.world],
                 [ADAPTER],
@@ -201,8 +217,8 @@ class Trainer:
                 on_token=self.report.evaluating,
             )
             place = {seed: i for i, seed in enumerate(self.eval_seeds)}
-            groups = sorted(gather_object(list(share.groups)), key=lambda group: place[group.seed])
-        evaluation = Evaluation(ADAPTER, tuple(groups))
+            problems = sorted(gather_object(list(share.problems)), key=lambda episodes: place[episodes[0].seed])
+        evaluation = Evaluation(ADAPTER, tuple(problems))
         self.scores[self.step] = evaluation.score
         record = evaluation.record | {"seconds/evaluate": seconds.seconds["evaluate"]}
         if self.accelerator.is_main_process:
@@ -225,6 +241,7 @@ class Trainer:
                 config=flatten(self.config),
                 score=self.scores.get(self.step),
                 random_states=random_states,
+                curriculum=None if self.curriculum is None else self.curriculum.state(),
             )
 
     @property
@@ -254,6 +271,8 @@ class Trainer:
         if latest is not None:
             adapter = load_adapter(latest.adapter, bank, ADAPTER)
             latest.restore(adapter, self.learner.optimizer(ADAPTER), self.rank)
+            if self.curriculum is not None:
+                self.curriculum.restore(latest.curriculum)
             return latest.step
         if config.adapter.init_from is not None:
             load_adapter(Path(config.adapter.init_from), bank, ADAPTER)

@@ -1,20 +1,24 @@
 """A tree of token spans in one flat forward pass: sequences that share their beginnings, each shared token once.
 
 What all prompts begin with is the parent of what is particular to each prompt, and that of its completions. A token
-attends to what is before it in its own span and to all of its ancestors. Learning and prefill run on this layout.
+attends to what is before it in its own span and to all of its ancestors. Learning and prefill run on this layout; how
+attention is computed on it is `tree_attention.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+import functools
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
-from rl_lora.attention import Options, Sharing, Source, additive, attend, attend_backward
+from rl_lora import tree_attention
+from rl_lora.attention import Options, Sharing, additive
+from rl_lora.flex import ends
 from rl_lora.kv_cache import Nodes
 
 CHUNK_ELEMENTS = 1 << 25
@@ -23,13 +27,14 @@ CHUNK_ELEMENTS = 1 << 25
 MIN_TRUNK = 16
 """Tokens that prompts must have in common for their beginning to be a span of its own."""
 PAST = -1
+"""In place of a depth: what was there already."""
 
 Span = tuple[int, int, int]
 """(first token, number of tokens >= 1, parent's index among the spans or -1)"""
 
 
 @dataclass
-class _Depth:
+class Depth:
     """The n spans of one depth, padded to L tokens."""
 
     index: Tensor
@@ -50,7 +55,7 @@ class _Depth:
 
 
 @dataclass
-class _Chunk:
+class Chunk:
     """Query blocks that are computed at a time, and the sources they attend to."""
 
     depth: int
@@ -98,7 +103,7 @@ class Tree:
                 position_of_first.append(0 if past is None else int(past.lengths[past_of_span[i]]))
         self.n_tokens = sum(length for _, length, _ in spans)
         positions, slot = np.empty(self.n_tokens, np.int64), np.empty(self.n_tokens, np.int64)
-        self.depths: list[_Depth] = []
+        self.depths: list[Depth] = []
         offset = 0
         for own in members:
             lengths = np.array([spans[i][1] for i in own])
@@ -116,20 +121,28 @@ class Tree:
             first = np.array([position_of_first[i] for i in own])
             padding = np.arange(index.shape[1]) >= lengths[:, None]
             at, beyond = torch.from_numpy(index).to(device), torch.from_numpy(padding).to(device)
-            self.depths.append(_Depth(at, beyond, lengths, first, list(map(np.array, owners))))
+            self.depths.append(Depth(at, beyond, lengths, first, list(map(np.array, owners))))
             offset += index.size
         self._past_owner = np.array(past_of_span)
         self.positions = torch.from_numpy(positions).to(device)[None]
         """int64 (1, N)"""
+        self.block_masks: dict[int | None, BlockMask] = {}
+        """Of `flex.py`, by sliding window."""
         self._slot = torch.from_numpy(slot).to(device)  # where a token stands among the padded tokens of all depths
-        self._chunks: list[_Chunk] = []
+        self._chunks: list[Chunk] = []
         self.windows: set[int | None] = set()
         """The sliding windows that the model's layers have asked for; None is full attention."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
         """query: (1, H, N, D); key, value: (1, H_kv, N, D). Returns (1, H, N, D)."""
         self.windows.add(options.window)
-        return _TreeAttention.apply(query, key, value, self, layer, options)
+        return tree_attention.attend(self, layer, query, key, value, options)
+
+    @functools.cached_property
+    def end(self) -> Tensor | None:
+        """int64 (N,): see `flex.ends`."""
+        found = ends(self.spans)
+        return None if found is None else torch.from_numpy(found).to(self.device)
 
     def last(self) -> Tensor:
         """int64: where the last token of every span stands."""
@@ -144,7 +157,7 @@ class Tree:
         tokens = [part.transpose(1, 2).flatten(0, 1) for part in parts]  # (n * L, h, D)
         return (torch.cat(tokens) if len(tokens) > 1 else tokens[0])[self._slot].transpose(0, 1)[None]
 
-    def chunks(self, heads: int) -> list[_Chunk]:
+    def chunks(self, heads: int) -> list[Chunk]:
         """The pieces that attention is computed in: their scores stay within `CHUNK_ELEMENTS`."""
         if not self._chunks:
             for d, depth in enumerate(self.depths):
@@ -158,7 +171,7 @@ class Tree:
                         self._chunks.append(self._chunk(d, slice(b, min(b + blocks, n)), slice(q, min(q + queries, L))))
         return self._chunks
 
-    def _chunk(self, d: int, blocks: slice, queries: slice) -> _Chunk:
+    def _chunk(self, d: int, blocks: slice, queries: slice) -> Chunk:
         sources: list[tuple[int, slice, int, Sharing | None]] = []
         if self.past is not None:
             sharing = Sharing(self._past_owner[blocks], len(self.past), self.device)
@@ -169,9 +182,9 @@ class Tree:
             sharing = Sharing(mine - nodes.start, nodes.stop - nodes.start, self.device)
             sources.append((a, nodes, self.depths[a].index.shape[1], sharing))
         sources.append((d, blocks, queries.stop, None))  # nothing behind the last query is seen
-        return _Chunk(d, blocks, queries, sources)
+        return Chunk(d, blocks, queries, sources)
 
-    def mask(self, chunk: _Chunk, window: int | None) -> Tensor:
+    def mask(self, chunk: Chunk, window: int | None) -> Tensor:
         """float32 (blocks, 1, queries, keys)"""
         if window not in chunk.masks:
             depth = self.depths[chunk.depth]
@@ -194,60 +207,6 @@ class Tree:
                 parts.append(np.broadcast_to(allowed, (*query.shape[:2], n_keys)))
             chunk.masks[window] = additive(torch.from_numpy(np.concatenate(parts, -1)).to(self.device))
         return chunk.masks[window]
-
-
-class _TreeAttention(torch.autograd.Function):
-    """Keeps queries, keys and values only; gathers tokens into padded spans, never scatters."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, tree: Tree, layer: int, options: Options
-    ) -> Tensor:
-        ctx.save_for_backward(query, key, value)
-        ctx.tree, ctx.options = tree, options
-        q, k, v = ([tree.padded(x, d) for d in range(len(tree.depths))] for x in (query, key, value))
-        out = [x.new_empty(*x.shape[:3], value.shape[-1]) for x in q]
-        for chunk, of_chunk, sources in _pieces(tree, layer, q, k, v):
-            mask = tree.mask(chunk, options.window)
-            out[chunk.depth][chunk.blocks, :, chunk.queries] = attend(of_chunk, sources, mask, options)
-        return tree.flat(out)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        tree, options = ctx.tree, ctx.options
-        assert tree.past is None
-        q, k, v, g = ([tree.padded(x, d) for d in range(len(tree.depths))] for x in (*ctx.saved_tensors, grad))
-        for x, depth in zip(g, tree.depths, strict=True):
-            x.masked_fill_(depth.padding[:, None, :, None], 0)  # what stands there would reach keys and values
-        # A prompt's keys hear from every completion: their sum is kept in float32.
-        dq, dk, dv = (
-            [torch.zeros_like(x, dtype=torch.float32 if float32 else None) for x in xs]
-            for xs, float32 in ((q, False), (k, True), (v, True))
-        )
-        for chunk, of_chunk, sources in _pieces(tree, 0, q, k, v):
-            mask = tree.mask(chunk, options.window)
-            dout = g[chunk.depth][chunk.blocks, :, chunk.queries]
-            dq_chunk, of_sources = attend_backward(of_chunk, sources, mask, options, dout)
-            dq[chunk.depth][chunk.blocks, :, chunk.queries] = dq_chunk
-            for (a, nodes, n_keys, _), (dkey, dvalue) in zip(chunk.sources, of_sources, strict=True):
-                dk[a][nodes, :, :n_keys] += dkey
-                dv[a][nodes, :, :n_keys] += dvalue
-        return tree.flat(dq), tree.flat(dk).to(k[0].dtype), tree.flat(dv).to(v[0].dtype), None, None, None
-
-
-def _pieces(
-    tree: Tree, layer: int, q: list[Tensor], k: list[Tensor], v: list[Tensor]
-) -> Iterator[tuple[_Chunk, Tensor, list[Source]]]:
-    """Every chunk, with its queries and its sources."""
-    for chunk in tree.chunks(q[0].shape[1]):
-        sources = []
-        for a, nodes, n_keys, sharing in chunk.sources:
-            if a == PAST:
-                assert tree.past is not None
-                sources.append(Source(tree.past.keys[layer], tree.past.values[layer], sharing))
-            else:
-                sources.append(Source(k[a][nodes, :, :n_keys], v[a][nodes, :, :n_keys], sharing))
-        yield chunk, q[chunk.depth][chunk.blocks, :, chunk.queries], sources
 
 
 Trunk = tuple[str | None, tuple[int, ...]]

@@ -63,6 +63,9 @@ class Episode:
     success: bool | None = None
     reward_parts: dict[str, float] = field(default_factory=dict)
     observations: tuple[str, ...] = ()
+    answer: str | None = None
+    """What the environment took for the answer, in one spelling, so that equal answers are equal texts; None where it
+    found none, or reports none."""
 
     @property
     def n_tokens(self) -> int:
@@ -132,6 +135,11 @@ class StepStats:
     clip_fraction: float | None
     grad_norm: float | None
     """Before clipping."""
+    step_norm: float | None
+    """Of the change of A and B together; None, as the gradient's, where nothing was learned."""
+    A_norm: float
+    B_norm: float
+    """Of the adapter after the step, scale apart."""
     learning_rate: float
     n_layers_recomputed: int
     """Of the micro-batch with the most."""

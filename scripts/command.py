@@ -6,24 +6,30 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar, get_type_hints
 
+import yaml
 from docstring_parser import parse_from_object
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentParser, get_loader, set_loader, set_parsing_settings
 from rich.console import Console
 from rich.text import Text
 
 Config = TypeVar("Config")
 USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+COMMAS = re.compile(r"\d+(,\d+)*")
 LIBRARIES = {"accelerate", "numpy", "tokenizers", "torch", "transformers"}
 
 
 def parse(config_type: type[Config], args: Sequence[str] | None = None) -> Config:
     """Command line, over --config FILE (YAML), over the defaults of a config dataclass; --print_config shows all."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(description=config_type.__doc__, default_env=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="A YAML file with any of the options below.")
     hints = get_type_hints(config_type)
+    set_loader("yaml in braces", partial(_load, options={*hints, "config"}), (yaml.YAMLError,))
+    parser = ArgumentParser(
+        description=config_type.__doc__, default_env=False, allow_abbrev=False, parser_mode="yaml in braces"
+    )
+    parser.add_argument("--config", action="config", help="A YAML file with any of the options below.")
     lists = {name for name, hint in hints.items() if hint == list[str]}  # --adapters runs/*: as the shell expands it
     parser.add_class_arguments(config_type, nested_key=None, skip=lists)
     for param in parse_from_object(config_type).params:
@@ -33,9 +39,33 @@ def parse(config_type: type[Config], args: Sequence[str] | None = None) -> Confi
         action = parser._option_string_actions[f"--{name}"]
         action.nargs, action.const = "?", True
     parser._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")  # -1e-3 is a value, no option
-    parsed: Any = parser.instantiate(parser.parse_args(args))
+    numbers = {f"--{name}" for name, hint in hints.items() if hint == list[int]}
+    parsed: Any = parser.instantiate(parser.parse_args(_bracketed(sys.argv[1:] if args is None else args, numbers)))
     del parsed.config
     return config_type(**vars(parsed))
+
+
+def _load(text: str, options: set[str]) -> Any:
+    """A value as YAML has it, but a text such as "Question: {question}" or "- {answer}" stays a text: mappings stand in
+    braces and lists in brackets, unless this is a whole config file."""
+    value = get_loader("yaml")(text)
+    enclosed = text.lstrip().startswith(("{", "["))
+    if not enclosed and (isinstance(value, list) or (isinstance(value, dict) and options.isdisjoint(value))):
+        return text
+    return value
+
+
+def _bracketed(args: Sequence[str], options: set[str]) -> list[str]:
+    """--k 1,4,16 as the list [1,4,16] that the parser takes."""
+    result: list[str] = []
+    for arg in args:
+        name, equals, value = arg.partition("=")
+        if equals and name in options and COMMAS.fullmatch(value):
+            arg = f"{name}=[{value}]"
+        elif result and result[-1] in options and COMMAS.fullmatch(arg):
+            arg = f"[{arg}]"
+        result.append(arg)
+    return result
 
 
 def run(work: Callable[[], object], when_interrupted: str = "") -> int:

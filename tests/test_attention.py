@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rl_lora import kv_cache
+from rl_lora import flex, kv_cache, tree_attention
 from rl_lora import tree as tree_module
 from rl_lora.attention import Options, Sharing
 from rl_lora.kv_cache import Decode, Nodes
@@ -85,6 +85,64 @@ def test_tree_attention_and_its_gradient_are_those_of_a_dense_mask(seed, chunk, 
     for x, x64 in ((q, q64), (k, k64), (v, v64)):
         assert x.grad is not None
         torch.testing.assert_close(x.grad.double(), x64.grad, atol=1e-5, rtol=1e-4)
+
+
+def walk(rng: np.random.Generator, n: int) -> list[tuple[int, int, int]]:
+    """A forest whose spans lie in the order of a walk through it, as packing lays them."""
+    spans: list[tuple[int, int, int]] = []
+    path: list[int] = []
+    start = 0
+    for i in range(n):
+        del path[int(rng.integers(0, min(len(path), 3) + 1)) :]
+        length = int(rng.integers(1, 7))
+        spans.append((start, length, path[-1] if path else -1))
+        path.append(i)
+        start += length
+    return spans
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("seed", range(5))
+def test_two_numbers_a_token_say_who_sees_whom(seed, window):
+    tree = Tree(walk(np.random.default_rng(seed), 12))
+    assert tree.end is not None
+    i = torch.arange(tree.n_tokens)
+    seen = flex.mask_mod(tree.end, tree.positions[0], window)(i[:1], i[:1], i[:, None], i[None])
+    assert torch.equal(seen, allowed(tree, window))
+
+
+def test_spans_out_of_a_walks_order_are_known_as_such():
+    assert flex.ends([(0, 2, -1), (2, 2, -1), (4, 1, 0)]) is None  # a child that is not behind its parent
+    assert flex.ends([(2, 2, -1), (0, 2, -1)]) is None  # tokens in another order than spans
+    found = flex.ends([(0, 2, -1), (2, 3, 0), (5, 1, 0), (6, 2, -1)])
+    assert found is not None
+    assert found.tolist() == [6, 6, 5, 5, 5, 6, 8, 8]
+
+
+UNFUSED = "ignore:flex_attention called without torch.compile"
+
+
+@pytest.mark.filterwarnings(UNFUSED)
+@pytest.mark.parametrize("options", OPTIONS[:3])
+@pytest.mark.parametrize("seed", range(3))
+def test_fused_attention_is_our_own(seed, options):
+    """Its forward pass, which runs on a CPU too; on a GPU `flex.proven` compares the gradients as well."""
+    tree = Tree(walk(np.random.default_rng(seed), 9))
+    g = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(1, h, tree.n_tokens, 16, generator=g) for h in (4, 2, 2))
+    torch.testing.assert_close(flex.attend(tree, q, k, v, options), tree_attention.own(tree, q, k, v, options))
+
+
+@pytest.mark.filterwarnings(UNFUSED)
+def test_fused_attention_is_used_only_where_it_is_proven():
+    q, k = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 1, 16)
+    flex._proofs.clear()
+    assert flex.proven(q, k, k, Options(0.25), tree_attention.own)
+    flex._proofs.clear()
+    with pytest.warns(UserWarning, match="its output differs from our own"):
+        assert not flex.proven(q, k, k, Options(0.25), lambda *args: 1.2 * tree_attention.own(*args))
+    assert not flex.proven(q, k, k, Options(0.25), tree_attention.own), "the verdict is kept"
+    flex._proofs.clear()
 
 
 def test_bfloat16_is_float64_within_its_rounding():

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
 
 from rl_lora.config import ModelConfig
-from scripts.benchmark import BenchmarkConfig, Shape, run, shape
+from scripts.benchmark import BenchmarkConfig, run
+from scripts.breakdown import ADAPTER, ATTENTION, BASE, HEAD, OTHER, REST, breakdown
+from scripts.measurements import Bench, Shape, shape
 from tests.tiny import tiny_folder
 
 
@@ -19,6 +22,7 @@ def test_every_figure_is_printed_and_written(tmp_path: Path, capsys: pytest.Capt
         rollouts=["3x2x4"],
         steps=["2x3x5"],
         rounds=2,
+        breakdown=True,
         out=str(tmp_path / "figures.json"),
     )
     run(config)
@@ -34,22 +38,21 @@ def test_every_figure_is_printed_and_written(tmp_path: Path, capsys: pytest.Capt
             assert of_round["peak_bytes"] > 2**20
             assert of_round["tokens_per_second"] == pytest.approx(of_round["tokens"] / of_round["seconds"])
             assert 0 < of_round["share_of_peak"] < 1
+    assert all(0 < of_round["share_of_bandwidth"] < 1 for of_round in rollouts["rounds"]["rollout"])
+    assert {part["kind"] for part in rollouts["breakdown"]["learning"]} == {BASE, HEAD, ADAPTER, ATTENTION, OTHER, REST}
     (steps,) = figures["steps"]
     for of_round in steps["rounds"]["rl_lora"]:
         assert of_round["seconds"] == pytest.approx(of_round["rollout_seconds"] + of_round["learn_seconds"])
         assert 2 * 3 <= of_round["tokens"] <= 2 * 3 * 5
         assert 0 <= of_round["reward"] <= 1
     printed = capsys.readouterr().out
-    for text in ("rl_lora, rollout", "rl_lora, learning", "GFLOP/s", "a training step", "figures.json"):
+    for text in ("rl_lora, rollout", "rl_lora, learning", "GFLOP/s", "GB/s", BASE, "a training step", "figures.json"):
         assert text in printed
 
 
 def test_the_products_that_are_counted_are_those_that_are_computed(tmp_path: Path) -> None:
     """One prompt, one completion: prompt and all tokens but the last through the layers, targets through the head."""
-    from scripts.benchmark import Bench
-
-    folder = str(tiny_folder(tmp_path, "llama"))
-    bench = Bench(BenchmarkConfig(model=ModelConfig(name=folder, dtype="float32")))
+    bench = Bench(ModelConfig(name=str(tiny_folder(tmp_path, "llama")), dtype="float32"))
     weights = {n: p.numel() for n, p in bench.policy.model.named_parameters() if n.endswith("_proj.weight")}
     assert bench.n_linear == sum(weights.values())
     bench.fresh()
@@ -59,6 +62,31 @@ def test_the_products_that_are_counted_are_those_that_are_computed(tmp_path: Pat
     assert learned["targets"] == 8
     assert learned["tokens"] == len(prompt) + 2 * 3
     assert math.isfinite(learned["flops"])
+
+
+def test_the_bytes_that_are_counted_are_those_that_have_to_be_read(tmp_path: Path) -> None:
+    """One prompt, two completions of three tokens, by hand."""
+    bench = Bench(ModelConfig(name=str(tiny_folder(tmp_path, "llama")), dtype="float32"))
+    (prompt,) = bench.prompts(1)
+    weights = 4 * (bench.n_linear + bench.n_head)
+    of_token = bench.policy.cache_bytes_per_token
+    assert of_token == 2 * 2 * 2 * 16 * 4, "keys and values of two layers, two heads of 16, in float32"
+    by_hand = 3 * weights + of_token * sum(len(prompt) + 2 * t for t in range(3))
+    assert bench.rollout_costs([prompt], Shape(1, 2, 3))["bytes"] == by_hand
+
+
+def test_a_breakdown_knows_products_by_their_weights(tmp_path: Path) -> None:
+    bench = Bench(ModelConfig(name=str(tiny_folder(tmp_path, "llama")), dtype="float32"), rank=3)
+    bench.fresh()
+    prompts = bench.prompts(2)
+    parts = {p.kind: p for p in breakdown(bench.policy, lambda: bench.sample(prompts, Shape(2, 2, 5), 0))}
+    # Two layers of seven matrices; prompts are read in two passes at most, and five tokens drawn by four steps.
+    passes = parts[BASE].n / 14
+    assert passes in (4 + 1, 4 + 2)
+    assert parts[ADAPTER].n == 2 * parts[BASE].n, "A and B of every matrix"
+    assert parts[HEAD].n == 5
+    assert parts[ATTENTION].n > 0
+    assert all(part.seconds > 0 for part in parts.values())
 
 
 @pytest.mark.parametrize("text", ["3x2", "3x2xx", "0x1x1", "axbxc", "1x2x3x4", ""])
@@ -74,5 +102,7 @@ def test_peers_that_are_not_there_are_named_before_anything_is_loaded(tmp_path: 
     missing = str(tmp_path / "python")
     with pytest.raises(ValueError, match="make peers"):
         run(BenchmarkConfig(peer=["trl"], peer_python=missing))
+    with pytest.raises(ValueError, match="peers read a model's folder"):
+        run(BenchmarkConfig(peer=["trl"], peer_python=sys.executable, random="llama-8b"))
     with pytest.raises(ValueError, match="rounds must be >= 1"):
         run(BenchmarkConfig(rounds=0))

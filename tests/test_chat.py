@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rl_lora import models
 from rl_lora.chat import Chat
@@ -92,6 +94,35 @@ def test_decode_drops_the_stop_token_and_nothing_else() -> None:
     assert chat.decode([EOS_ID, EOS_ID]) == EOS  # only the one that ended the reply
     four, two = chat.tokenizer.encode("42")
     assert chat.decode([four, PAD_ID, two]) == "4<pad>2"  # not 42: a reward must see what was written
+
+
+def test_every_token_that_contains_a_stop_text_ends_a_reply_and_keeps_what_stands_before_it() -> None:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {char: i for i, char in enumerate([*alphabet, "}Ċ", "ĊĊ"])}
+    core = Tokenizer(BPE(vocab=vocab, merges=[("}", "Ċ"), ("Ċ", "Ċ")]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens([EOS])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=EOS)
+    end, bracket, empty_line = tokenizer.eos_token_id, vocab["}Ċ"], vocab["ĊĊ"]
+    (newline,) = tokenizer.encode("\n")
+    chat = Chat(tokenizer, None, ["\n"])
+    assert chat.stop_ids == {end, newline, bracket, empty_line}
+    assert tokenizer.encode("{5}\n")[-1] == bracket
+    assert chat.decode(tokenizer.encode("{5}\n")) == "{5}"
+    assert chat.decode(tokenizer.encode("5\n\n")) == "5"
+    assert chat.decode(tokenizer.encode("{5}\n6")) == "{5}\n6"  # only what ended the reply
+    assert Chat(tokenizer, None, ["\n\n"]).stop_ids == {end, empty_line}
+    assert chat.reply("5")[-1] == end
+    assert Chat(tiny_tokenizer(True), None, [EOS]).stop_ids == {EOS_ID}
+
+
+def test_the_chat_template_gets_its_arguments() -> None:
+    tokenizer = tiny_tokenizer(True)
+    template = f"{tokenizer.chat_template}{{% if not enable_thinking %}}<think></think>{{% endif %}}"
+    tokenizer.chat_template = template
+    plain, quick = (Chat(tokenizer, template_kwargs={"enable_thinking": on}).start("2?") for on in (True, False))
+    assert str(tokenizer.decode(quick)) == f"{tokenizer.decode(plain)}<think></think>"
 
 
 def test_a_template_that_refuses_a_role_says_so() -> None:

@@ -250,8 +250,10 @@ def test_the_default_problem_is_two_digit_addition_asked_in_plain_words() -> Non
         assert 10 <= a <= 99
         assert 10 <= b <= 99
         assert info["reference"] == a + b
-        assert play(env, seed, f"{a + b}") == (1.0, {"reward_parts": {}, "is_success": True})
-        assert play(env, seed, f"{a + b + 1}") == (0.0, {"reward_parts": {}, "is_success": False})
+        right, wrong = f"{a + b}", f"{a + b + 1}"
+        assert play(env, seed, right) == (1.0, {"reward_parts": {}, "is_success": True, "answer": right})
+        assert play(env, seed, wrong) == (0.0, {"reward_parts": {}, "is_success": False, "answer": wrong})
+        assert "answer" not in play(env, seed, "no number")[1]
     assert env.unwrapped.n_problems is None  # type: ignore[attr-defined]
 
 

@@ -207,7 +207,8 @@ def test_without_any_signal_nothing_moves_momentum_included() -> None:
     assert all(torch.equal(after[k], v) for k, v in state.items())
     assert (a.version, b.version) == (1, 2)
     assert (a.n_groups, a.n_groups_learned, a.n_tokens_learned) == (2, 0, 0)
-    assert {a.loss, a.entropy, a.sampler_learner_kl, a.ratio_max, a.clip_fraction, a.grad_norm} == {None}
+    assert {a.loss, a.entropy, a.sampler_learner_kl, a.ratio_max, a.clip_fraction, a.grad_norm, a.step_norm} == {None}
+    assert (a.A_norm, a.B_norm) == policy.bank["a"].norms()
     assert learner.step([]) == []
 
 
@@ -265,6 +266,7 @@ def test_a_step_is_that_of_adamw_on_separate_tensors() -> None:
     reference = torch.optim.AdamW(twins, lr=0.01, betas=(0.8, 0.9), weight_decay=0.3)
     learner = Learner(policy, config)
     for g in of("a", problems()):
+        before = [twin.detach().clone() for twin in twins]
         (record,) = learner.step([g])
         if record.grad_norm is None:
             continue
@@ -273,6 +275,10 @@ def test_a_step_is_that_of_adamw_on_separate_tensors() -> None:
         reference.step()
         for twin, parameter in zip(twins, adapter.parameters(), strict=True):
             torch.testing.assert_close(parameter.detach(), twin.detach(), rtol=1e-6, atol=1e-7)
+        moved = torch.cat([(twin - old).flatten() for twin, old in zip(twins, before, strict=True)])
+        assert record.step_norm == pytest.approx(float(moved.detach().norm()), rel=1e-4)
+        for norm, matrices in ((record.A_norm, twins[0::2]), (record.B_norm, twins[1::2])):
+            assert norm == pytest.approx(math.sqrt(sum(float((m.detach() ** 2).sum()) for m in matrices)), rel=1e-5)
     assert adapter.version == 2
 
 

@@ -204,8 +204,8 @@ def test_the_verdict_tells_what_was_judged() -> None:
 
 
 def test_math_is_a_built_in_reward_with_options() -> None:
-    assert score(resolve("math"), boxed(5), 5) == Score(1.0, {"answered": 1.0}, success=True)
-    assert score(resolve("math"), boxed(6), 5) == Score(0.0, {"answered": 1.0}, success=False)
+    assert score(resolve("math"), boxed(5), 5) == Score(1.0, {"answered": 1.0}, True, "5")
+    assert score(resolve("math"), boxed(6), 5) == Score(0.0, {"answered": 1.0}, False, "6")
     strict = resolve({"math": {"extract": "strict"}, "length": 0.0})
     result = score(strict, "5", 5)
     assert (result.value, result.parts["math/answered"], result.success) == (0.0, 0.0, False)
@@ -683,3 +683,26 @@ def test_quantities_are_read_with_their_units() -> None:
         read = quantity(clean(text))
         assert read is not None
         assert (read.value, read.unit) == (5, unit)
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        ("The answer is 18", "#### 18", r"\boxed{18.0}", "$18", r"\boxed{18 \text{ dollars}}", "it makes 18."),
+        (r"\boxed{\frac12}", r"\boxed{0.5}", r"\boxed{1/2}"),
+        (r"\boxed{(B)}", r"\boxed{B}", r"\boxed{\text{(B)}}"),
+        (r"\boxed{Tuesday}", r"\boxed{\text{tuesday}}"),
+        (r"\boxed{x^{2}+1}", r"\boxed{x^2 + 1}", r"$x^2+1$"),
+        (r"\boxed{50\%}", r"\boxed{50 \%}"),
+    ],
+)
+def test_answers_that_are_the_same_at_sight_are_votes_for_one(same: tuple[str, ...]) -> None:
+    answers = {math_match(completion, "7").answer for completion in same}
+    assert len(answers) == 1, answers
+    assert None not in answers
+
+
+def test_other_answers_are_other_votes_and_none_is_no_vote() -> None:
+    different = ("50", r"50\%", "0.333", "1/3", "x", "y", "52_8", "x+x", "2x")
+    assert len({math_match(boxed(answer), "7").answer for answer in different}) == len(different)
+    assert math_match("I do not know", "7").answer is None

@@ -81,9 +81,9 @@ def test_training_problems_that_are_evaluated_are_refused_with_their_number(tmp_
     path = write(tmp_path / "b.jsonl", held_out)
     with pytest.raises(ValueError, match=r"^2 training problems are among those of evaluation"):
         MathEnv(path=train, eval_path=path)
-    both = MathEnv(path=train, eval_path=path, allow_overlap=True)
+    both = MathEnv(path=train, eval_path=path, overlap="allow")
     assert both.n_problems == 10
-    assert MathEnv(path=train, eval_path=path, allow_overlap=True, split="eval").n_problems == 4
+    assert MathEnv(path=train, eval_path=path, overlap="allow", split="eval").n_problems == 4
     assert normalized("A  b, C!") == normalized("a b c")
 
 
@@ -110,6 +110,101 @@ def test_solved_problems_stand_before_the_question_and_are_not_trained_on(tmp_pa
         MathEnv(**{**make, "few_shot": 9})
 
 
+def test_training_problems_that_are_evaluated_can_be_dropped(tmp_path: Path) -> None:
+    make: dict[str, Any] = {"path": write(tmp_path / "a.jsonl", rows(10))}
+    make["eval_path"] = write(tmp_path / "b.jsonl", rows(4, start=8))
+    train, held_out = (MathEnv(**make, overlap="drop", split=split) for split in ("train", "eval"))
+    assert (train.n_problems, held_out.n_problems) == (8, 4)
+    assert not problems(train) & problems(held_out)
+
+
+def test_punctuation_makes_no_other_problem_but_a_sign_does() -> None:
+    assert normalized("Sam has 3 cats , 2 dogs .") == normalized("sam has 3 cats, 2 dogs")
+    assert normalized(r"What is $\frac{1}{2}$?") == normalized(r"What is \frac{1}{2}")
+    for one, other in (("2 + 3", "2 - 3"), ("x^2", "x 2"), ("a < b", "a > b"), ("{1}{2}", "{12}")):
+        assert normalized(one) != normalized(other)
+
+
+def test_svamps_question_is_the_whole_problem_not_its_last_sentence(tmp_path: Path) -> None:
+    row = {
+        "ID": "chal-1",
+        "Body": "There are 8 apples in 2 bags",
+        "Question": "How many are in each bag?",
+        "Equation": "( 8.0 / 2.0 )",
+        "Answer": "4",
+        "question_concat": "There are 8 apples in 2 bags How many are in each bag?",
+    }
+    path = write(tmp_path / "svamp.jsonl", [row])
+    (problem,) = MathEnv("svamp", path, eval_fraction=0, template="{question}").problems
+    assert problem == (row["question_concat"], "4", "( 8 / 2 ) = 4")
+
+
+def test_data_sets_can_be_mixed(tmp_path: Path) -> None:
+    svamp = [write(tmp_path / f"s{i}.jsonl", rows(4, start=10 * i)) for i in (1, 2)]
+    plain = [{"question": f"Plain {i}?", "result": str(i)} for i in range(5)]
+    mawps = [write(tmp_path / "m1.jsonl", plain[:3]), write(tmp_path / "m2.jsonl", plain[3:])]
+    make: dict[str, Any] = {"dataset": ["svamp", "mawps"], "path": [svamp[0], mawps[0]], "template": "{question}"}
+    both = MathEnv(**make, eval_path=[svamp[1], mawps[1]])
+    assert problems(both) == {f"What is {i} and 2?" for i in range(10, 14)} | {f"Plain {i}?" for i in range(3)}
+    shown = {problem.question: problem.demonstration for problem in both.problems}
+    assert (shown["What is 11 and 2?"], shown["Plain 2?"]) == ("11 + 2 = 13", "2")
+    held_out = MathEnv(**make, eval_path=[svamp[1], mawps[1]], split="eval")
+    assert problems(held_out) == {f"What is {i} and 2?" for i in range(20, 24)} | {"Plain 3?", "Plain 4?"}
+    assert MathEnv(path=[svamp[0], mawps[0]], eval_fraction=0).n_problems == 7
+    assert MathEnv("svamp", [svamp[0], svamp[1]], eval_fraction=0).n_problems == 8
+    sides = [MathEnv(**make, eval_fraction=0.5, split=split) for split in ("train", "eval")]
+    assert sum(env.n_problems for env in sides) == 7
+    with pytest.raises(ValueError, match="a path for each dataset, or none, got 2 datasets and 1 paths"):
+        MathEnv(**{**make, "path": mawps[0]})
+
+
+def test_a_presets_demonstration_may_be_missing_but_not_ones_own(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", [{"question": "1?", "answer": 1}])
+    assert [p.demonstration for p in MathEnv("math", path, eval_fraction=0).problems] == [None]  # no {solution} there
+    with pytest.raises(ValueError, match="demonstration must name a column"):
+        MathEnv("math", path, eval_fraction=0, demonstration="{solution}")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "saved", "saved with splits"])
+def test_a_folder_is_read_by_datasets(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    if kind in ("jsonl", "parquet"):
+        for split, start in (("train", 0), ("test", 10)):
+            write(folder / f"{split}.{kind}", rows(6, start))
+    elif kind == "saved":
+        datasets.Dataset.from_list(rows(6)).save_to_disk(folder)
+    else:
+        sides = {"train": datasets.Dataset.from_list(rows(6)), "test": datasets.Dataset.from_list(rows(6, 10))}
+        datasets.DatasetDict(sides).save_to_disk(folder)
+    env = MathEnv(path=str(folder), eval_fraction=0, template="{question}")
+    assert problems(env) == {f"What is {i} and 2?" for i in range(6)}
+    env.reset(seed=0)
+    assert env.step(f"\\boxed{{{env.problem(0).reference}}}")[-1]["is_success"] is True
+    if kind != "saved":
+        held_out = MathEnv(path=str(folder), eval_path=str(folder), template="{question}", split="eval")
+        assert problems(held_out) == {f"What is {i} and 2?" for i in range(10, 16)}
+
+
+def test_rows_of_a_data_set_without_question_or_answer_are_left_out_and_counted(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    holes = [{"question": " ", "answer": 1}, {"question": "?", "answer": None}]
+    datasets.Dataset.from_list([*holes, {"question": "0?", "answer": 0}]).save_to_disk(tmp_path)
+    with pytest.warns(UserWarning, match="2 rows without question or answer left out"):
+        env = MathEnv(path=str(tmp_path), eval_fraction=0, template="{question}")
+    assert problems(env) == {"0?"}
+
+
+def test_a_data_set_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"cannot read split 'train' of the data set nobody/nothing: .* local file"):
+        MathEnv(path="nobody/nothing")
+
+
 @pytest.mark.parametrize(
     "kwargs, message",
     [
@@ -120,6 +215,8 @@ def test_solved_problems_stand_before_the_question_and_are_not_trained_on(tmp_pa
         ({"path": "FILE", "template": "{question} {answer}"}, "template would show the answer: it names answer"),
         ({"path": "FILE", "template": "nothing"}, "template must name a column"),
         ({"path": "FILE", "demonstration": "x"}, "demonstration must name a column"),
+        ({"path": "FILE", "overlap": "keep"}, "overlap must be one of refuse, drop, allow, got 'keep'"),
+        ({"path": ["FILE", 3]}, "datasets and paths are texts"),
         ({"path": "FILE", "few_shot": 1}, "few_shot needs a demonstration"),
         ({"path": "FILE", "few_shot": -1}, "few_shot must be >= 0"),
         ({"path": "FILE", "limit": 0}, "limit >= 1"),
@@ -141,12 +238,12 @@ def test_an_empty_answer_is_named(tmp_path: Path) -> None:
         MathEnv(path=path)
 
 
-@pytest.mark.parametrize("name", ["gsm8k", "svamp"])
+@pytest.mark.parametrize("name", ["gsm8k", "svamp", "mawps"])
 def test_real_data_fits_its_preset(name: str) -> None:
     files = [DATA / f"{name}_{side}.jsonl" for side in ("train", "test")]
     if not all(file.exists() for file in files):
         pytest.skip(f"{files[0]} and {files[1].name} are not there (RL_LORA_DATA names another folder)")
-    env = MathEnv(name, str(files[0]), str(files[1]))
+    env = MathEnv(name, str(files[0]), str(files[1]), overlap="drop")
     assert PRESETS[name].demonstration
     for seed in range(40):
         env.reset(seed=seed)

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BloomConfig, MambaConfig, PreTrainedConfig, PreTrainedModel, RwkvConfig
 
+from rl_lora import policy as policy_module
 from rl_lora.config import LearnerConfig
 from rl_lora.kv_cache import Decode
 from rl_lora.learner import Learner
 from rl_lora.native_sampler import NativeSampler
-from rl_lora.policy import Dtype, Policy, compute_dtype, context_length
+from rl_lora.policy import Dtype, Policy, compute_dtype, context_length, seconds_of_product
 from rl_lora.sampler import Request
 from rl_lora.tree import Tree
 from tests.oracles import Oracle, as_turn, episode, gradient, group, relative_error
@@ -181,19 +182,30 @@ def test_context_length_is_what_the_positions_reach() -> None:
 
 
 @pytest.mark.parametrize(
-    "avx512, amx, expected",
-    [(True, False, torch.bfloat16), (False, True, torch.bfloat16), (False, False, torch.float32)],
+    "avx512, amx, cost, expected",
+    [
+        (True, False, 0.4, torch.bfloat16),
+        (False, True, 0.1, torch.bfloat16),
+        (True, False, 1.1, torch.bfloat16),
+        (True, False, 1.7, torch.float32),
+        (False, False, 0.4, torch.float32),
+    ],
 )
-def test_the_compute_dtype_is_bfloat16_where_the_cpu_multiplies_it(
-    monkeypatch: pytest.MonkeyPatch, avx512: bool, amx: bool, expected: torch.dtype
+def test_the_compute_dtype_is_bfloat16_where_the_cpu_multiplies_it_fast(
+    monkeypatch: pytest.MonkeyPatch, avx512: bool, amx: bool, cost: float, expected: torch.dtype
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512, raising=False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    monkeypatch.setattr(policy_module, "seconds_of_product", {torch.bfloat16: cost, torch.float32: 1.0}.__getitem__)
     cpu = torch.device("cpu")
     assert compute_dtype("auto", cpu) == expected
     assert compute_dtype("float32", cpu) == torch.float32
     assert compute_dtype("bfloat16", cpu) == torch.bfloat16
     assert compute_dtype("auto", torch.device("meta")) == torch.float32
+
+
+def test_products_are_timed() -> None:
+    assert 0 <= seconds_of_product(torch.float32) < 1
 
 
 def test_the_compute_dtype_on_cuda_is_bfloat16_unless_it_is_emulated(monkeypatch: pytest.MonkeyPatch) -> None:

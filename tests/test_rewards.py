@@ -265,8 +265,8 @@ def test_a_weighted_sum_reports_unweighted_parts_and_the_first_verdict() -> None
         }
     )
     result = score(reward, "85", 85)
-    assert result == Score(0.75, {"length": 0.5, "numeric": 1.0, "format": 0.0}, success=True)
-    assert score(reward, "the 85", 86) == Score(0.0, {"length": 0.0, "numeric": 0.0, "format": 1.0}, success=False)
+    assert result == Score(0.75, {"length": 0.5, "numeric": 1.0, "format": 0.0}, True, "85")
+    assert score(reward, "the 85", 86) == Score(0.0, {"length": 0.0, "numeric": 0.0, "format": 1.0}, False, "85")
 
 
 def test_options_reach_a_built_in() -> None:
@@ -386,3 +386,33 @@ def test_a_failure_inside_a_reward_function_names_it_and_keeps_its_cause() -> No
     with pytest.raises(RewardError, match=r"failing raised KeyError: 'key'") as caught:
         score(failing, "", None)
     assert isinstance(caught.value.__cause__, KeyError)
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [
+        ("so 085", "85"),
+        ("85.0", "85"),
+        ("1,250", "1250"),
+        ("-.50", "-0.5"),
+        ("0.000", "0"),
+        ("-0", "0"),
+        ("2e3", "2000"),
+    ],
+)
+def test_equal_numbers_are_one_answer(completion: str, answer: str) -> None:
+    assert numeric_match(completion, 1).answer == answer
+
+
+@given(st.decimals(allow_nan=False, allow_infinity=False, places=3, min_value=-(10**9), max_value=10**9))
+def test_the_spelling_of_a_number_is_that_number(number: Decimal) -> None:
+    answer = numeric_match(f"it is {number}", 1).answer
+    assert answer is not None
+    assert Decimal(answer) == number
+    assert answer == numeric_match(f"it is {number}000", 1).answer
+
+
+def test_no_number_is_no_answer_and_a_huge_one_is_a_short_text() -> None:
+    assert numeric_match("none", 1).answer is None
+    assert numeric_match("3/4", 1).answer is None
+    assert numeric_match("1e99999", 1).answer == "1E+99999"

@@ -14,7 +14,7 @@ from rl_lora.config import RolloutConfig
 from rl_lora.metrics import summarize_groups
 from rl_lora.native_sampler import NativeSampler
 from rl_lora.policy import Policy
-from rl_lora.rollout import MakeEnv, RolloutWorker
+from rl_lora.rollout import MakeEnv, Plays, RolloutWorker
 from rl_lora.sampler import Completion, Follow, Request
 from rl_lora.types import Group, Stop
 from tests.tiny import randomize, tiny_model, tiny_tokenizer
@@ -226,3 +226,23 @@ def test_registered_environments_are_played_under_their_id(policy: Policy) -> No
     (group,) = collect(policy, [1], make_env=lambda: gym.make("rl_lora/Arithmetic-v0", disable_env_checker=True))
     assert group.env_id == "rl_lora/Arithmetic-v0"
     assert all(len(episode.turns) == 1 and episode.success is not None for episode in group.episodes)
+
+
+def test_further_episodes_of_a_problem_are_those_of_a_larger_group(policy: Policy) -> None:
+    (whole,) = worker(policy).play([Plays("a", 7, 6)], random_seed=(1,))
+    first, rest = worker(policy).play([Plays("a", 7, 2), Plays("a", 7, 4, first=2)], random_seed=(1,))
+    assert [*first, *rest] == whole
+    assert len({str(episode.turns) for episode in whole}) > 1
+
+
+def test_an_answer_is_the_last_one_that_the_environment_reports(policy: Policy) -> None:
+    class Answering(GuessEnv):
+        def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+            observation, reward, terminated, truncated, info = super().step(action)
+            answer = {"answer": f"answer {self.n}"} if self.n < 3 else {"answer": None}
+            return observation, reward, terminated, truncated, info | answer
+
+    (episodes,) = worker(policy, lambda: Answering(tries=4)).play([Plays("a", 7, 8)])
+    assert {episode.answer for episode in episodes} <= {"answer 1", "answer 2"}
+    assert all(episode.answer == f"answer {min(2, len(episode.turns))}" for episode in episodes)
+    assert worker(policy).play([Plays("a", 7)])[0][0].answer is None

@@ -16,12 +16,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from rl_lora import head as head_module
 from rl_lora.head import Head
 from rl_lora.native_sampler import NativeSampler
 from rl_lora.packing import pack
 from rl_lora.policy import Policy
+from rl_lora.replay import Recorder, Step
 from rl_lora.sampler import Completion, Request
 from rl_lora.sampling import Draw, sample
 from rl_lora.types import Stop
@@ -403,3 +406,83 @@ def test_drawing_in_blocks_from_hidden_states_is_drawing_from_the_logits(
         expected, expected_logprobs = sample(head.logits(hidden), temperature, uniforms)
         assert torch.equal(tokens, expected)
         torch.testing.assert_close(logprobs, expected_logprobs)
+
+
+def test_a_request_may_go_on_where_another_of_the_same_seed_ended() -> None:
+    sampler = NativeSampler(tiny_policy("llama", ["a"]))
+    whole, parts = (Request(prompt(9), n=6, max_tokens=5, seed=(3, 1), adapter="a"), [(0, 2), (2, 4)])
+    together = tokens(sampler.generate([whole]))[0]
+    apart = [tokens(sampler.generate([replace(whole, n=n, first=first)]))[0] for first, n in parts]
+    assert [*apart[0], *apart[1]] == together
+    assert len(set(together)) > 1
+
+
+def record_operations(step: Step, tokens: Tensor) -> Step:
+    """What a CUDA graph does, on a CPU: the step's operations are taken down with the memory that they read and write,
+    and done again; no line of Python in between, and no number that the host would have to wait for."""
+    given = tokens.clone()
+    tape: list[tuple[Any, Any, Any, Any]] = []
+
+    class Tape(TorchDispatchMode):
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if op in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+                raise RuntimeError(f"{op} makes the host wait")
+            result = op(*args, **(kwargs or {}))
+            tape.append((op, args, kwargs or {}, result))
+            return result
+
+    with Tape():
+        hidden = step(given)
+    step.__self__.decode.advance_device(-1)  # type: ignore[attr-defined]  # a capture does nothing
+
+    def replay(tokens: Tensor) -> Tensor:
+        given.copy_(tokens)
+        for op, args, kwargs, before in tape:
+            for old, new in zip(tree_leaves(before), tree_leaves(op(*args, **kwargs)), strict=True):
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+        return hidden
+
+    return replay
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("check_every", [1, 5])
+def test_recorded_steps_draw_what_steps_draw(arch: str, check_every: int) -> None:
+    policy = tiny_policy(arch, ["a", "b"], stop_tokens=LETTERS)
+    requests = [replace(r, max_tokens=r.max_tokens * 5) for r in mixed_requests(0.8)]
+    sampler = NativeSampler(policy, 9, check_every=check_every)
+    expected = sampler.generate(requests)
+    n_recorded = n_replayed = 0
+
+    def record(step: Step, tokens: Tensor) -> Step:
+        nonlocal n_recorded
+        n_recorded += 1
+        replay = record_operations(step, tokens)
+
+        def counted(tokens: Tensor) -> Tensor:
+            nonlocal n_replayed
+            n_replayed += 1
+            return replay(tokens)
+
+        return counted
+
+    sampler.recorder = Recorder(record)
+    if policy.bank.active_experts > 1:  # how many tokens an expert gets, only the device knows
+        with pytest.warns(UserWarning, match="without recorded steps"):
+            assert sampler.generate(requests) == expected
+        assert n_recorded == 1
+    else:
+        assert sampler.generate(requests) == expected
+        assert sampler.recorder.proven
+        assert n_replayed > 2 * n_recorded > 2, "most steps are meant to be replayed, of several arrangements"
+
+
+def test_a_recording_that_computes_something_else_is_not_used() -> None:
+    policy = tiny_policy("llama", ["a"])
+    sampler = NativeSampler(policy)
+    requests = [Request(prompt(9), n=3, max_tokens=14, adapter="a")]
+    expected = sampler.generate(requests)
+    sampler.recorder = Recorder(lambda step, tokens: lambda tokens: step(tokens) * 1.1)
+    with pytest.warns(UserWarning, match="hidden states differ"):
+        assert sampler.generate(requests) == expected

@@ -32,10 +32,11 @@ from rl_lora.config import (
     RolloutConfig,
     TrainConfig,
 )
+from rl_lora.drawing import Drawing
 from rl_lora.environment import held_out
-from rl_lora.evaluate import evaluate
+from rl_lora.evaluation import evaluate_adapters
 from rl_lora.learner import SamplerLearnerMismatch
-from rl_lora.native_sampler import NativeSampler, _Drawing
+from rl_lora.native_sampler import NativeSampler
 from rl_lora.policy import Policy
 from rl_lora.rollout import RolloutWorker
 from rl_lora.sampler import Completion
@@ -49,9 +50,10 @@ ALWAYS = """
 TRAIN = """
     reward_std groups_without_signal groups_solved completion_tokens tokens_per_episode_max version learning_rate
     groups_replaced layers_recomputed tokens_learned sampler_learner_kl ratio_max loss entropy clip_fraction grad_norm
+    step_norm A_norm B_norm
     seconds/rollout seconds/learn rollout_tokens_per_second learn_tokens_per_second
 """.split()  # noqa: SIM905
-EVAL = ["episodes", "accuracy_low", "accuracy_high", "seconds/evaluate"]
+EVAL = ["episodes", "accuracy_low", "accuracy_high", "format", "seconds/evaluate"]
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +130,17 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, config: TrainConfig, method: str,
 def test_a_run_leaves_its_config_metrics_checkpoints_adapter_evaluations_curve_and_summary(whole: Path) -> None:
     there = {path.name for path in whole.iterdir()}
     assert there == {
-        *("config.yaml", "metrics.jsonl", "checkpoints", "adapter", "evals", "reward.png", "summary.json", "trackers"),
+        *(
+            "config.yaml",
+            "metrics.jsonl",
+            "checkpoints",
+            "adapter",
+            "evals",
+            "reward.png",
+            "report.html",
+            "summary.json",
+        ),
+        "trackers",
     }
     assert (whole / "reward.png").read_bytes().startswith(b"\x89PNG")
     assert list(whole.glob("trackers/**/events.out.tfevents.*"))
@@ -167,7 +179,8 @@ def test_the_summary_says_what_was_before_and_after_and_what_to_do_next(whole: P
     )
     solved = [seed for seed in after if after[seed]["success"] and not before[seed]["success"]]
     assert len(summary["transcripts"]) == min(3, len(solved))
-    assert "python scripts/evaluate.py --model.name " in summary["next"]
+    assert "python scripts/evaluate.py --" in summary["next"]
+    assert " --model.name " in summary["next"]
 
 
 def test_the_adapter_loads_in_peft_and_gives_the_policys_logits(whole: Path, model: Path) -> None:
@@ -253,6 +266,7 @@ def test_resuming_a_finished_run_shows_its_summary_and_loads_no_model(
     assert "4 steps in" in shown
     assert "before  accuracy" in shown
     assert str(whole / "reward.png") in shown
+    assert str(whole / "report.html") in shown
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
 
 
@@ -353,10 +367,10 @@ def test_the_evaluation_before_training_is_the_bases(whole: Path, model: Path) -
     policy = Policy.load(str(model), dtype="float32")
     make_env, seeds = held_out(config.env, None, config.eval.episodes)
     worker = RolloutWorker(make_env, NativeSampler(policy), policy.chat, config.rollout)
-    (evaluation,) = evaluate(worker, seeds, [None])
+    (evaluation,) = evaluate_adapters(worker, seeds, [None])
     record = metrics(whole, "eval")[0]
     assert {name: record[name] for name in evaluation.record} == evaluation.record
-    assert [sample["replies"] for sample in problems(whole)] == [s["replies"] for s in evaluation.samples()]
+    assert [sample["completions"] for sample in problems(whole)] == [s["completions"] for s in evaluation.samples()]
 
 
 def test_a_run_learns_and_its_control_with_shuffled_rewards_does_not(model: Path, tmp_path: Path) -> None:
@@ -446,13 +460,13 @@ def test_a_run_without_evaluation_has_no_before_and_after(model: Path, tmp_path:
 def test_a_run_whose_sampler_and_learner_disagree_stops_before_it_learns_from_noise(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    completion = _Drawing.completion
+    completion = Drawing.completion
 
-    def wrong(self: _Drawing, *args: Any) -> Completion:
+    def wrong(self: Drawing, *args: Any) -> Completion:
         reply = completion(self, *args)
         return dataclasses.replace(reply, logprobs=tuple(p - 1.0 for p in reply.logprobs))
 
-    monkeypatch.setattr(_Drawing, "completion", wrong)
+    monkeypatch.setattr(Drawing, "completion", wrong)
     trainer = Trainer(tiny_config(model, tmp_path))
     fresh = trainer.policy.bank[ADAPTER].flat.detach().clone()
     with pytest.raises(SamplerLearnerMismatch, match="sampler and learner disagree"):

@@ -17,3 +17,20 @@ def ascii_share(completion: str, reference: Any = None) -> Score:
 def noise(completion: str, reference: object) -> float:
     """Python's global generator: what code of a user's may well draw from."""
     return random.random()
+
+
+FAILS_AFTER: int | None = None
+"""Calls of `voting` before it fails."""
+
+
+def voting(completion: str, reference: Any = None) -> Score:
+    """Solved where the first character is an even byte; the answer is that byte modulo 5, so that some are votes for
+    the same. Of an empty text there is none."""
+    global FAILS_AFTER
+    if FAILS_AFTER is not None:
+        FAILS_AFTER -= 1
+        if FAILS_AFTER < 0:
+            raise RuntimeError("no more")
+    if not completion:
+        return Score(0.0, success=False)
+    return Score(0.5, {"long": float(len(completion) > 2)}, ord(completion[0]) % 2 == 0, str(ord(completion[0]) % 5))

@@ -1,0 +1,75 @@
+"""From the paths that a user names to adapters with short names: run folders, checkpoints, PEFT folders.
+
+Nothing is loaded here; what can be known to be wrong with a folder is found.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rl_lora.adapter_io import check_adapter
+from rl_lora.checkpoint import PATTERN, Checkpoints
+from rl_lora.config import EvaluateConfig
+
+BASE = "base"
+"""What the row of the bare base is called."""
+
+
+def adapter_in(folder: Path) -> Path:
+    """The adapter that a run folder, a checkpoint or an adapter folder stands for."""
+    if (folder / "adapter").is_dir():
+        return folder / "adapter"
+    latest = Checkpoints(folder / "checkpoints", 1).latest()
+    return latest.adapter if latest else folder
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether it is the folder of a run that came to no checkpoint."""
+    return (folder / "config.yaml").is_file() and adapter_in(folder) == folder
+
+
+def named(paths: Sequence[str]) -> dict[str, Path]:
+    """A short name for every adapter folder: the shortest end of its path that no other shares, and not the base's."""
+    folders = [adapter_in(Path(path)) for path in paths]
+    names: dict[str, Path] = {}
+    for folder in dict.fromkeys(folders):
+        parts = [part for part in folder.resolve().parts if part != "adapter"]
+        others = [[part for part in o.resolve().parts if part != "adapter"] for o in folders if o != folder] + [[BASE]]
+        length = next((k for k in range(1, len(parts)) if all(o[-k:] != parts[-k:] for o in others)), len(parts))
+        names["/".join(parts[-length:])] = folder
+    return names
+
+
+def step_of(adapter: Path) -> int | None:
+    """The step of training after which an adapter was saved, where its folder says."""
+    folder = adapter.parent if adapter.name == "adapter" else adapter
+    if match := PATTERN.fullmatch(folder.name):
+        return int(match[1])
+    summary = folder / "summary.json"  # written after the adapter of a run that is finished
+    return int(json.loads(summary.read_text())["steps"]) if adapter != folder and summary.is_file() else None
+
+
+def differences(folder: Path, config: EvaluateConfig) -> Iterator[str]:
+    """Where an adapter comes from something else than it is evaluated on. Raises ValueError if it cannot be read."""
+    base = check_adapter(folder).get("base_model_name_or_path")
+    if base not in (None, "", config.model.name):
+        yield f"{folder} was made for {base}, and is evaluated on {config.model.name}"
+    if task := other_task(folder, config):
+        yield f"{folder} was trained with {task}, and is evaluated otherwise"
+
+
+def other_task(folder: Path, config: EvaluateConfig) -> str:
+    """What the run that a folder belongs to was trained on, if that is not what is evaluated."""
+    record = next((parent / "config.yaml" for parent in folder.parents if (parent / "config.yaml").is_file()), None)
+    if record is None:
+        return ""
+    run: dict[str, Any] = yaml.safe_load(record.read_text())
+    mine = {"env": asdict(config.env), "max_tokens": config.max_tokens, "system_prompt": config.system_prompt}
+    trained = {"env": run["env"], **{name: run["rollout"][name] for name in ("max_tokens", "system_prompt")}}
+    return ", ".join(f"{name} {value}" for name, value in trained.items() if value != mine[name])

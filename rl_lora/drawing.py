@@ -1,0 +1,131 @@
+"""The completions that a rollout is drawing: what each row was asked for, its uniform numbers, its tokens so far.
+
+Which rows there are, and what they read, is `native_sampler.py`'s business; how one token is drawn, `sampling.py`'s.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rl_lora.policy import Policy
+from rl_lora.sampler import Completion, Request
+from rl_lora.sampling import Draw
+from rl_lora.types import Stop
+
+
+@dataclass
+class Job:
+    """A request that waits for room: `of` says, for each of its completions, (request, k) as the caller counts."""
+
+    request: Request
+    of: list[tuple[int, int]]
+    first: int = 0
+    """Completions of the same seed that are drawn elsewhere: the uniforms go on behind theirs."""
+
+    def split(self, n: int) -> list[Job]:
+        """Jobs of at most n completions."""
+        return [Job(self.request, self.of[i : i + n], self.first + i) for i in range(0, len(self.of), n)]
+
+
+Finish = Callable[[Job, int, Completion], Job | None]
+
+
+class Row:
+    """One completion in the making, and the conversation it goes on from."""
+
+    def __init__(self, job: Job, place: int):
+        self.job, self.place = job, place
+        self.adapter = job.request.adapter
+        self.ids = job.request.prompt_ids  # what the row's keys and values are of, but for the last token drawn
+        self.base = len(self.ids)  # how many of those are the prompt's that the row came in with
+        self.finished = False
+
+    @property
+    def request(self) -> Request:
+        return self.job.request
+
+    def uniforms(self) -> np.ndarray:
+        seed = self.request.seed if isinstance(self.request.seed, tuple) else (self.request.seed,)
+        sequence = np.random.SeedSequence((*seed, self.job.first + self.place))
+        return np.random.Generator(np.random.Philox(sequence)).random(self.request.max_tokens, dtype=np.float32)
+
+
+class Drawing:
+    """What is drawn: device tensors with one entry for each of R rows."""
+
+    def __init__(self, policy: Policy):
+        self.policy, device = policy, policy.device
+        self.draw_from = Draw(policy.head)
+        self.stop_ids = torch.tensor(sorted(policy.chat.stop_ids), dtype=torch.int64, device=device)
+        self.hidden = torch.empty(0, policy.head.weight.shape[1], dtype=policy.dtype, device=device)
+        self.temperature = torch.empty(0, device=device)
+        self.limit, self.n = torch.empty(2, 0, dtype=torch.int64, device=device)
+        self.uniforms = torch.empty(0, 0, device=device)  # (R, T)
+        self.tokens = torch.empty(0, 1, dtype=torch.int64, device=device)  # (R, T + 1); the last column takes anything
+        self.logprobs = torch.empty(0, 1, device=device)
+        self.plain = True  # every temperature is 1
+
+    def admit(self, rows: Sequence[Row], hidden: Tensor) -> None:
+        """New rows, and the hidden states (R', d) that their first tokens are drawn from."""
+        self._widen(max(row.request.max_tokens for row in rows))
+        R = len(self.n)
+        self.hidden = torch.cat([self.hidden, hidden])
+        for name in ("temperature", "limit", "n", "uniforms", "tokens", "logprobs"):
+            x = getattr(self, name)
+            setattr(self, name, torch.cat([x, x.new_zeros(len(rows), *x.shape[1:])]))
+        self._start(range(R, R + len(rows)), rows)
+
+    def restart(self, places: Sequence[int], rows: Sequence[Row], hidden: Tensor) -> None:
+        """Rows that go on with a new request."""
+        self._widen(max(row.request.max_tokens for row in rows))
+        self.hidden[torch.tensor(places, device=hidden.device)] = hidden
+        self._start(places, rows)
+
+    def _start(self, places: Sequence[int], rows: Sequence[Row]) -> None:
+        T = self.uniforms.shape[1]
+        device = self.n.device
+        at = torch.tensor(places, device=device)
+        self.temperature[at] = torch.tensor([float(row.request.temperature) for row in rows], device=device)
+        self.plain = self.plain and all(row.request.temperature == 1 for row in rows)
+        self.limit[at] = torch.tensor([row.request.max_tokens for row in rows], device=device)
+        self.n[at] = 0
+        uniforms = np.zeros((len(rows), T), np.float32)
+        for i, row in enumerate(rows):
+            uniforms[i, : row.request.max_tokens] = row.uniforms()
+        self.uniforms[at] = torch.from_numpy(uniforms).to(device)
+
+    def _widen(self, T: int) -> None:
+        if (more := T - self.uniforms.shape[1]) > 0:
+            for name in ("uniforms", "tokens", "logprobs"):
+                setattr(self, name, torch.nn.functional.pad(getattr(self, name), (0, more)))
+
+    def keep(self, rows: Tensor) -> None:
+        for name in ("hidden", "temperature", "limit", "n", "uniforms", "tokens", "logprobs"):
+            setattr(self, name, getattr(self, name)[rows])
+
+    def draw(self, running: Tensor) -> tuple[Tensor, Tensor]:
+        """One token for each row, taken down where `running`; the tokens, and who runs on."""
+        at = self.n[:, None]
+        uniforms = self.uniforms.gather(1, at.clamp_max(self.uniforms.shape[1] - 1))[:, 0]
+        drawn, logprob = self.draw_from(self.hidden, None if self.plain else self.temperature, uniforms)
+        self.tokens.scatter_(1, torch.where(running[:, None], at, self.tokens.shape[1] - 1), drawn[:, None])
+        self.logprobs.scatter_(1, torch.where(running[:, None], at, self.tokens.shape[1] - 1), logprob[:, None])
+        self.n += running
+        return drawn, running & ~(drawn[:, None] == self.stop_ids).any(1) & (self.n < self.limit)
+
+    def completion(self, place: int, row: Row) -> Completion:
+        n = int(self.n[place])
+        tokens, logprobs = self.tokens[place, :n].tolist(), self.logprobs[place, :n].tolist()
+        if not all(map(math.isfinite, logprobs)):
+            raise FloatingPointError(
+                f"the model gives no finite probabilities under adapter {row.adapter!r}; it has diverged, or its "
+                "weights do not fit the dtype"
+            )
+        stop = Stop.END if tokens[-1] in self.policy.chat.stop_ids else Stop.LENGTH
+        return Completion(tuple(tokens), tuple(logprobs), stop)

@@ -1,0 +1,331 @@
+"""The evaluation of adapters side by side: what `scripts/evaluate.py` does, and `rl_lora.evaluate` from a REPL.
+
+Problems are gone through in batches, each under all models at once; a batch that is finished is on the disk. The
+figures are `evaluation.py`'s, the file of samples `samples.py`'s, and the table `evaluation_table.py`'s.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+from rich.console import Console
+from rich.progress import Progress
+from rich.text import Text
+
+from rl_lora.adapter import Adapter
+from rl_lora.adapter_io import load_adapter
+from rl_lora.candidates import BASE, differences, is_unfinished, named, step_of
+from rl_lora.config import EvaluateConfig
+from rl_lora.environment import held_out
+from rl_lora.evaluation import compared, pairs, row
+from rl_lora.evaluation_table import show
+from rl_lora.metrics import Record
+from rl_lora.native_sampler import NativeSampler
+from rl_lora.page import evaluation_page, write
+from rl_lora.policy import Policy
+from rl_lora.preflight import check_model, check_prompts
+from rl_lora.rollout import MakeEnv, Plays, RolloutWorker, env_id
+from rl_lora.samples import Key, SampleStore, content_hash, sample_of
+from rl_lora.trainer import no_accelerator
+
+AHEAD = 4
+"""Rows of a batch of problems for each row that is decoded at a time: how much is lost when the process dies, against
+the rows that wait for the last ones of a batch to end."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A held-out problem, known by its content."""
+
+    seed: int
+    reference: Any
+    hash: str
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The samples of one problem under one model, which is one adapter (None: the base) with these weights."""
+
+    adapter: str | None
+    weights: str
+    sampling_hash: str
+    problem: Problem
+
+    def key(self, k: int) -> Key:
+        """What sample number k is known by: `samples.IDENTITY`."""
+        return self.weights, self.sampling_hash, self.problem.hash, k
+
+
+@dataclass
+class Decoding:
+    """How full the batches were."""
+
+    tokens_a_look: int
+    looks: int = 0
+    tokens: int = 0
+
+    def __call__(self, n_tokens: int) -> None:
+        self.looks += 1
+        self.tokens += n_tokens
+
+    @property
+    def rows(self) -> float | None:
+        """Mean number of completions that drew a token in a pass."""
+        return self.tokens / (self.looks * self.tokens_a_look) if self.looks else None
+
+
+def evaluate(config: EvaluateConfig) -> Record:
+    """Evaluate, print the table, write the files; returns what results.json holds.
+
+    What `config.out` holds of the same samples (problem, weights, settings: `sampling_settings`) is not drawn again.
+
+    Raises:
+        ValueError: something is wrong with the config; before the model is loaded wherever it can be known before.
+    """
+    console = Console(highlight=False, soft_wrap=True)
+    validate(config)
+    state = PartialState(cpu=no_accelerator())
+    if state.num_processes > 1:
+        raise ValueError(f"evaluation runs in one process, got {state.num_processes}; start it without a launcher")
+    for path in config.adapters:
+        if is_unfinished(Path(path)):
+            console.print(f"{path} has no checkpoint yet, and is left out", style="yellow", markup=False)
+    folders = named([path for path in config.adapters if not is_unfinished(Path(path))])
+    names = [BASE, *folders]
+    if config.against is not None and config.against not in names:
+        raise ValueError(f"against must be one of the rows {', '.join(names)}, got {config.against!r}")
+    notes = [note for folder in folders.values() for note in differences(folder, config)]
+    make_env, seeds = held_out(config.env, config.env_kwargs, config.limit)
+    problems = problems_of(make_env, seeds)
+    chat, context_length = check_model(config.model)
+    check_prompts(make_env, seeds, chat, config, context_length)
+
+    start = time.perf_counter()
+    with console.status(Text(f"loading {config.model.name} ...")):
+        policy = Policy.from_config(config.model, state.device)
+    seconds_loading = time.perf_counter() - start
+    hashes = {BASE: BASE} | {name: hash_of(load_adapter(folder, policy.bank, name)) for name, folder in folders.items()}
+    settings = sampling_settings(config, policy, make_env)
+    for note in notes:
+        console.print(note, style="yellow", markup=False)
+    plan = planned(config, problems, hashes, content_hash(settings))
+    rows_of = {weights: [name for name in names if hashes[name] == weights] for weights in hashes.values()}
+    wanted = {asked.key(k): rows_of[asked.weights] for batch in plan for asked in batch for k in range(config.n)}
+    sampler = NativeSampler(policy, config.max_rows, max_cache_gib=config.max_cache_gib, check_every=config.check_every)
+    worker = RolloutWorker(make_env, sampler, policy.chat, config, context_length=policy.context_length)
+    decoding = Decoding(1 if policy.not_shared else sampler.check_every)
+    out = Path(config.out)
+    with SampleStore(out, wanted, config.resume) as store:
+        for stale in ("results.json", "report.html"):
+            (out / stale).unlink(missing_ok=True)
+        start = time.perf_counter()
+        try:
+            draw_missing(config, worker, plan, store, decoding, console)
+        except BaseException:
+            there = f"{len(store.samples)} of {len(wanted)} samples are in {store.path}"
+            console.print(f"stopped; {there}, and the same command goes on from there", markup=False)
+            raise
+        worker.close()
+        seconds = time.perf_counter() - start
+        rows = [store.row(name) for name in names]
+        results = results_of(config, folders, rows) | {
+            "hashes": {
+                "sampling": content_hash(settings),
+                "problems": content_hash([problem.hash for problem in problems]),
+                "adapters": hashes,
+            },
+            "settings": settings,
+            "seconds": seconds,
+            "seconds_loading": seconds_loading,
+            "n_drawn": len(wanted) - store.n_found,
+            "n_found": store.n_found,
+            "rows_per_pass": decoding.rows,
+        }
+        partial = out / "results.json.partial"
+        partial.write_text(json.dumps(results, indent=1) + "\n")
+        partial.replace(out / "results.json")
+    write(evaluation_page(results, itertools.chain(*rows)), out / "report.html")
+    show(console, results)
+    console.print(savings(config, results, len(problems), decoding), markup=False)
+    console.print(
+        f"results  {out / 'results.json'}\nsamples  {out / 'samples.jsonl'}\nreport   {out / 'report.html'}",
+        markup=False,
+    )
+    return results
+
+
+def validate(config: EvaluateConfig) -> None:
+    """Raises ValueError with every number that cannot be meant."""
+    least = {"n": 1, "max_tokens": 1, "max_turns": 1, "max_rows": 1, "seed": 0, "temperature": 0}
+    optional = {"limit": 1, "max_cache_gib": 0, "check_every": 1}
+    least |= {name: low for name, low in optional.items() if getattr(config, name) is not None}
+    wrong = [
+        f"{name} must be >= {low}, got {getattr(config, name)}"
+        for name, low in least.items()
+        if not getattr(config, name) >= low
+    ]
+    if config.n > 1 and config.temperature == 0:
+        wrong.append(f"n must be 1 at temperature 0, got {config.n}: greedy samples are all the same")
+    if not math.isfinite(config.temperature):
+        wrong.append(f"temperature must be finite, got {config.temperature}")
+    if bad := [k for k in config.k if not 1 <= k <= config.n]:
+        wrong.append(f"k must be from 1 to n={config.n}, the samples of a problem, got {', '.join(map(str, bad))}")
+    if wrong:
+        raise ValueError("; ".join(wrong))
+
+
+def ks_of(config: EvaluateConfig) -> list[int]:
+    """The k of pass@k and maj@k."""
+    powers = [2**i for i in range(config.n.bit_length())]
+    return sorted(set(config.k or [*powers, config.n]))
+
+
+def problems_of(make_env: MakeEnv, seeds: Sequence[int]) -> list[Problem]:
+    """What the environment asks, and the reference that it shows in `info["reference"]`, if it does."""
+    env = make_env()
+    problems = []
+    for seed in seeds:
+        observation, info = env.reset(seed=seed)
+        reference = info.get("reference")
+        try:
+            json.dumps(reference)
+        except TypeError:
+            reference = str(reference)
+        problems.append(Problem(seed, reference, content_hash(env_id(env), seed, observation, reference)))
+    env.close()
+    return problems
+
+
+def hash_of(adapter: Adapter) -> str:
+    """Of all that decides what an adapter computes; its name and its folder do not."""
+    return content_hash(adapter.hash(), adapter.ranks, adapter.alphas, adapter.rslora)
+
+
+def sampling_settings(config: EvaluateConfig, policy: Policy, make_env: MakeEnv) -> Record:
+    """What decides, beside problem and adapter, which samples are drawn and how they are judged.
+
+    Left out is what changes rounding only: how many rows are decoded at a time, and on which device. Of code, only that
+    of the environment's class is looked at.
+    """
+    env = make_env()
+    kind = type(env.unwrapped)
+    env.close()
+    try:
+        source = inspect.getsource(kind)
+    except (OSError, TypeError):  # typed into a REPL
+        source = kind.__qualname__
+    return {
+        "base": policy.bank.base_hash(),
+        "dtype": str(policy.dtype),
+        "chat_template": content_hash(policy.chat.tokenizer.chat_template),
+        "stop_ids": sorted(policy.chat.stop_ids),
+        "env": {"id": config.env.id, "kwargs": config.env.kwargs, "env_kwargs": config.env_kwargs},
+        "env_code": content_hash(source),
+        "system_prompt": config.system_prompt,
+        "max_tokens": config.max_tokens,
+        "max_turns": config.max_turns,
+        "temperature": config.temperature,
+        "seed": config.seed if config.temperature > 0 else None,
+    }
+
+
+def planned(
+    config: EvaluateConfig, problems: Sequence[Problem], hashes: dict[str, str], sampling_hash: str
+) -> list[list[Asked]]:
+    """Batches of equal shares of the problems, each under every model: the same ones when an evaluation goes on, so
+    that it comes to the same in any arithmetic. A batch has about AHEAD * max_rows rows; adapters with the same weights
+    are one model."""
+    models = {weights: None if name == BASE else name for name, weights in reversed(hashes.items())}
+    order = dict.fromkeys(hashes.values())
+    n_batches = max(1, round(len(problems) * len(models) * config.n / (AHEAD * config.max_rows)))
+    return [
+        [Asked(models[weights], weights, sampling_hash, problems[i]) for weights in order for i in part]
+        for part in np.array_split(np.arange(len(problems)), n_batches)
+        if len(part)
+    ]
+
+
+def draw_missing(
+    config: EvaluateConfig,
+    worker: RolloutWorker,
+    plan: Sequence[Sequence[Asked]],
+    store: SampleStore,
+    decoding: Decoding,
+    console: Console,
+) -> None:
+    """Draw what is not in the store, batch by batch."""
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("sampling", total=(len(store.wanted) - store.n_found) * config.max_tokens)
+
+        def on_token(n_tokens: int) -> None:
+            decoding(n_tokens)
+            progress.advance(task, n_tokens)
+
+        for batch in plan:
+            missing: list[tuple[Asked, int]] = []
+            for asked in batch:
+                first = next((k for k in range(config.n) if asked.key(k) not in store.samples), config.n)
+                if first < config.n:
+                    missing.append((asked, first))
+            if not missing:
+                continue
+            played = worker.play(
+                [Plays(asked.adapter, asked.problem.seed, config.n - first, first) for asked, first in missing],
+                random_seed=(config.seed,),
+                temperature=config.temperature,
+                on_token=on_token,
+            )
+            store.append(
+                sample_of(
+                    episode,
+                    first + i,
+                    problem=asked.problem.hash,
+                    reference=asked.problem.reference,
+                    adapter_hash=asked.weights,
+                    sampling_hash=asked.sampling_hash,
+                )
+                for (asked, first), episodes in zip(missing, played, strict=True)
+                for i, episode in enumerate(episodes)
+            )
+            progress.update(task, completed=(len(store.samples) - store.n_found) * config.max_tokens)
+
+
+def results_of(config: EvaluateConfig, folders: dict[str, Path], rows: Sequence[list[dict[str, Any]]]) -> Record:
+    """The figures: a row for the base and each adapter, and all pairs of them."""
+    names, ks = [BASE, *folders], ks_of(config)
+    matrix = pairs(rows, config.n, config.seed)
+    against = None if config.against is None else names.index(config.against)
+    records = []
+    for i, (name, samples) in enumerate(zip(names, rows, strict=True)):
+        folder = folders.get(name)
+        place = {"name": name, "folder": str(folder or ""), "step": folder and step_of(folder)}
+        versus = {"difference": compared(matrix[i][0])}
+        if against is not None:
+            versus["against"] = compared(matrix[i][against])
+        records.append({**place, **row(samples, ks), **versus})
+    return {"kind": "evaluation", "config": asdict(config), "k": ks, "rows": records, "pairs": matrix}
+
+
+def savings(config: EvaluateConfig, results: Record, n_problems: int, decoding: Decoding) -> str:
+    """What was done, and what it cost less than one command for each row."""
+    n_rows, seconds, loading = len(results["rows"]), results["seconds"], results["seconds_loading"]
+    found = f", {results['n_found']} of them from before" if results["n_found"] else ""
+    text = f"{n_rows} x {n_problems} problems x {config.n}{found}, in {seconds:.0f} s"
+    if decoding.tokens:
+        text += f" ({decoding.tokens / seconds:.0f} tokens/s)"
+    if n_rows > 1:
+        text += f"\nthe base was loaded once, in {loading:.1f} s, instead of {n_rows} times"
+        if decoding.rows is not None:
+            alone = min(config.max_rows, n_problems * config.n)
+            text += f"; {decoding.rows:.0f} rows a forward pass on average, where one adapter alone has {alone} at most"
+    return text

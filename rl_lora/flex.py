@@ -1,0 +1,148 @@
+"""Attention on a tree of spans, fused by torch's `flex_attention`: for GPUs, and used where it is proven right.
+
+Spans lie in the order of a walk through the tree, so an ancestor's descendants are its neighbours, and two numbers a
+token say it all: key k is seen by query q if k <= q < end[k], where `end` is where the descendants of k's span end.
+Left out: attention sinks, and trees that go on from keys and values that are there already; those are our own's.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from rl_lora.attention import Options
+
+if TYPE_CHECKING:
+    from rl_lora.tree import Span, Tree
+
+Attention = Callable[["Tree", Tensor, Tensor, Tensor, Options], Tensor]
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.05}  # float32 products may be TF32 on a GPU
+"""Largest mean difference from our own attention and its gradients, in standard deviations."""
+
+
+def serves(tree: Tree, query: Tensor, options: Options) -> bool:
+    """Whether there is anything to gain, and it can be expressed."""
+    return query.device.type == "cuda" and tree.past is None and options.sinks is None and tree.end is not None
+
+
+def attend(tree: Tree, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
+    """query: (1, H, N, D); key, value: (1, H_kv, N, D). Returns (1, H, N, D)."""
+    attention = _compiled() if query.device.type == "cuda" else flex_attention
+    out = attention(
+        query,
+        key,
+        value,
+        score_mod=None if options.softcap is None else soft_cap(options.softcap),
+        block_mask=block_mask(tree, options.window),
+        scale=options.scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(out, Tensor)
+    return out
+
+
+@functools.cache
+def _compiled() -> Any:
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def soft_cap(cap: float) -> Callable[..., Tensor]:
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return cap * torch.tanh(score / cap)
+
+    return score_mod
+
+
+def mask_mod(end: Tensor, positions: Tensor, window: int | None) -> MaskMod:
+    """end, positions: int64 (N,). What `flex_attention` asks: whether token q sees token k."""
+
+    def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (k <= q) & (q < end[k])
+
+    def seen_in_window(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return seen(b, h, q, k) & (positions[q] - positions[k] < (window or 0))
+
+    return seen if window is None else seen_in_window
+
+
+def block_mask(tree: Tree, window: int | None) -> BlockMask:
+    """The blocks of 128 x 128 tokens that have to be computed; kept with the tree, for all layers."""
+    if window not in tree.block_masks:
+        assert tree.end is not None
+        n, device = tree.n_tokens, tree.positions.device
+        mod = mask_mod(tree.end, tree.positions[0], window)
+        tree.block_masks[window] = create_block_mask(mod, None, None, n, n, device=str(device))
+    return tree.block_masks[window]
+
+
+def ends(spans: Sequence[Span]) -> np.ndarray | None:
+    """int64 (N,): for every token, where the descendants of its span end. None unless spans lie in the order of a walk
+    through the tree: each behind the one before, and behind its parent or a descendant of that."""
+    stop = [start + length for start, length, _ in spans]
+    end = list(stop)
+    path: list[int] = []  # from a root to the span before
+    for i, (start, _, parent) in enumerate(spans):
+        if start != (stop[i - 1] if i else 0):
+            return None
+        while path and path[-1] != parent:
+            path.pop()
+        if parent >= 0 and not path:
+            return None
+        path.append(i)
+    for i in range(len(spans) - 1, -1, -1):
+        if (parent := spans[i][2]) >= 0:
+            end[parent] = max(end[parent], end[i])
+    return np.repeat(end, [length for _, length, _ in spans])
+
+
+_proofs: dict[Any, bool] = {}
+
+
+def proven(query: Tensor, key: Tensor, value: Tensor, options: Options, own: Attention) -> bool:
+    """Whether, on tensors of this kind, attention and gradients are those of `own`; tried once, said if not."""
+    differentiated = torch.is_grad_enabled() and query.requires_grad
+    shapes = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
+    kind = (query.device, query.dtype, *shapes, options, differentiated)
+    if kind not in _proofs:
+        try:
+            _prove(query, key, value, options, own, differentiated)
+            _proofs[kind] = True
+        except Exception as error:  # whatever a compiler may raise: our own attention is right
+            _proofs[kind] = False
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            warnings.warn(f"attention is not fused by torch's flex_attention: {reason}", stacklevel=2)
+    return _proofs[kind]
+
+
+def _prove(query: Tensor, key: Tensor, value: Tensor, options: Options, own: Attention, differentiated: bool) -> None:
+    from rl_lora.tree import Tree  # a tree's attention leads here
+
+    generator = torch.Generator().manual_seed(0)
+    for lengths in ((40, 100, 30, 200, 90, 7), (300, 150, 1, 129, 80, 64)):
+        parents = (-1, 0, 1, 1, 0, -1)
+        starts = np.cumsum((0, *lengths[:-1])).tolist()
+        tree = Tree(list(zip(starts, lengths, parents, strict=True)), query.device)
+        given = [
+            torch.randn(1, x.shape[1], tree.n_tokens, x.shape[3], generator=generator).to(x)
+            for x in (query, key, value, query[..., : value.shape[3]])
+        ]
+        grad = given.pop()
+        results = []
+        for attention in (attend, own):
+            q, k, v = inputs = [x.detach().requires_grad_(differentiated) for x in given]
+            with torch.inference_mode(False), torch.set_grad_enabled(differentiated):
+                out = attention(tree, q, k, v, options)
+                gradients = torch.autograd.grad(out, inputs, grad) if differentiated else ()
+            results.append((out, *gradients))
+        for what, fused, plain in zip(("output", "dq", "dk", "dv"), *results, strict=False):
+            gap = float((fused.float() - plain.float()).abs().mean() / plain.float().std())
+            if not gap <= TOLERANCE.get(query.dtype, 0.05):
+                raise ValueError(f"its {what} differs from our own by {gap:.2g} of its spread")

@@ -1,0 +1,94 @@
+"""A decoding step recorded once and replayed: a GPU then does not wait for Python, which takes longer than it does.
+
+A recording holds as long as rows and buffers stay where they are (`Decode.arrangement`). The first one is compared with
+the step itself; a model whose step cannot be recorded, such as one that asks the device how many tokens went to an
+expert, is decoded without. What is drawn from the hidden states is left out: it is cheap, and its shapes change.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Step = Callable[[Tensor], Tensor]
+"""Reads one token a row, int64 (R,), and returns hidden states (R, d). All it changes are tensors, in place."""
+Record = Callable[[Step, Tensor], Step]
+"""Makes a recording of a step; the step's changes must not have happened when it returns."""
+TOLERANCE = 1e-3
+"""Largest mean difference between a step and its replay, in standard deviations: the same kernels run, in one order."""
+
+
+def cuda_graph(step: Step, tokens: Tensor) -> Step:
+    """A recording that is a CUDA graph. Its result stays in one place: the next replay writes over it."""
+    given = tokens.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        hidden = step(given)
+
+    def replay(tokens: Tensor) -> Tensor:
+        given.copy_(tokens)
+        graph.replay()
+        return hidden
+
+    return replay
+
+
+class Recorder:
+    """How the steps of a sampler are recorded, and whether that has been proven to work.
+
+    Args:
+        record: None where steps are not recorded.
+    """
+
+    def __init__(self, record: Record | None):
+        self.record, self.proven = record, False
+
+    @classmethod
+    def for_device(cls, device: torch.device) -> Recorder:
+        """CUDA graphs, on a GPU that has them."""
+        return cls(cuda_graph if device.type == "cuda" and torch.version.cuda else None)
+
+    def __call__(self, step: Step, tokens: Tensor, undo: Callable[[], object]) -> Step | None:
+        """A recording, or None where it is not to be had; then the reason has been said. `undo` takes a step back."""
+        if self.record is None:
+            return None
+        try:
+            recording = self.record(step, tokens)
+            if not self.proven:
+                expected = step(tokens).float()
+                undo()
+                found = recording(tokens).float()
+                undo()
+                gap = float((found - expected).abs().mean() / expected.std().clamp_min(1e-9))
+                if not gap <= TOLERANCE:
+                    raise ValueError(f"hidden states differ by {gap:.2g} of their spread")
+                self.proven = True
+            return recording
+        except Exception as error:  # whatever the capture of a foreign model may raise: the plain step is right
+            self.record = None
+            warnings.warn(f"decoding goes on without recorded steps: {type(error).__name__}: {error}", stacklevel=2)
+            return None
+
+
+class Replay:
+    """A step, done by replaying its recording where that holds.
+
+    The first step of an arrangement is done as it is, which readies what must not happen in a recording (libraries
+    that choose kernels, cached casts).
+    """
+
+    def __init__(self, step: Step, recorder: Recorder, undo: Callable[[], object]):
+        self.step, self.recorder, self.undo = step, recorder, undo
+        self.arrangement = -1
+        self.recording: Step | None = None
+
+    def __call__(self, tokens: Tensor, arrangement: int) -> Tensor:
+        if arrangement != self.arrangement:
+            self.arrangement, self.recording = arrangement, None
+            return self.step(tokens)
+        if self.recording is None:
+            self.recording = self.recorder(self.step, tokens, self.undo)
+        return (self.recording or self.step)(tokens)

@@ -1,0 +1,159 @@
+"""Samples as flat records, and the file of them from which an evaluation goes on where it stopped.
+
+A sample is known by the content of what it came from: problem, weights, and the settings that decide what is drawn and
+how it is judged. Names and paths do not count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from rl_lora.types import Episode, Stop
+
+Sample = dict[str, Any]
+Key = tuple[Any, ...]
+IDENTITY = ("adapter_hash", "sampling_hash", "problem", "k")
+"""What two records of the same sample have in common."""
+
+
+def sample_of(episode: Episode, k: int = 0, **more: Any) -> Sample:
+    """One flat record of an episode, as JSON holds it: sample number k of its problem."""
+    return {
+        "adapter": episode.adapter,
+        "env": episode.env_id,
+        "seed": episode.seed,
+        "k": k,
+        "observations": list(episode.observations),
+        "completions": [turn.text for turn in episode.turns],
+        "answer": episode.answer,
+        "reward": episode.reward,
+        "reward_parts": episode.reward_parts,
+        "success": episode.success,
+        "stop": str(episode.stop),
+        "truncated": episode.truncated,
+        "unscorable": episode.stop is Stop.UNSCORABLE,
+        "tokens": episode.n_tokens,
+        **more,
+    }
+
+
+def content_hash(*parts: Any) -> str:
+    """64 bits of SHA-256 over JSON-like data, as 16 hexadecimal digits."""
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def key_of(sample: Mapping[str, Any]) -> Key:
+    return tuple(sample.get(name) for name in IDENTITY)
+
+
+class SampleStore:
+    """samples.jsonl in `folder`, open for one evaluation at a time.
+
+    Args:
+        wanted: the keys of all samples of this evaluation, in order, and the rows of the table that each belongs to.
+        resume: whether samples that are there already are taken over.
+
+    What the file held and is not wanted is kept in earlier.jsonl, and taken from there when it is wanted again. Both
+    files are there as they were or as they become, whenever the process dies.
+
+    Raises:
+        ValueError: another process has it open; a line that is no JSON (of a last line without an end, nothing is said:
+            a process died there).
+    """
+
+    def __init__(self, folder: Path, wanted: Mapping[Key, Sequence[str]], resume: bool = True):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path, self.wanted = folder / "samples.jsonl", wanted
+        self._lock = FileLock(folder / ".lock", timeout=0)
+        try:
+            self._lock.acquire()
+        except Timeout as error:
+            raise ValueError(f"another evaluation is writing to {folder}; choose another --out") from error
+        try:
+            self._open(folder / "earlier.jsonl", resume)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _open(self, earlier: Path, resume: bool) -> None:
+        there: dict[Key, Sample] = {}
+        for i, sample in enumerate([*read_samples(earlier), *read_samples(self.path)]):
+            key = key_of(sample)
+            there[("unknown", i) if None in key else key] = sample
+        found = {key: there.pop(key) for key in self.wanted if key in there}
+        self.samples = {key: sample for key, sample in found.items() if resume}
+        self.n_found = len(self.samples)
+        others = bool(there) or earlier.exists()
+        if others:
+            _replace(earlier, [*there.values(), *found.values()])  # nothing is only in memory, at any time
+        _replace(self.path, self._rows(self.samples.values()))
+        if others:
+            _replace(earlier, there.values())
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def append(self, samples: Iterable[Sample]) -> None:
+        """Samples that were drawn: on the disk when this returns."""
+        samples = list(samples)
+        self._file.write("".join(json.dumps(row) + "\n" for row in self._rows(samples)))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.samples |= {key_of(sample): sample for sample in samples}
+
+    def row(self, name: str) -> list[Sample]:
+        """The samples of one row of the table so far, in the order of `wanted`."""
+        return [
+            self.samples[key] | {"adapter": name}
+            for key, names in self.wanted.items()
+            if name in names and key in self.samples
+        ]
+
+    def _rows(self, samples: Iterable[Sample]) -> Iterable[Sample]:
+        """A line for each row of the table: adapters with the same weights share what was drawn."""
+        return (sample | {"adapter": name} for sample in samples for name in self.wanted[key_of(sample)])
+
+    def close(self) -> None:
+        self._file.close()
+        self._lock.release()
+
+    def __enter__(self) -> SampleStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """The records of a file of samples; none where there is no file. See `SampleStore`."""
+    if not path.exists():
+        return []
+    *lines, torn = path.read_bytes().split(b"\n")
+    samples = []
+    for i, line in enumerate(lines, 1):
+        try:
+            samples.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {i} is no JSON ({error}); mend or remove it") from error
+    try:
+        return [*samples, json.loads(torn)] if torn else samples
+    except ValueError:
+        return samples
+
+
+def _replace(path: Path, samples: Iterable[Sample]) -> None:
+    partial = path.with_suffix(".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(sample) + "\n" for sample in samples)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

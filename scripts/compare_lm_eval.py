@@ -1,0 +1,211 @@
+"""The same model, adapter and prompts here and in lm-evaluation-harness: do both give the same verdicts?
+
+`python scripts/compare_lm_eval.py --adapter runs/x/adapter --path gsm8k_test.jsonl`, with the harness in an environment
+of its own (`make lm-eval`). Greedy, the task of the harness's gsm8k: its metric, and the last number of the reply
+("flexible-extract"). Every difference is shown, with what each side read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # also when the package is not installed
+
+import yaml
+from rich.console import Console
+
+import envs  # noqa: F401  registers the environments
+from rl_lora.adapter_io import load_adapter
+from rl_lora.candidates import adapter_in
+from rl_lora.config import EnvConfig, EpisodeConfig, ModelConfig
+from rl_lora.environment import held_out
+from rl_lora.evaluation import evaluate_adapters
+from rl_lora.evaluator import problems_of
+from rl_lora.metrics import Record
+from rl_lora.models import load_tokenizer, resolve_model
+from rl_lora.native_sampler import NativeSampler
+from rl_lora.policy import Policy
+from rl_lora.rollout import RolloutWorker
+from rl_lora.samples import Sample
+from scripts.command import main as command
+
+TASK = "rl_lora_gsm8k"
+FILTER = "flexible-extract"
+
+
+@dataclass
+class CompareConfig:
+    """Evaluate an adapter on grade-school problems here and in lm-evaluation-harness; compare problem by problem."""
+
+    adapter: str = ""
+    """Adapter folder (PEFT format) or run folder. Without one the bare base is compared."""
+    path: str = "gsm8k_test.jsonl"
+    """Problems: columns question and answer, which ends in #### and a number."""
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(dtype="float32"))
+    """In bfloat16 the two sides round differently, and greedy replies part sooner or later."""
+    limit: int = 200
+    """Problems."""
+    max_tokens: int = 128
+    """Limit of a reply."""
+    max_rows: int = 128
+    """Replies that are decoded at a time here."""
+    batch_size: int = 32
+    """Replies that are decoded at a time there."""
+    lm_eval_python: str = ".venv-lm-eval/bin/python"
+    """Interpreter of the environment that holds lm-eval, peft and transformers."""
+    out: str = "lm_eval_comparison"
+    """Folder for what the harness is told and says, and comparison.json."""
+
+
+def run(config: CompareConfig) -> Record:
+    """Evaluate on both sides, print what differs, write comparison.json."""
+    if not Path(config.lm_eval_python).exists():
+        raise ValueError(f"{config.lm_eval_python} is not there: run `make lm-eval`, or name its interpreter")
+    console, out = Console(highlight=False, soft_wrap=True), Path(config.out)
+    adapter = str(adapter_in(Path(config.adapter))) if config.adapter else ""
+    out.mkdir(parents=True, exist_ok=True)
+    samples = evaluated(config, adapter)
+    theirs = lm_eval(config, adapter, samples)
+    rows = [compared(sample, theirs[sample["observations"][0]]) for sample in samples]
+    same = [row for row in rows if row["ours"] == row["theirs"]]
+    summary = {
+        "problems": len(rows),
+        "same_verdict": len(same),
+        "same_reply": sum(row["reply"] == row["their_reply"] for row in rows),
+        "solved_here": sum(row["ours"] for row in rows),
+        "solved_there": sum(row["theirs"] for row in rows),
+    }
+    console.print(
+        f"same verdict on {len(same)} of {len(rows)} problems ({len(same) / len(rows):.1%}), same reply on "
+        f"{summary['same_reply']}; solved here {summary['solved_here']}, there {summary['solved_there']}"
+    )
+    for row in rows:
+        if row["ours"] != row["theirs"] or row["reply"] != row["their_reply"]:
+            console.print(described(row), markup=False)
+    (out / "comparison.json").write_text(json.dumps(summary | {"rows": rows}, indent=1) + "\n")
+    return summary
+
+
+def evaluated(config: CompareConfig, adapter: str) -> list[Sample]:
+    """What we say of the problems."""
+    kwargs = {
+        "eval_path": config.path,
+        "template": "Question: {question}\nAnswer:",
+        "reward": {"math": {"extract": "last_number"}},
+    }
+    make_env, seeds = held_out(EnvConfig("rl_lora/Math-v0", kwargs), None, config.limit)
+    references = {problem.seed: problem.reference for problem in problems_of(make_env, seeds)}
+    policy = Policy.from_config(config.model, "cpu")
+    name = load_adapter(adapter, policy.bank, "compared").name if adapter else None
+    limits = EpisodeConfig(max_tokens=config.max_tokens)
+    sampler = NativeSampler(policy, config.max_rows)
+    worker = RolloutWorker(make_env, sampler, policy.chat, limits, context_length=policy.context_length)
+    (evaluation,) = evaluate_adapters(worker, seeds, [name])
+    worker.close()
+    return [sample | {"reference": references[sample["seed"]]} for sample in evaluation.samples()]
+
+
+def lm_eval(config: CompareConfig, adapter: str, samples: list[Sample]) -> dict[str, Record]:
+    """What the harness says of the same prompts, by prompt. Offline: the task, the data and the model are files."""
+    out = Path(config.out).resolve()
+    data = out / "problems.jsonl"
+    problems = [{"question": s["observations"][0], "answer": s["reference"]} for s in samples]
+    data.write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    tokenizer = load_tokenizer(config.model.name, config.model.trust_remote_code)
+    task = {
+        "task": TASK,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "num_fewshot": 0,
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{answer}}",
+        "generation_kwargs": {
+            "until": [tokenizer.eos_token],
+            "do_sample": False,
+            "max_gen_toks": config.max_tokens,
+        },
+        "metric_list": [
+            {
+                "metric": "exact_match",
+                "aggregation": "mean",
+                "higher_is_better": True,
+                "ignore_case": True,
+                "ignore_punctuation": False,
+                "regexes_to_ignore": [",", "\\$", "(?s).*#### ", "\\.$"],
+            }
+        ],
+        "filter_list": [
+            {
+                "name": FILTER,
+                "filter": [
+                    {"function": "regex", "group_select": -1, "regex_pattern": "(-?[$0-9.,]{2,})|(-?[0-9]+)"},
+                    {"function": "take_first"},
+                ],
+            }
+        ],
+        "metadata": {"version": 3.0},
+    }
+    (out / f"{TASK}.yaml").write_text(yaml.safe_dump(task, sort_keys=False))
+    model = {"pretrained": Path(resolve_model(config.model.name)), "dtype": config.model.dtype}
+    model |= {"peft": Path(adapter).resolve()} if adapter else {}
+    arguments = {
+        "--model": "hf",
+        "--model_args": ",".join(f"{name}={value}" for name, value in model.items()),
+        "--tasks": TASK,
+        "--include_path": out,
+        "--output_path": out / "lm_eval",
+        "--batch_size": config.batch_size,
+        "--device": "cpu",
+    }
+    called = [str(x) for pair in arguments.items() for x in pair]
+    chat = ["--apply_chat_template"] if tokenizer.chat_template is not None else []
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    subprocess.run(
+        [config.lm_eval_python, "-m", "lm_eval", *called, *chat, "--log_samples"], env=os.environ | offline, check=True
+    )
+    newest = max((out / "lm_eval").rglob(f"samples_{TASK}_*.jsonl"), key=lambda path: path.stat().st_mtime)
+    return {record["doc"]["question"]: record for record in map(json.loads, newest.read_text().splitlines())}
+
+
+def compared(sample: Sample, record: dict[str, Any]) -> Record:
+    """One problem on both sides."""
+    return {
+        "prompt": sample["observations"][0],
+        "reference": sample["reference"],
+        "reply": sample["completions"][0],
+        "their_reply": record["resps"][0][0],
+        "answer": sample["answer"],
+        "their_answer": record["filtered_resps"][0],
+        "ours": bool(sample["success"]),
+        "theirs": bool(record["exact_match"]),
+    }
+
+
+def described(row: Record) -> str:
+    """Why two verdicts differ, or could have."""
+    verdict = "same verdict" if row["ours"] == row["theirs"] else "OTHER VERDICT"
+    if row["reply"] != row["their_reply"]:
+        pairs = zip(row["reply"], row["their_reply"], strict=False)
+        at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(row["reply"]), len(row["their_reply"])))
+        ours, theirs = (row[name][max(0, at - 30) : at + 30] for name in ("reply", "their_reply"))
+        return f"{verdict}, other reply from character {at}: {ours!r} here, {theirs!r} there"
+    return (
+        f"{verdict} on the same reply: read {row['answer']!r} here ({row['ours']}), {row['their_answer']!r} there "
+        f"({row['theirs']}); the reply ends in {row['reply'][-60:]!r}"
+    )
+
+
+def main() -> None:
+    command(CompareConfig, run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""What `benchmark.py` measures of our own: rollouts, learning, steps, and what the machine could do at most."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from rl_lora import models
+from rl_lora.config import EnvConfig, LearnerConfig, ModelConfig, RolloutConfig
+from rl_lora.environment import environment
+from rl_lora.learner import Learner
+from rl_lora.native_sampler import NativeSampler
+from rl_lora.packing import pack
+from rl_lora.policy import Policy, compute_dtype
+from rl_lora.rollout import RolloutWorker
+from rl_lora.sampler import Request
+from rl_lora.trainer import no_accelerator
+from rl_lora.tree import find_trunks
+from rl_lora.types import Episode, Group, Stop, Turn
+from scripts.peer_process import Figures
+from scripts.peers import Meter
+
+MATRIX = {"cpu": 2048, "cuda": 8192}
+"""Rows of the product that the machine's peak is taken from."""
+COPIED = {"cpu": 1 << 28, "cuda": 1 << 31}
+"""Bytes of the copy that the memory's bandwidth is taken from: more than caches hold."""
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
+SHAPES = {
+    "llama-135m": (576, 1536, 30, 9, 3, 49152),
+    "llama-1b": (2048, 8192, 16, 32, 8, 128256),
+    "llama-8b": (4096, 14336, 32, 32, 8, 128256),
+}
+"""Models of random weights: what they cost depends on their shape alone."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Prompts x completions x tokens."""
+
+    prompts: int
+    n: int
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.prompts}x{self.n}x{self.tokens}"
+
+
+def shape(text: str) -> Shape:
+    parts = text.split("x")
+    if len(parts) != 3 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise ValueError(f"a shape is prompts x completions x tokens, such as 16x8x16, got {text!r}")
+    return Shape(*map(int, parts))
+
+
+class Bench:
+    """Our side: a policy with a fresh adapter, and what measures it.
+
+    Args:
+        random: a key of `SHAPES` in place of a model's weights.
+    """
+
+    def __init__(self, model: ModelConfig, *, random: str | None = None, rank: int = 1, seed: int = 0):
+        self.rank, self.seed = rank, seed
+        device = torch.device("cpu" if no_accelerator() else torch.accelerator.current_accelerator() or "cpu")
+        self.policy = Policy.from_config(model, device) if random is None else random_policy(random, model, device)
+        self.meter = Meter()
+        self.worker = RolloutWorker(
+            environment(EnvConfig()), NativeSampler(self.policy), self.policy.chat, RolloutConfig()
+        )
+        sites = self.policy.bank.sites.values()
+        active = self.policy.bank.active_experts
+        self.n_linear = sum(s.in_features * s.out_features * (active if s.experts else 1) for s in sites)
+        self.n_head = self.policy.head.weight.numel()
+
+    def fresh(self) -> None:
+        """The adapter as it is before any step."""
+        if "bench" in self.policy.bank.adapters:
+            self.policy.bank.remove("bench")
+        self.policy.bank.add("bench", rank=self.rank, seed=self.seed)
+
+    def peak(self) -> float:
+        """FLOP/s of a large matrix product in the compute dtype: the best of a few."""
+        n = MATRIX.get(self.policy.device.type, MATRIX["cuda"])
+        a, b = (torch.randn(n, n, device=self.policy.device).to(self.policy.dtype) for _ in range(2))
+        return 2 * n**3 / self._best(lambda: a @ b)
+
+    def bandwidth(self) -> float:
+        """Bytes/s that memory gives and takes in a large copy: the best of a few."""
+        n = COPIED.get(self.policy.device.type, COPIED["cuda"])
+        a, b = torch.zeros(2, n, dtype=torch.uint8, device=self.policy.device)
+        return 2 * n / self._best(lambda: b.copy_(a))
+
+    def _best(self, work: Callable[[], object]) -> float:
+        seconds = []
+        for _ in range(5):
+            start = self.meter.now()
+            work()
+            seconds.append(self.meter.now() - start)
+        return min(seconds)
+
+    def prompts(self, n: int) -> list[tuple[int, ...]]:
+        return [tuple(self.worker.first_prompt(seed)) for seed in range(n)]
+
+    def rollout_costs(self, prompts: Sequence[tuple[int, ...]], case: Shape) -> Figures:
+        """What sampling takes at least: multiplications and additions with weights; bytes of weights, read once for all
+        prompts and once a step, and of keys and values, those of a prompt read once for all of its completions."""
+        trunk = sum(len(ids) for _, ids in find_trunks(("bench", ids) for ids in prompts))
+        n_prefill = trunk + sum(map(len, prompts)) - (len(prompts) * trunk if trunk else 0)
+        n = case.prompts * case.n * case.tokens
+        weights = (self.n_linear + self.n_head) * self.policy.head.weight.element_size()
+        read = sum(n_prefill + case.prompts * case.n * t for t in range(case.tokens))
+        return {
+            "tokens": n,
+            "flops": 2 * self.n_linear * (n_prefill + n) + 2 * self.n_head * n,
+            "bytes": weights * case.tokens + self.policy.cache_bytes_per_token * read,
+        }
+
+    def sample(self, prompts: list[tuple[int, ...]], case: Shape, seed: int) -> tuple[list[Group], Figures]:
+        requests = [
+            Request(ids, case.n, case.tokens, adapter="bench", seed=(self.seed, seed, i))
+            for i, ids in enumerate(prompts)
+        ]
+        stop_ids, self.policy.chat.stop_ids = self.policy.chat.stop_ids, frozenset()
+        try:
+            self.meter.start()
+            completions = NativeSampler(self.policy).generate(requests)
+            measured = self.meter.stop()
+        finally:
+            self.policy.chat.stop_ids = stop_ids
+        groups = [
+            Group(
+                "bench",
+                i,
+                "bench",
+                tuple(
+                    Episode("bench", i, (Turn(ids, c.token_ids, c.logprobs, c.stop),), k % 2, Stop.END, "bench")
+                    for k, c in enumerate(of_prompt)
+                ),
+            )
+            for i, (ids, of_prompt) in enumerate(zip(prompts, completions, strict=True))
+        ]
+        return groups, measured
+
+    def learn(self, groups: list[Group]) -> Figures:
+        """One update; tokens are those that had to be computed, each prompt and each common beginning once."""
+        config = LearnerConfig()
+        signal = [(group, torch.tensor([e.reward - 0.5 for e in group.episodes]).numpy()) for group in groups]
+        shared = self.policy.not_shared is None
+        batches = pack(
+            signal,
+            denominators={"bench": 1.0},
+            tokens_per_microbatch=config.tokens_per_microbatch,
+            shared_prefix=shared,
+        )
+        tokens, targets = sum(b.n_tokens for b in batches), sum(len(b.targets) for b in batches)
+        self.meter.start()
+        Learner(self.policy, config).step(groups)
+        # Forward, and backward to the activations only; the head's backward is its product with p in the forward.
+        return self.meter.stop() | {
+            "tokens": tokens,
+            "targets": targets,
+            "flops": 4 * self.n_linear * tokens + 4 * self.n_head * targets,
+        }
+
+    def step(self, learner: Learner, seeds: Sequence[int], case: Shape, i: int) -> Figures:
+        """One training step on the problems of these seeds."""
+        self.worker.config = RolloutConfig(max_tokens=case.tokens)
+        self.meter.start()
+        groups = self.worker.collect(seeds, adapters=["bench"], n=case.n, random_seed=(self.seed, i))
+        rollout_seconds = self.meter.now() - self.meter.began
+        learner.step(groups)
+        measured = self.meter.stop()
+        episodes = [episode for group in groups for episode in group.episodes]
+        return measured | {
+            "rollout_seconds": rollout_seconds,
+            "learn_seconds": measured["seconds"] - rollout_seconds,
+            "tokens": sum(episode.n_tokens for episode in episodes),
+            "reward": statistics.fmean(episode.reward for episode in episodes),
+        }
+
+    def trl_setup(self, case: Shape, seeds: Sequence[int]) -> Figures:
+        env = environment(EnvConfig())()
+        problems = [env.reset(seed=seed) for seed in seeds]
+        return {
+            "prompts": [[{"role": "user", "content": text}] for text, _ in problems],
+            "references": [str(sum(map(int, numbers(text)[:2]))) for text, _ in problems],
+            "prompts_per_step": case.prompts,
+            "group_size": case.n,
+            "max_tokens": case.tokens,
+            "rank": self.rank,
+            "alpha": 32,
+            "learning_rate": LearnerConfig().learning_rate,
+            "seed": self.seed,
+            "temperature": 1.0,
+            "gradient_checkpointing": False,
+            "use_cb": False,
+        }
+
+    def machine(self) -> Figures:
+        device = self.policy.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+        versions = {package: metadata.version(package) for package in ("torch", "transformers")}
+        threads = {"threads": torch.get_num_threads()} if device.type == "cpu" else {}
+        return (
+            {"device": name, "dtype": str(self.policy.dtype), "python": platform.python_version()} | threads | versions
+        )
+
+
+def random_policy(shape: str, model: ModelConfig, device: torch.device) -> Policy:
+    """Random weights in a known shape, and the tokenizer of `model`."""
+    sizes: dict[str, Any] = dict(zip(SIZES, SHAPES[shape], strict=True))
+    config = LlamaConfig(**sizes, max_position_embeddings=8192)
+    with device:
+        network = AutoModelForCausalLM.from_config(config, dtype=compute_dtype(model.dtype, device))
+    return Policy(network, models.load_tokenizer(model.name), name=shape)
+
+
+def numbers(text: str) -> list[str]:
+    return "".join(c if c.isdigit() else " " for c in text).split()
+
+
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"

@@ -1,0 +1,97 @@
+"""The report of a training run: in a browser, while it is going on, and from the command line."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import scripts.report
+from rl_lora.metrics import MetricsFile
+from rl_lora.training_page import training_page
+from tests.conftest import Open
+from tests.test_page import seeds_shown
+
+
+def training_run(run_dir: Path, n_steps: int, seed: int = 0) -> list[dict[str, Any]]:
+    """The files of a run of 20 steps that has come to step n_steps; returns its records."""
+    rng = random.Random(seed)
+    (run_dir / "evals").mkdir(parents=True)
+    (run_dir / "config.yaml").write_text("steps: 20\nenv: {id: Task-v0}\nmodel: {name: tiny}\n")
+    metrics = MetricsFile(run_dir / "metrics.jsonl")
+    names = """
+        reward accuracy truncated entropy sampler_learner_kl grad_norm step_norm A_norm B_norm seconds/rollout
+    """.split()  # noqa: SIM905
+    for step in range(n_steps + 1):
+        if step:
+            record = {name: rng.random() for name in names} | {"clip_fraction": 0.0, "loss": None}
+            metrics.append("train", step, record)
+        if step % 5 == 0:
+            accuracy = rng.random()
+            record = {"accuracy": accuracy, "accuracy_low": accuracy / 2, "accuracy_high": 1.0, "reward": rng.random()}
+            metrics.append("eval", step, record | {"episodes": 4, "truncated": 0.0, "seconds/evaluate": 1.0})
+            solved = 2 if step else 3
+            samples = [
+                {
+                    "adapter": "policy",
+                    "seed": q,
+                    "observations": [f"Problem {q}?"],
+                    "completions": [str(step if q else 0)],
+                    "reward": 0.5,
+                    "success": q == solved,
+                }
+                for q in range(4)
+            ]
+            lines = "".join(json.dumps(sample) + "\n" for sample in samples)
+            (run_dir / "evals" / f"step-{step:06d}.jsonl").write_text(lines)
+    return metrics.read()
+
+
+def test_the_page_of_a_run_shows_its_records_and_what_changed_first(open_page: Open, tmp_path: Path) -> None:
+    records = training_run(tmp_path / "run", 20)
+    page = open_page(training_page(tmp_path / "run"))
+    evals = [record for record in records if record["kind"] == "eval"]
+    assert page.locator(".kind").inner_text() == "Training run"
+    figures = page.locator(".headline strong").all_inner_texts()
+    assert figures == [f"{100 * record['accuracy']:.1f} %" for record in (evals[0], evals[-1])]
+    titles = page.locator("figcaption b").all_inner_texts()
+    assert {"Accuracy", "Sampler against learner", "Adapter norms", "Step norm", "Seconds"} < set(titles)
+    assert not {"Loss", "Clipped", "Tokens per second"} & set(titles), "nothing is known of these, or never happened"
+    norms = page.locator("figure.chart", has_text="Adapter norms")
+    norms.locator("svg").focus()
+    page.keyboard.press("End")
+    A, B = (records[-2][name] if records[-2]["kind"] == "train" else records[-1][name] for name in ("A_norm", "B_norm"))
+    for name, value in (("A", A), ("B", B)):
+        assert f"{name} {value:.3f}" in norms.locator(".tooltip").inner_text()
+    assert seeds_shown(page) == [2, 3, 1, 0], "newly solved, no longer solved, other words, the same"
+    assert page.locator(".shortcuts button").all_inner_texts() == [
+        "solved by step 20, not by step 0: 1",
+        "solved by step 0, not by step 20: 1",
+    ]
+
+
+def test_a_run_is_reported_while_it_is_going_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = tmp_path / "run"
+    training_run(run_dir, 7)
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "st')  # being written
+    with (run_dir / "evals" / "step-000005.jsonl").open("a") as file:
+        file.write('{"seed": 4, "obser')
+    scripts.report.report(run_dir)
+    page = (run_dir / "report.html").read_text()
+    assert "Training run, not finished" in page
+    assert "7 of 20" in page
+    assert capsys.readouterr().out.strip() == str(run_dir / "report.html")
+
+
+def test_the_report_command_says_what_it_cannot_report(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is not a folder"):
+        scripts.report.report(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="has no records"):
+        scripts.report.report(tmp_path)
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(ValueError, match="older"):
+        scripts.report.report(tmp_path)
