@@ -40,6 +40,7 @@ legs: $(VENV)/.reasoning-gym ## warm start, then RL, on word problems: three see
 		--adapter.init_from runs/legs-sft0/adapter $(LEGS_RL) $(LEGS_RUN)
 	$(VENV)/bin/python scripts/evaluate.py $(LEGS) --max_tokens 24 --limit 400 --out runs/legs-evaluation \
 		--adapters runs/legs-sft? runs/legs-rl? runs/legs-shuffled
+	$(VENV)/bin/python scripts/evaluate.py $(LEGS) --max_tokens 128 --limit 100 --out runs/legs-base
 	$(VENV)/bin/python scripts/plot.py --runs runs/legs-sft? runs/legs-rl? runs/legs-shuffled --out runs/legs.png
 
 benchmark: setup ## rollouts, learning and training steps on this machine: tokens/s, share of its peak, memory
