@@ -46,6 +46,7 @@ def majority_at_k(answers: Sequence[Hashable | None], right: Sequence[float], k:
             worth[answer] += value / votes[answer]
     p = k / n  # of the choices of k of n independent ones: what is counted are probabilities, which do not overflow
     silent = _chosen(n - sum(votes.values()), k, p)
+    chosen = {count: _chosen(count, k, p) for count in {*votes.values()}}
     total = 0.0
     for answer, value in worth.items():
         others = [count for other, count in votes.items() if other != answer]
@@ -54,14 +55,13 @@ def majority_at_k(answers: Sequence[Hashable | None], right: Sequence[float], k:
             choices = np.zeros((k // most + 1, k + 1))
             choices[0] = silent
             for count in others:
-                chosen = _chosen(count, k, p)
                 further = np.zeros_like(choices)
                 for i in range(min(most, count + 1)):
-                    further[:, i:] += chosen[i] * choices[:, : k + 1 - i]
-                further[1:, most:] += chosen[most] * choices[:-1, : k + 1 - most]
+                    further[:, i:] += chosen[count][i] * choices[:, : k + 1 - i]
+                further[1:, most:] += chosen[count][most] * choices[:-1, : k + 1 - most]
                 choices = further
             shares = 1.0 / np.arange(1, len(choices) + 1)
-            total += value * float(_chosen(votes[answer], k, p)[most] * (shares @ choices[:, k - most]))
+            total += value * float(chosen[votes[answer]][most] * (shares @ choices[:, k - most]))
     return min(1.0, total / float(_chosen(n, k, p)[k]))
 
 

@@ -75,7 +75,7 @@ def test_a_majority_of_many_samples_is_computed_in_moments() -> None:
     assert majority_at_k(["7"] * 100 + ["8"] * 99, [1.0] * 100 + [0.0] * 99, 199) == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("k", [1, 2, 599, 600, 601, 1199, 1200])
+@pytest.mark.parametrize("k", [1, 2, 599, 600, 1200])
 def test_a_majority_of_a_thousand_samples_and_more_is_a_number(k: int) -> None:
     n, right = 1200, 640
     answers = ["7"] * right + ["8"] * (n - right)
