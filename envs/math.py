@@ -143,6 +143,9 @@ class MathEnv(FiniteEnv):
             raise ValueError(
                 f"a mixture has a path for each dataset, or none, got {len(datasets)} datasets and {len(paths)} paths"
             )
+        for name, value in {"few_shot": few_shot, "limit": limit}.items():
+            if isinstance(value, bool) or not isinstance(value, int if name == "few_shot" else int | None):
+                raise ValueError(f"{name} must be a whole number, got {value!r}")
         if few_shot < 0 or (limit is not None and limit < 1):
             raise ValueError(f"few_shot must be >= 0 and limit >= 1, got {few_shot} and {limit}")
         if overlap not in OVERLAPS:

@@ -56,7 +56,8 @@ class ReasoningGymEnv(SingleTurnEnv):
             the generator's metadata may stand in it ({answer_cot} of gsm_symbolic), and {worked}, a solution in steps,
             for the generators of `envs.worked`. Problems that have no one answer are not demonstrated.
         reward: see `rewards.resolve`; the reference is the answer, a text. By default the generator's own verdict on
-            what stands between the last <answer> tags, or else on the whole reply: 1.0 if it is right, or 0.0.
+            what stands between the last <answer> tags, or else on the whole reply: 1.0 if it is right, or 0.0, also
+            where its scorer fails on the reply but not on the problem's own answer.
         eval_fraction: the share of questions that are held out. Where problems take long to make, a larger share makes
             evaluation start sooner.
         size: how many problems the generator believes to have; for the few that refuse the default.
@@ -136,10 +137,22 @@ class ReasoningGymEnv(SingleTurnEnv):
         tagged = TAGGED.findall(completion)
         answer = (tagged[-1] if tagged else completion).strip()
         try:
-            value = float(self._generator.score_answer(answer, self._entry))
-        except Exception as error:  # a generator's scorer may stumble over what no author has thought of
-            raise Unscorable(f"{self.key[0]}'s verdict raised {type(error).__name__}: {error}") from error
-        return Score(float(value >= SOLVED), success=value >= SOLVED)
+            solved = self._solves(answer)
+        except Exception as error:  # int("I do not know"): some scorers expect an answer's form
+            if not self._judges():
+                raise Unscorable(f"{self.key[0]}'s verdict raised {type(error).__name__}: {error}") from error
+            solved = False
+        return Score(float(solved), success=solved)
+
+    def _solves(self, answer: str) -> bool:
+        return float(self._generator.score_answer(answer, self._entry)) >= SOLVED
+
+    def _judges(self) -> bool:
+        """Whether the generator's scorer works on this problem: it knows the problem's own answer for right."""
+        try:
+            return self._solves(self._entry["answer"])
+        except Exception:
+            return False
 
 
 def _as_key(config: Mapping[str, Any] | None) -> str:

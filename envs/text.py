@@ -19,7 +19,7 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from rewards import RewardError, RewardFunction, RewardSpec, Unscorable, resolve, score
+from rewards import RewardError, RewardFunction, RewardSpec, Unscorable, code_of, resolve, score
 
 MAX_LENGTH = 2**20
 _SAMPLE_LENGTH = 64
@@ -113,6 +113,11 @@ class SingleTurnEnv(TextEnv):
         self.reward: RewardFunction = resolve(reward)
         self._problem: Problem | None = None
         self._seed: int | None = None
+
+    @property
+    def code(self) -> str:
+        """What it judges with, beside its class: the sources of its reward functions."""
+        return code_of(self.reward)
 
     @abstractmethod
     def problem(self, seed: int) -> Problem:

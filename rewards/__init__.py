@@ -3,6 +3,7 @@
 They know neither tokens nor tensors nor environments. `resolve` leads from a configuration to a function.
 """
 
+from rewards.code import code_of
 from rewards.combine import Part, WeightedSum
 from rewards.format import format_match
 from rewards.length import length_reward
@@ -22,6 +23,7 @@ __all__ = [
     "Unscorable",
     "Verdict",
     "WeightedSum",
+    "code_of",
     "format_match",
     "length_reward",
     "math_match",

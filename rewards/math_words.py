@@ -1,6 +1,7 @@
-"""Numbers written in English words -> digits: "thirteen cookies", "negative two", "three quarters", "two and a half".
+"""Numbers written in English words -> digits: "thirteen cookies", "negative two", "two and a half", "four point five".
 
-Only what a text begins with is read, and only if no digit or formula stands in it. Ordinals are left as they are.
+Only what a text begins with is read, and only if no digit or formula stands in it. Left as they are: ordinals, years,
+names that begin with a number ("Seven Samurai").
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ _PARTS = {
     **dict.fromkeys(("eighth", "eighths"), 8),
     **dict.fromkeys(("tenth", "tenths"), 10),
 }
-NUMBER_WORDS = frozenset((*_UNITS, *_SCALES, *_PARTS, "hundred", "negative", "minus"))
+NUMBER_WORDS = frozenset((*_UNITS, *_SCALES, *_PARTS, "hundred", "negative", "minus", "point", "dozen"))
+_ORDINAL = re.compile(
+    r"(?:first|third|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|[a-z]+teen|[a-z]+tie|hundred|thousand|[mbtr]+illion)th)s?"
+)
 _SIGN = re.compile(r"(?:negative|minus)\s+(?=\S)", re.IGNORECASE)
 _WORD = re.compile(r"[a-z]+")
 
@@ -49,14 +53,38 @@ def digits(text: str) -> str:
     if n == 0:
         return text
     number = str(value.numerator) if value.denominator == 1 else f"{value.numerator}/{value.denominator}"
+    decimals = list(itertools.takewhile(lambda word: _UNITS.get(word, 10) < 10, words[n + 1 :]))
+    if words[n : n + 1] == ["point"] and decimals and value.denominator == 1:
+        number = f"{number}.{''.join(str(_UNITS[word]) for word in decimals)}"
+        n += 1 + len(decimals)
+        if words[n : n + 1] and words[n] in _SCALES:
+            return f"{minus}{number}{rest[found[n - 1].end() :]}"
+    if len(words) > n and (_goes_on(words[n - 1], words[n]) or re.match(r"[A-Z][a-z]", rest[found[n].start() :])):
+        return text  # what has been read is the beginning of another number, or of a name
     return f"{minus}{number}{rest[found[n - 1].end() :]}"
 
 
+def _goes_on(last: str, word: str) -> bool:
+    """Whether a word behind a number, whose last word is `last`, makes another number of it."""
+    return (
+        word in NUMBER_WORDS
+        or word in ("score", "dozens")
+        or _ORDINAL.fullmatch(word) is not None
+        or (word == "second" and last in _TENS)
+    )
+
+
 def _fraction(words: list[str]) -> tuple[Fraction, int]:
-    """A number with its fraction, and how many words it took; 0 words where there is none."""
+    """A number with its fraction or its dozens, and how many words it took; 0 words where there is none."""
+    value, n = _mixed(words)
+    return (12 * value, n + 1) if n and words[n : n + 1] == ["dozen"] else (value, n)
+
+
+def _mixed(words: list[str]) -> tuple[Fraction, int]:
     value, n = _whole(words)
-    if n and words[n : n + 1] and words[n] in _PARTS:  # three quarters
-        return Fraction(value, _PARTS[words[n]]), n + 1
+    ordinal = value >= 20 and words[n : n + 1] and re.fullmatch(r"third|[a-z]+th", words[n])
+    if n and words[n : n + 1] and words[n] in _PARTS and not ordinal:
+        return Fraction(value, _PARTS[words[n]]), n + 1  # three quarters, but not twenty-fifth
     tail = words[n : n + 3]
     if n and tail[:1] == ["and"]:  # two and a half, two and three quarters
         part = (1, 1) if tail[1:2] == ["a"] else _whole(tail[1:2])

@@ -227,8 +227,8 @@ class EvaluateConfig(EpisodeConfig):
     """Folder for results.json, samples.jsonl and report.html. Samples that it holds and that are asked for again are
     not drawn again; samples that are not asked for are kept in earlier.jsonl."""
     resume: bool = True
-    """false: draw everything again. Needed where a reward function of your own has changed: its code is not looked
-    at."""
+    """false: draw everything again. Needed where code has changed that is not looked at: what the modules of your own
+    environments and reward functions import."""
 
 
 MAY_DIFFER = {

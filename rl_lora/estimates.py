@@ -44,24 +44,25 @@ def majority_at_k(answers: Sequence[Hashable | None], right: Sequence[float], k:
     for answer, value in zip(answers, right, strict=True):
         if answer is not None:
             worth[answer] += value / votes[answer]
-    silent = _ways(n - sum(votes.values()), k)
+    p = k / n  # of the choices of k of n independent ones: what is counted are probabilities, which do not overflow
+    silent = _chosen(n - sum(votes.values()), k, p)
+    chosen = {count: _chosen(count, k, p) for count in {*votes.values()}}
     total = 0.0
     for answer, value in worth.items():
         others = [count for other, count in votes.items() if other != answer]
         for most in range(1, min(k, votes[answer]) + 1) if value else ():
-            # choices[t, s]: ways to choose s samples of the others, none above `most` votes, t answers on a par with it
+            # choices[t, s]: s samples of the others are chosen, none above `most` votes, t answers on a par with it
             choices = np.zeros((k // most + 1, k + 1))
             choices[0] = silent
             for count in others:
-                ways = _ways(count, k)
-                below = ways.copy()
-                below[most:] = 0
-                further = np.stack([np.convolve(row, below)[: k + 1] for row in choices])
-                further[1:, most:] += ways[most] * choices[:-1, : k + 1 - most]
+                further = np.zeros_like(choices)
+                for i in range(min(most, count + 1)):
+                    further[:, i:] += chosen[count][i] * choices[:, : k + 1 - i]
+                further[1:, most:] += chosen[count][most] * choices[:-1, : k + 1 - most]
                 choices = further
             shares = 1.0 / np.arange(1, len(choices) + 1)
-            total += value * math.comb(votes[answer], most) * float(shares @ choices[:, k - most])
-    return total / math.comb(n, k)
+            total += value * float(chosen[votes[answer]][most] * (shares @ choices[:, k - most]))
+    return min(1.0, total / float(_chosen(n, k, p)[k]))
 
 
 def wilson(successes: float, n: float, z: float = Z) -> Interval:
@@ -158,9 +159,14 @@ def t_quantile(degrees: int) -> float:
     return z + sum(term / v ** (i + 1) for i, term in enumerate(terms))
 
 
-def _ways(count: int, k: int) -> NDArray[np.float64]:
-    """(k + 1,): in how many ways 0 ... k of `count` are chosen."""
-    return np.array([math.comb(count, i) for i in range(k + 1)], np.float64)
+def _chosen(count: int, k: int, p: float) -> NDArray[np.float64]:
+    """(k + 1,): how probable it is that 0 ... k of `count` are chosen, each with probability p > 0."""
+    if p == 1:
+        return np.array([float(i == count) for i in range(k + 1)])
+    odds = [
+        math.log(math.comb(count, i)) + i * math.log(p) + (count - i) * math.log1p(-p) for i in range(min(count, k) + 1)
+    ]
+    return np.pad(np.exp(odds), (0, k + 1 - len(odds)))
 
 
 def _check_k(n: int, k: int) -> None:

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 from accelerate import PartialState
 from rich.console import Console
@@ -214,29 +215,35 @@ def hash_of(adapter: Adapter) -> str:
 def sampling_settings(config: EvaluateConfig, policy: Policy, make_env: MakeEnv) -> Record:
     """What decides, beside problem and adapter, which samples are drawn and how they are judged.
 
-    Left out is what changes rounding only: how many rows are decoded at a time, and on which device. Of code, only that
-    of the environment's class is looked at.
+    Left out is what changes rounding only: how many rows are decoded at a time, and on which device. Of code, the
+    environment's class and those it is made of are looked at, and its `code`, where it has one: a text that stands for
+    whatever else it judges with.
     """
     env = make_env()
-    kind = type(env.unwrapped)
+    kinds = [kind for kind in type(env.unwrapped).__mro__ if kind not in gym.Env.__mro__]
+    code = getattr(env.unwrapped, "code", None)
     env.close()
-    try:
-        source = inspect.getsource(kind)
-    except (OSError, TypeError):  # typed into a REPL
-        source = kind.__qualname__
     return {
         "base": policy.bank.base_hash(),
         "dtype": str(policy.dtype),
         "chat_template": content_hash(policy.chat.tokenizer.chat_template),
+        "template_kwargs": policy.chat.template_kwargs,
         "stop_ids": sorted(policy.chat.stop_ids),
         "env": {"id": config.env.id, "kwargs": config.env.kwargs, "env_kwargs": config.env_kwargs},
-        "env_code": content_hash(source),
+        "env_code": content_hash([_source(kind) for kind in kinds], code),
         "system_prompt": config.system_prompt,
         "max_tokens": config.max_tokens,
         "max_turns": config.max_turns,
         "temperature": config.temperature,
         "seed": config.seed if config.temperature > 0 else None,
     }
+
+
+def _source(kind: type) -> str:
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):  # typed into a REPL
+        return kind.__qualname__
 
 
 def planned(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -72,6 +73,17 @@ def test_a_majority_of_many_samples_is_computed_in_moments() -> None:
     value = majority_at_k(answers, [float(a == "0") for a in answers], 64)
     assert 0 < value < 1
     assert majority_at_k(["7"] * 100 + ["8"] * 99, [1.0] * 100 + [0.0] * 99, 199) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("k", [1, 2, 599, 600, 1200])
+def test_a_majority_of_a_thousand_samples_and_more_is_a_number(k: int) -> None:
+    n, right = 1200, 640
+    answers = ["7"] * right + ["8"] * (n - right)
+    won = [Fraction(math.comb(right, i) * math.comb(n - right, k - i), math.comb(n, k)) for i in range(k + 1)]
+    expected = sum(share * (1 if 2 * i > k else Fraction(1, 2) if 2 * i == k else 0) for i, share in enumerate(won))
+    assert majority_at_k(answers, [1.0] * right + [0.0] * (n - right), k) == pytest.approx(float(expected), abs=1e-9)
+    alone = majority_at_k(["7", *[None] * (n - 1)], [1.0] + [0.0] * (n - 1), k)
+    assert alone == pytest.approx(k / n, abs=1e-9)  # it wins where it is among them
 
 
 def test_an_answer_counts_as_its_samples_were_judged() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import inspect
 import json
 import os
 import shutil
@@ -19,6 +21,7 @@ import torch
 
 import envs  # noqa: F401  registers the environments
 import rl_lora.evaluator
+from envs.text import SingleTurnEnv
 from rl_lora import EvaluateConfig, Policy, evaluate, save_adapter
 from rl_lora.config import EnvConfig, ModelConfig
 from rl_lora.rollout import Plays, RolloutWorker
@@ -195,6 +198,7 @@ def evaluated(config: EvaluateConfig, whole: Path) -> EvaluateConfig:
         {"env": EnvConfig(kwargs=TASK | {"reward": "numeric"})},
         {"model": {"dtype": "bfloat16"}},
         {"model": {"stop_tokens": ["a"]}},
+        {"model": {"template_kwargs": {"enable_thinking": False}}},
     ],
 )
 def test_other_settings_are_other_samples_and_the_former_are_kept(
@@ -206,6 +210,32 @@ def test_other_settings_are_other_samples_and_the_former_are_kept(
     assert evaluate(dataclasses.replace(evaluated, **change))["n_found"] == 0
     assert n_drawn(drawn) == len(lines(evaluated)) == 108
     assert lines(evaluated, "earlier.jsonl") == before
+
+
+def test_a_reward_function_that_has_changed_draws_anew(
+    config: EvaluateConfig, tmp_path: Path, drawn: list[Plays], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config.env.kwargs = TASK | {"reward": {"a_reward:mine": {"weight": 1.0, "worth": 2.0}, "numeric": 0}}
+    expected = [108, 0, 108]  # drawn: at first; again; of another reward
+    for n, value in zip(expected, ("1.0", "1.0", "0.25"), strict=True):
+        source = f"def mine(completion, reference, *, worth):\n    return {value} * worth\n"
+        (tmp_path / "a_reward.py").write_text(source)
+        monkeypatch.delitem(sys.modules, "a_reward", raising=False)
+        importlib.invalidate_caches()
+        drawn.clear()
+        results = evaluate(config)
+        assert n_drawn(drawn) == results["n_drawn"] == n
+        assert {sample["reward"] for sample in lines(config)} == {2 * float(value)}
+
+
+def test_a_base_class_of_the_environment_s_that_has_changed_draws_anew(
+    evaluated: EvaluateConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    getsource = inspect.getsource
+    changed = "def start(self, seed): ..."
+    monkeypatch.setattr(inspect, "getsource", lambda kind: changed if kind is SingleTurnEnv else getsource(kind))
+    assert evaluate(evaluated)["n_found"] == 0
 
 
 @pytest.mark.parametrize(

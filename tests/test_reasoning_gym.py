@@ -95,6 +95,22 @@ def test_the_generator_s_verdict_is_all_or_nothing(dataset: str) -> None:
         assert env.step(f"{answer} or {answer}0")[1] == 0.0  # what holds the answer earns a part of the score there
 
 
+@pytest.mark.parametrize("dataset", ["prime_factorization", "coin_flip", "game_of_life"])
+def test_a_reply_that_the_generator_cannot_read_is_wrong(dataset: str) -> None:
+    env = ReasoningGymEnv(dataset)
+    for reply in ("I do not know", "", "[1, 2", "2 x 3", "<answer>?</answer>"):
+        env.reset(seed=3)
+        _, reward, _, _, info = env.step(reply)
+        assert (reward, info.get("is_success"), info.get("unscorable")) == (0.0, False, None), reply
+
+
+def test_a_generator_that_cannot_judge_its_own_answer_judges_no_reply(monkeypatch: pytest.MonkeyPatch) -> None:
+    env = ReasoningGymEnv("prime_factorization")
+    _, info = env.reset(seed=3)
+    monkeypatch.setitem(env._entry, "answer", "no factors")
+    assert "prime_factorization's verdict raised" in env.step(info["reference"])[4]["unscorable"]
+
+
 def test_metadata_demonstrates() -> None:
     _, info = ReasoningGymEnv("gsm_symbolic", demonstration="{answer_cot}").reset(seed=3)
     assert info["demonstration"].endswith(f"#### {info['reference']}")
