@@ -13,7 +13,7 @@ from envs.jsonl import Row
 from envs.prompts import as_text
 from envs.records import is_file, read_records
 from envs.split import check_fraction, check_split, split_of
-from envs.text import Problem, fill, placeholders
+from envs.text import Problem, check_placeholders, fill, placeholders
 from rewards import RewardSpec
 
 QUESTION_COLUMNS = ("question_concat", "question", "problem", "prompt")
@@ -186,7 +186,7 @@ def _problems(
         if overlap == "refuse" and len(kept) < len(train):
             raise ValueError(
                 f"{len(train) - len(kept)} training problems are among those of evaluation (normalised text): what "
-                "would be measured has been trained on; overlap=drop leaves them out, overlap=allow keeps them"
+                "would be measured has been trained on; --env.kwargs.overlap drop leaves them out, allow keeps them"
             )
         train = kept
     if few_shot > len(train):
@@ -293,6 +293,7 @@ def _texts(row: Row, question_column: str, answer_column: str, where: str) -> di
 
 
 def _filled(template: str, what: str, rows: Sequence[dict[str, str]], *, answers: bool = True) -> list[str]:
+    check_placeholders(what, template, rows[0])
     names = {name for name in placeholders(template) if name in rows[0]}
     hidden = set() if answers else {"answer", *ANSWER_COLUMNS}
     if not names - hidden:

@@ -10,7 +10,7 @@ from typing import Any
 from envs.finite import FiniteEnv
 from envs.jsonl import Row, Source, locate, read_rows
 from envs.split import check_fraction, check_split, split_of
-from envs.text import Problem, fill, placeholders
+from envs.text import Problem, check_placeholders, fill, placeholders
 from rewards import RewardSpec
 
 
@@ -93,6 +93,7 @@ def _entries(source: Source, columns: Columns, templates: Templates) -> tuple[tu
     rows = read_rows(source)
     template, demonstration = templates
     shown = {"prompt", *(name for row in rows for name in row.columns if name != columns[1])}
+    check_placeholders("template", template, shown)
     used = placeholders(template) & shown
     if not used:
         raise ValueError(
@@ -100,7 +101,9 @@ def _entries(source: Source, columns: Columns, templates: Templates) -> tuple[tu
         )
     in_answer = set()
     if demonstration is not None:
-        in_answer = placeholders(demonstration) & {name for row in rows for name in row.columns}
+        columns_there = {name for row in rows for name in row.columns}
+        check_placeholders("demonstration", demonstration, columns_there)
+        in_answer = placeholders(demonstration) & columns_there
         if not in_answer:
             raise ValueError(f"demonstration must contain a column of {source.path} in braces, got {demonstration!r}")
     named = (used - {"prompt"}, in_answer)

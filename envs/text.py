@@ -10,9 +10,10 @@ A trainer reads four keys of the info of `step`, each of them optional:
 from __future__ import annotations
 
 import copy
+import difflib
 import re
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -172,6 +173,16 @@ def placeholders(template: str) -> set[str]:
     if not isinstance(template, str):
         raise ValueError(f"template must be a text, got {template!r}")
     return set(_PLACEHOLDER.findall(template))
+
+
+def check_placeholders(what: str, template: str, names: Collection[str]) -> None:
+    """Raise ValueError for a name in braces that is nearly one of these: it would stand in the text as it is. Other
+    braces are meant, such as those of LaTeX."""
+    for placeholder in sorted(placeholders(template) - set(names)):
+        if near := difflib.get_close_matches(placeholder, sorted(names), 1, cutoff=0.75):
+            raise ValueError(
+                f"{what} names {{{placeholder}}}: did you mean {{{near[0]}}}? There are {', '.join(names)}"
+            )
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:

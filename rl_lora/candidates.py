@@ -46,6 +46,17 @@ def named(paths: Sequence[str]) -> dict[str, Path]:
     return names
 
 
+def stand_ins(paths: Sequence[str], names: dict[str, Path]) -> Iterator[str]:
+    """What the table does not show of the paths that were named: runs that stand for a checkpoint, and repetitions."""
+    name_of, seen = {folder: name for name, folder in names.items()}, set()
+    for path in paths:
+        folder = adapter_in(Path(path))
+        again = ", and is shown once" if folder in seen else ""
+        if again or (folder != Path(path) and folder != Path(path) / "adapter"):
+            yield f"{path} stands for {name_of[folder]}{again}"
+        seen.add(folder)
+
+
 def step_of(adapter: Path) -> int | None:
     """The step of training after which an adapter was saved, where its folder says."""
     folder = adapter.parent if adapter.name == "adapter" else adapter

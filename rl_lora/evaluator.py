@@ -25,7 +25,7 @@ from rich.text import Text
 
 from rl_lora.adapter import Adapter
 from rl_lora.adapter_io import load_adapter
-from rl_lora.candidates import BASE, differences, is_unfinished, named, step_of
+from rl_lora.candidates import BASE, differences, is_unfinished, named, stand_ins, step_of
 from rl_lora.config import EvaluateConfig
 from rl_lora.environment import held_out
 from rl_lora.evaluation import compared, pairs, row
@@ -101,7 +101,10 @@ def evaluate(config: EvaluateConfig) -> Record:
     for path in config.adapters:
         if is_unfinished(Path(path)):
             console.print(f"{path} has no checkpoint yet, and is left out", style="yellow", markup=False)
-    folders = named([path for path in config.adapters if not is_unfinished(Path(path))])
+    paths = [path for path in config.adapters if not is_unfinished(Path(path))]
+    folders = named(paths)
+    for note in stand_ins(paths, folders):
+        console.print(note, markup=False)
     names = [BASE, *folders]
     if config.against is not None and config.against not in names:
         raise ValueError(f"against must be one of the rows {', '.join(names)}, got {config.against!r}")
@@ -181,6 +184,8 @@ def validate(config: EvaluateConfig) -> None:
         wrong.append(f"temperature must be finite, got {config.temperature}")
     if bad := [k for k in config.k if not 1 <= k <= config.n]:
         wrong.append(f"k must be from 1 to n={config.n}, the samples of a problem, got {', '.join(map(str, bad))}")
+    if (Path(config.out) / "config.yaml").is_file():
+        wrong.append(f"out must not be the folder of a training run, whose report would be lost, got {config.out}")
     if wrong:
         raise ValueError("; ".join(wrong))
 

@@ -219,7 +219,8 @@ class RunReport:
         if not summary["learned"]:
             out(
                 "[yellow]nothing was learned: no group had different rewards.[/] Problems may be too hard or too easy; "
-                "look at the samples, raise rollout.group_size, or reward partial success"
+                "look at the samples, raise rollout.max_tokens where replies are cut off, raise rollout.group_size, or "
+                "reward partial success"
             )
         if summary["transcripts"]:
             out("\n[bold]solved now and not before[/]")
@@ -230,6 +231,10 @@ class RunReport:
         lines = [f"\nadapter       {summary['adapter']}  (PEFT format)"]
         if summary["best_checkpoint"]:
             lines.append(f"best held out {summary['best_checkpoint']}  ({summary['best_score']:.3f})")
+            before = summary["before"] or {}
+            score = before.get("reward") if before.get("accuracy") is None else before["accuracy"]
+            if score is not None and summary["best_score"] <= score:
+                lines.append("              (no better than before training)")
         lines.append(f"report        {self.run_dir / 'report.html'}")
         lines.append(f"curve         {self.run_dir / 'reward.png'}")
         lines.append(f"all numbers   {self.run_dir / 'metrics.jsonl'}")

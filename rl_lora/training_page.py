@@ -103,7 +103,8 @@ def training_page(run_dir: str | Path) -> str:
     metrics, path = MetricsFile(run_dir / "metrics.jsonl"), run_dir / "config.yaml"
     train, evals = metrics.read("train"), metrics.read("eval")
     if not train and not evals:
-        raise ValueError(f"{metrics.path} has no records: {run_dir} is not the folder of a run, or it has just begun")
+        what = "has no records" if metrics.path.is_file() else "is not there"
+        raise ValueError(f"{metrics.path} {what}: {run_dir} is not the folder of a run, or it has just begun")
     config: dict[str, Any] = yaml.safe_load(path.read_text()) if path.is_file() else {}
     step, steps = max(record["step"] for record in train + evals), config.get("steps")
     running = steps is not None and step < steps
