@@ -23,6 +23,7 @@ import envs  # noqa: F401  registers the environments
 import rl_lora.evaluator
 from envs.text import SingleTurnEnv
 from rl_lora import EvaluateConfig, Policy, evaluate, save_adapter
+from rl_lora.candidates import named, stand_ins
 from rl_lora.config import EnvConfig, ModelConfig
 from rl_lora.rollout import Plays, RolloutWorker
 from rl_lora.samples import SampleStore, key_of, read_samples
@@ -388,6 +389,23 @@ def test_what_cannot_be_is_said_before_the_model_is_loaded(
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         evaluate(dataclasses.replace(config, **change))
     assert not Path(config.out).exists()
+
+
+def test_the_report_of_a_run_is_not_written_over(config: EvaluateConfig) -> None:
+    Path(config.out).mkdir(parents=True)
+    (Path(config.out) / "config.yaml").write_text("steps: 3\n")
+    with pytest.raises(ValueError, match="out must not be the folder of a training run"):
+        evaluate(config)
+
+
+def test_what_stands_for_something_else_in_the_table_is_said(models: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(models / "a", run / "checkpoints" / "step-000005" / "adapter")
+    (run / "checkpoints" / "step-000005" / "state.json").write_text("{}")
+    paths = [str(models / "b"), str(run / "checkpoints" / "step-000005"), str(models / "b")]
+    folders = named(paths)
+    assert list(stand_ins(paths, folders)) == [f"{models / 'b'} stands for b, and is shown once"]
+    assert list(stand_ins([str(models / "b")], named([str(models / "b")]))) == []
 
 
 def test_a_chosen_row_is_compared_with_and_shown(config: EvaluateConfig, capsys: pytest.CaptureFixture[str]) -> None:
