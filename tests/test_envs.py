@@ -374,8 +374,10 @@ def test_a_template_shows_columns_but_never_the_reference_and_keeps_other_braces
 @pytest.mark.parametrize("argument", ["template", "demonstration"])
 def test_a_misspelled_column_is_no_text(tmp_path: Path, argument: str) -> None:
     path = write_jsonl(tmp_path / "data.jsonl", [{"prompt": "2 x 3?", "equation": "2 * 3", "answer": 6}])
+    text = {"template": "{prompt} {equatio}", "demonstration": "{equatio} = {answer}"}[argument]
+    arguments: dict[str, Any] = {argument: text}
     with pytest.raises(ValueError, match=r"names \{equatio\}: did you mean \{equation\}"):
-        PromptsEnv(path, **{argument: "{prompt} {equatio} {answer}"[: None if argument == "demonstration" else 18]})
+        PromptsEnv(path, **arguments)
 
 
 def test_a_reference_is_any_json_or_none(tmp_path: Path) -> None:
