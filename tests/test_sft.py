@@ -174,6 +174,6 @@ def test_prompts_show_solutions_made_of_their_columns(tmp_path: Path) -> None:
     assert seen == {f"p{i}": f"{i} + 1 = {i + 1}" for i in range(4)}
     bare = gym.make("rl_lora/Prompts-v0", **make, disable_env_checker=True)
     assert "demonstration" not in bare.reset(seed=0)[1]
-    for wrong, message in (("{equatio}", "must contain a column"), ("7", "must contain a column")):
+    for wrong, message in (("{equatio}", "did you mean {equation}"), ("7", "must contain a column")):
         with pytest.raises(ValueError, match=message):
             gym.make("rl_lora/Prompts-v0", **make, demonstration=wrong, disable_env_checker=True)

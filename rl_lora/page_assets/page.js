@@ -205,7 +205,8 @@ class Browser {
     form.addEventListener("submit", (event) => event.preventDefault());
     form.addEventListener("input", ({ target }) => {
       clearTimeout(waiting);
-      waiting = setTimeout(() => this.apply(), target.name === "text" ? 150 : 0);
+      if (target.name === "text") waiting = setTimeout(() => this.apply(), 150);
+      else this.apply();
     });
     form.addEventListener("reset", () => setTimeout(() => this.apply()));
     this.form.swap.addEventListener("click", () => this.filter({ a: this.form.b.value, b: this.form.a.value }));
