@@ -90,7 +90,7 @@ def test_a_run_is_reported_while_it_is_going_on(tmp_path: Path, capsys: pytest.C
 def test_the_report_command_says_what_it_cannot_report(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not a folder"):
         scripts.report.report(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="metrics.jsonl is not there"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is not there"):
         scripts.report.report(tmp_path)
     (tmp_path / "results.json").write_text("{}")
     with pytest.raises(ValueError, match="older"):
