@@ -18,8 +18,12 @@ from transformers import Cache
 from rl_lora.attention import Options, Sharing, Source, additive, attend
 
 BLOCK = 32
-"""Tokens that the rows' own buffers grow by, at least. Attention reads whole buffers: of a part of one, torch makes a
-copy before it multiplies on a CPU."""
+"""Tokens that the rows' own buffers grow by, at least."""
+READ = 8
+"""Tokens that what attention reads of them grows by, in float32 on a CPU. Elsewhere it reads them whole: in bfloat16,
+torch would copy a part first, and a GPU would have to record its steps anew."""
+SHORT_TRUNK = 64
+"""Tokens. A prompt keeps a copy of a beginning as short as this: to read one source more takes longer."""
 GPU_BLOCKS = 4
 """So many blocks at a time on a GPU: a recorded step (`replay.py`) holds as long as the buffers do."""
 
@@ -48,6 +52,29 @@ class Nodes:
             for mine, theirs in ((self.keys, other.keys), (self.values, other.values))
         )
         self.lengths = np.concatenate([self.lengths, other.lengths])
+
+    def part(self, nodes: slice) -> Nodes:
+        """These, in the same memory."""
+        keys, values = ([x[nodes] for x in xs] for xs in (self.keys, self.values))
+        return Nodes(keys, values, self.lengths[nodes])
+
+    def behind(self, others: Nodes, other_of_node: np.ndarray) -> Nodes:
+        """Each with all that one of the others holds before its own."""
+        start = others.lengths[other_of_node]
+        room = int(start.max()) + self.keys[0].shape[2]
+        keys, values = (
+            [x.new_zeros(len(self), x.shape[1], room, x.shape[3]) for x in xs] for xs in (self.keys, self.values)
+        )
+        for other in np.unique(other_of_node):
+            t = int(others.lengths[other])
+            index = torch.from_numpy(np.flatnonzero(other_of_node == other)).to(self.keys[0].device)
+            for new, mine, theirs in (
+                *zip(keys, self.keys, others.keys, strict=True),
+                *zip(values, self.values, others.values, strict=True),
+            ):
+                new[index, :, :t] = theirs[other, :, :t]
+                new[index, :, t : t + mine.shape[2]] = mine[index]
+        return Nodes(keys, values, self.lengths + start)
 
     def append_empty(self) -> None:
         """A node without tokens."""
@@ -78,14 +105,15 @@ class Recorder(Cache):
 class Decode(Cache):
     """R rows, each behind a prompt, and the layout of forward passes over their next tokens.
 
-    Row r reads what its prompt's trunk holds (the beginning that prompts have in common, where there is one), then the
-    rest of its prompt, then its own `t[r]` tokens. `begin` says which tokens come next.
+    Row r reads what its prompt's trunk holds (a long beginning that prompts have in common, where there is one), then
+    the rest of its prompt, then its own `t[r]` tokens. `begin` says which tokens come next.
     """
 
-    def __init__(self, device: torch.device | str):
+    def __init__(self, device: torch.device | str, *, short_trunk: int = SHORT_TRUNK):
         super().__init__(layers=[])
-        self.device = device
+        self.device, self.short_trunk = device, short_trunk
         self.trunks: Nodes | None = None
+        """The last one is empty: the trunk of prompts that have none."""
         self.prompts: Nodes | None = None
         self.trunk_of_prompt = np.zeros(0, np.int64)
         self.prompt_of_row = np.zeros(0, np.int64)
@@ -99,6 +127,8 @@ class Decode(Cache):
         self._at: Tensor | None = None
         """`t` on the device, int64 (R,): one tensor for an arrangement, since a recorded step reads and writes it."""
         self._at_is_stale = False
+        self._width = 0  # own tokens that attention reads
+        self._shared: list[tuple[Nodes, np.ndarray]] = []  # what rows share, and the node of each row
         self._sharing: list[tuple[Nodes, Sharing]] = []
         self._lengths: list[Tensor] = []  # of each row's trunk and prompt, int64 (R,), on the device
 
@@ -112,6 +142,12 @@ class Decode(Cache):
 
     def admit(self, prompts: Nodes, trunk_of_prompt: np.ndarray, prompt_of_row: np.ndarray) -> None:
         """New rows behind new prompts; `prompt_of_row` counts the new prompts only."""
+        if self.trunks is not None:
+            empty = len(self.trunks) - 1
+            copied = np.where(self.trunks.lengths[trunk_of_prompt] <= self.short_trunk, trunk_of_prompt, empty)
+            if (copied != empty).any():
+                prompts = prompts.behind(self.trunks, copied)
+            trunk_of_prompt = np.where(copied != empty, empty, trunk_of_prompt)
         offset = len(self.trunk_of_prompt)
         if self.prompts is None:
             self.prompts = prompts
@@ -159,22 +195,27 @@ class Decode(Cache):
 
     def _arrange(self) -> None:
         """Bring rows and what they share together."""
-        self._sharing, self._lengths, self._at = [], [], None
+        self._shared, self._at = [], None
         self.arrangement += 1
-        if self.prompts is None:
-            return
-        for nodes, owner in (
-            (self.trunks, self.trunk_of_prompt[self.prompt_of_row]),
-            (self.prompts, self.prompt_of_row),
-        ):
-            if nodes is not None:
-                self._sharing.append((nodes, Sharing(owner, len(nodes), self.device)))
-                self._lengths.append(torch.from_numpy(nodes.lengths[owner]).to(self.device))
+        if self.trunks is not None and self.prompts is not None:
+            trunk_of_row = self.trunk_of_prompt[self.prompt_of_row]
+            used = slice(int(trunk_of_row.min()), int(trunk_of_row.max()) + 1)
+            if self.trunks.lengths[used].any():
+                self._shared.append((self.trunks.part(used), trunk_of_row - used.start))
+        if self.prompts is not None:
+            self._shared.append((self.prompts, self.prompt_of_row))
+        self._sharing = [(nodes, Sharing(owner, len(nodes), self.device)) for nodes, owner in self._shared]
+        self._lengths = [torch.from_numpy(nodes.lengths[owner]).to(self.device) for nodes, owner in self._shared]
 
     def make_room(self, n_tokens: int = 1, rows: np.ndarray | None = None) -> None:
         """What `begin` needs of the host; where it has been called already, `begin` is work of the device alone."""
         t = self.t if rows is None else self.t[rows]
-        self._reserve(int(t.max()) + n_tokens)
+        longest = int(t.max()) + n_tokens
+        self._reserve(longest)
+        partly = self.keys[0].device.type == "cpu" and self.keys[0].dtype == torch.float32
+        width = min(self.room, math.ceil(longest / READ) * READ) if partly else self.room
+        self.arrangement += width != self._width
+        self._width = width
         if self._at is None:
             self._at = torch.from_numpy(self.t).to(self.device, copy=True)
         elif self._at_is_stale:
@@ -198,11 +239,7 @@ class Decode(Cache):
         self._masks: dict[int | None, Tensor] = {}
         self._sources = self._sharing
         if rows is not None:
-            owners = (self.trunk_of_prompt[self.prompt_of_row[rows]], self.prompt_of_row[rows])[-len(self._sharing) :]
-            self._sources = [
-                (nodes, Sharing(owner, len(nodes), self.device))
-                for (nodes, _), owner in zip(self._sharing, owners, strict=True)
-            ]
+            self._sources = [(nodes, Sharing(owner[rows], len(nodes), self.device)) for nodes, owner in self._shared]
         return self._at_of_rows + torch.stack(lengths).sum(0)[:, None]
 
     def advance(self, n_tokens: int | np.ndarray = 1, rows: np.ndarray | None = None) -> None:
@@ -239,11 +276,11 @@ class Decode(Cache):
         own = []
         for buffer, new in ((self.keys[layer_idx], key_states), (self.values[layer_idx], value_states)):
             buffer[self._row_index, :, self._at_of_rows] = new.transpose(1, 2)
-            own.append(buffer[: len(new)] if self._rows is None else buffer[self._rows])
+            own.append((buffer[: len(new)] if self._rows is None else buffer[self._rows])[:, :, : self._width])
         return own[0], own[1]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
-        """query: (R, H, n, D); key, value: the rows' own, (R, H_kv, room, D). Returns (R, H, n, D)."""
+        """query: (R, H, n, D); key, value: the rows' own, (R, H_kv, width, D). Returns (R, H, n, D)."""
         sources = [Source(nodes.keys[layer], nodes.values[layer], sharing) for nodes, sharing in self._sources]
         return attend(query, [*sources, Source(key, value)], self.mask(options.window), options)
 
@@ -258,7 +295,7 @@ class Decode(Cache):
                 j = torch.arange(nodes.keys[0].shape[2], device=self.device)
                 parts.append(self._allowed(j < length[:, None, None], query - first - j, window))
                 first = first + length[:, None, None]
-            j = torch.arange(self.room, device=self.device)
+            j = torch.arange(self._width, device=self.device)
             parts.append(self._allowed(j <= at, query - first - j, window))
             self._masks[window] = additive(torch.cat(parts, -1))
         return self._masks[window]

@@ -192,7 +192,8 @@ def test_bfloat16_is_float64_within_its_rounding():
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("block", [1, 32])
-def test_rows_decode_what_a_dense_mask_gives_whatever_came_before(options, block, monkeypatch):
+@pytest.mark.parametrize("short_trunk", [0, 4, 64])
+def test_rows_decode_what_a_dense_mask_gives_whatever_came_before(options, block, short_trunk, monkeypatch):
     """Rows come, read one or several tokens, leave, others come: all of them agree with dense attention each time."""
     monkeypatch.setattr(kv_cache, "BLOCK", block)
     g = torch.Generator().manual_seed(0)
@@ -210,7 +211,7 @@ def test_rows_decode_what_a_dense_mask_gives_whatever_came_before(options, block
         return Nodes([keys], [values], lengths)
 
     trunks = [kv(4), kv(6)]
-    decode = Decode("cpu")
+    decode = Decode("cpu", short_trunk=short_trunk)
     decode.trunks = nodes(trunks)
     decode.trunks.append_empty()
     trunks.append(kv(0))
