@@ -7,18 +7,22 @@ nothing of size N x V is kept, and no logit is computed twice.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from rl_lora.frozen_linear import FrozenLinear
 
 CHUNK_ELEMENTS = 1 << 24
 """Logits that exist at a time in the compute dtype: enough rows for an efficient product."""
 BLOCK_ELEMENTS = 1 << 21
 """Of these, as many are in float32 at a time on a CPU: 8 MiB, which it keeps in its cache."""
+PART = 8192
+"""Tokens of the vocabulary that a CPU computes the logits of at a time: few enough to stay in its cache."""
 
 
 def rows_of_a_block(V: int, device: torch.device) -> int:
@@ -35,9 +39,11 @@ class Head:
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    may_pack: bool = False
+    """See `FrozenLinear`."""
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Head:
+    def of(cls, model: PreTrainedModel, *, may_pack: bool = False) -> Head:
         """Read off the model's output embeddings and config (Gemma's soft-capping, Granite's and Cohere's scales)."""
         linear = model.get_output_embeddings()
         if not isinstance(linear, nn.Linear):
@@ -46,27 +52,44 @@ class Head:
             )
         config = model.config.get_text_config()
         scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-        return cls(linear.weight, linear.bias, scale, getattr(config, "final_logit_softcapping", None))
+        softcap = getattr(config, "final_logit_softcapping", None)
+        return cls(linear.weight, linear.bias, scale, softcap, may_pack)
 
-    def project(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """(..., d) -> (..., V) in the compute dtype: W h + b, all but `finish`. With `out`, for (N, d) only."""
-        if out is None:
-            return F.linear(hidden, self.weight, self.bias)
+    @functools.cached_property
+    def parts(self) -> list[tuple[slice, FrozenLinear]]:
+        """W h + b, in pieces of the vocabulary where the device is a CPU."""
+        V = len(self.weight)
+        n = PART if self.weight.device.type == "cpu" else V
+        parts = [slice(i, min(i + n, V)) for i in range(0, V, n)]
+        return [
+            (part, FrozenLinear(self.weight[part], None if self.bias is None else self.bias[part], self.may_pack))
+            for part in parts
+        ]
+
+    def project(self, hidden: Tensor, out: Tensor) -> Tensor:
+        """(N, d) -> (N, V) in the compute dtype, written to `out`: W h + b, all but `finish`."""
         if self.bias is None:
             return torch.mm(hidden, self.weight.t(), out=out)
         return torch.addmm(self.bias, hidden, self.weight.t(), out=out)
 
     def finish(self, projected: Tensor, out: Tensor) -> Tensor:
         """Logits, float32 (..., V), written to `out`, from what `project` gave."""
-        out.copy_(projected)
-        if self.scale != 1.0:
-            out *= self.scale
-        return out if self.softcap is None else out.div_(self.softcap).tanh_().mul_(self.softcap)
+        return self._scaled(out.copy_(projected))
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(..., d) -> float32 (..., V)"""
-        projected = self.project(hidden)
-        return self.finish(projected, torch.empty_like(projected, dtype=torch.float32))
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """(..., d) -> float32 (..., V), in `out` where that is given."""
+        if out is None:
+            out = hidden.new_empty(*hidden.shape[:-1], len(self.weight), dtype=torch.float32)
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        for part, linear in self.parts:
+            out.view(len(rows), -1)[:, part] = linear(rows)
+        return self._scaled(out)
+
+    def _scaled(self, logits: Tensor) -> Tensor:
+        """In place."""
+        if self.scale != 1.0:
+            logits *= self.scale
+        return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
 
     def logprobs(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log-probability of each target and entropy of its distribution, in nats, at the given temperature.

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rl_lora.adapter import Adapter, Factors, Site
+from rl_lora.frozen_linear import FrozenLinear, may_pack
 
 ALL_LINEAR = "all-linear"
 MAX_STACKED = 128
@@ -94,6 +95,7 @@ class AdapterBank:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         self.device = next(model.parameters()).device
+        self.may_pack = may_pack(model)
         self.sites = {site.name: site for site in find_sites(model)}
         config = model.config.get_text_config()
         self.active_experts = max(1, getattr(config, "num_experts_per_tok", None) or 1)
@@ -255,14 +257,19 @@ class _Wrapper(nn.Module):
 class LoRALinear(_Wrapper):
     """A frozen linear layer (nn.Linear, a subclass of it, or Conv1D) and the bank's adapters on it."""
 
+    def __init__(self, base: nn.Module, name: str, bank: AdapterBank):
+        super().__init__(base, name, bank)
+        self.product: FrozenLinear | None = None
+        if type(base) is nn.Linear:
+            self.product = FrozenLinear(base.weight, base.bias, bank.may_pack)
+
     def forward(self, x: Tensor) -> Tensor:
         routing = self.bank.routing
-        if routing is None:
-            return self.base(x)
         # Deltas are added in place, and to no view: a view's gradient would be copied twice.
         x2 = x.reshape(-1, x.shape[-1])  # (N, in)
-        y2: Tensor = self.base(x2)  # (N, out)
-        self._add_deltas(y2, x2, routing)
+        y2: Tensor = (self.product or self.base)(x2)  # (N, out)
+        if routing is not None:
+            self._add_deltas(y2, x2, routing)
         return y2.view(*x.shape[:-1], y2.shape[-1])
 
     def _add_deltas(self, y2: Tensor, x2: Tensor, routing: Routing) -> None:

@@ -26,6 +26,7 @@ from rl_lora.config import ModelConfig
 from rl_lora.head import Head
 from rl_lora.kv_cache import Decode, Nodes, Recorder
 from rl_lora.lora import AdapterBank
+from rl_lora.memory import ready_memory
 from rl_lora.recompute import recomputing
 from rl_lora.tree import Tree
 from rl_lora.types import Batch
@@ -55,7 +56,7 @@ class Policy:
         self.name = name or str(model.config._name_or_path)
         self.bank = AdapterBank(model)
         self.chat = Chat(tokenizer, model.generation_config, stop_tokens, template_kwargs)
-        self.head = Head.of(model)
+        self.head = Head.of(model, may_pack=self.bank.may_pack)
         self.backbone = model.base_model
         parameters = inspect.signature(self.backbone.forward).parameters
         self._cache_name = "cache_params" if "cache_params" in parameters else "past_key_values"  # as Mamba calls it
@@ -85,6 +86,8 @@ class Policy:
         `dtype` "auto" is bfloat16 where the device multiplies it fast (see `compute_dtype`), else float32.
         """
         device = torch.device(device)
+        if device.type == "cpu":
+            ready_memory()
         tokenizer = models.load_tokenizer(name, trust_remote_code=trust_remote_code)
         model = models.load_causal_lm(
             name, dtype=compute_dtype(dtype, device), device=device, trust_remote_code=trust_remote_code
@@ -211,7 +214,7 @@ class Policy:
             if has_window(self.model.config) and tree.windows == {None}:
                 return "its config has an attention window that its layers do not pass on"
             a, b = (tuple(ids[i, :p].tolist()) for i in (0, 2))
-            decode = Decode(self.device)
+            decode = Decode(self.device, short_trunk=0)
             decode.trunks, _ = self.prefill([(None, a[: p // 2])])
             decode.trunks.append_empty()
             prompts, behind = self.prefill([(None, a), (None, b)], decode.trunks, [0, 1])
@@ -273,12 +276,9 @@ def compute_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
         return getattr(torch, dtype)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    if (
-        device.type == "cpu"
-        and _multiplies_bfloat16()
-        and seconds_of_product(torch.bfloat16) < SLOWER * (seconds_of_product(torch.float32))
-    ):
-        return torch.bfloat16
+    if device.type == "cpu" and _multiplies_bfloat16():
+        of = seconds_of_product()
+        return torch.bfloat16 if of[torch.bfloat16] < SLOWER * of[torch.float32] else torch.float32
     return torch.float32
 
 
@@ -294,15 +294,19 @@ from it: 0.4 where the instructions do twice the work, 1.9 where they are split 
 
 
 @functools.cache
-def seconds_of_product(dtype: torch.dtype) -> float:
-    """A product of the size of a decoding step on this CPU, the best of a few; some milliseconds to find out.
+def seconds_of_product() -> dict[torch.dtype, float]:
+    """A product of the size of a decoding step on this CPU in either dtype, the best of some; 0.1 s to find out.
 
-    Of the process's own time: what other processes take does not count.
+    Of the process's own time, and in turns: what other processes take counts little.
     """
-    x, weight = torch.ones(128, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-    seconds = []
-    for _ in range(8):
-        start = time.process_time()
-        torch.nn.functional.linear(x, weight)
-        seconds.append(time.process_time() - start)
-    return min(seconds)
+    sides = {
+        dtype: (torch.ones(128, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype))
+        for dtype in (torch.bfloat16, torch.float32)
+    }
+    seconds: dict[torch.dtype, list[float]] = {dtype: [] for dtype in sides}
+    for _ in range(24):
+        for dtype, (x, weight) in sides.items():
+            start = time.process_time()
+            torch.nn.functional.linear(x, weight)
+            seconds[dtype].append(time.process_time() - start)
+    return {dtype: min(times) for dtype, times in seconds.items()}

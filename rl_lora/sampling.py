@@ -7,6 +7,9 @@ from torch import Tensor
 
 from rl_lora.head import Head, rows_of_a_block
 
+CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 25}
+"""Logits that exist at a time."""
+
 
 class Draw:
     """Draws from the distribution over next tokens that hidden states stand for.
@@ -17,23 +20,23 @@ class Draw:
 
     def __init__(self, head: Head):
         self.head = head
-        weight = head.weight
-        self._block = rows_of_a_block(len(weight), weight.device)
-        self._projected = weight.new_empty(0, len(weight))
-        self._logits, self._p = (weight.new_empty(self._block, len(weight), dtype=torch.float32) for _ in range(2))
+        V, device = len(head.weight), head.weight.device
+        self.rows = max(1, CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cuda"]) // V)
+        self.block = min(self.rows, rows_of_a_block(V, device))
+        self._logits = head.weight.new_empty(0, V, dtype=torch.float32)
+        self._p = head.weight.new_empty(self.block, V, dtype=torch.float32)
 
     def __call__(self, hidden: Tensor, temperature: Tensor | None, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         """hidden: (R, d); the rest, and what is returned, as in `sample`."""
-        R, V = len(hidden), len(self.head.weight)
-        if len(self._projected) < R:
-            self._projected = hidden.new_empty(R, V)
-        projected = self.head.project(hidden, out=self._projected[:R])
+        if len(self._logits) < min(self.rows, len(hidden)):
+            self._logits = self._logits.new_empty(min(self.rows, len(hidden)), self._logits.shape[1])
         parts = []
-        for start in range(0, R, self._block):
-            part = slice(start, min(start + self._block, R))
-            logits, p = (x[: part.stop - start] for x in (self._logits, self._p))
-            self.head.finish(projected[part], out=logits)
-            parts.append(sample(logits, None if temperature is None else temperature[part], uniforms[part], out=p))
+        for start, of_chunk in zip(range(0, len(hidden), self.rows), hidden.split(self.rows), strict=True):
+            logits = self.head.logits(of_chunk, out=self._logits[: len(of_chunk)])
+            for i, block in zip(range(start, len(hidden), self.block), logits.split(self.block), strict=False):
+                part = slice(i, i + len(block))
+                given = None if temperature is None else temperature[part]
+                parts.append(sample(block, given, uniforms[part], out=self._p[: len(block)]))
         tokens, logprobs = zip(*parts, strict=True)
         return torch.cat(tokens), torch.cat(logprobs)
 

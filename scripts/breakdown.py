@@ -16,7 +16,14 @@ from torch.profiler import ProfilerActivity, profile
 
 from rl_lora.policy import Policy
 
-PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_", "aten::_grouped_mm"}
+PRODUCTS = {
+    "aten::mm",
+    "aten::addmm",
+    "aten::addmm_",
+    "aten::_grouped_mm",
+    "mkl::_mkl_linear",
+    "mkldnn::_linear_pointwise",
+}
 BATCHED = {"aten::bmm", "aten::baddbmm"}
 BASE, ADAPTER, HEAD = "products with the base's weights", "products with the adapter", "products with the head"
 ATTENTION, OTHER, REST = "products of attention", "other operations", "between operations: Python, dispatch"
