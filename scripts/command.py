@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from argparse import ArgumentError
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any, TypeVar, get_type_hints
 
@@ -27,7 +29,11 @@ def parse(config_type: type[Config], args: Sequence[str] | None = None) -> Confi
     hints = get_type_hints(config_type)
     set_loader("yaml in braces", partial(_load, options={*hints, "config"}), (yaml.YAMLError,))
     parser = ArgumentParser(
-        description=config_type.__doc__, default_env=False, allow_abbrev=False, parser_mode="yaml in braces"
+        description=config_type.__doc__,
+        default_env=False,
+        allow_abbrev=False,
+        exit_on_error=False,
+        parser_mode="yaml in braces",
     )
     parser.add_argument("--config", action="config", help="A YAML file with any of the options below.")
     lists = {name for name, hint in hints.items() if hint == list[str]}  # --adapters runs/*: as the shell expands it
@@ -40,9 +46,23 @@ def parse(config_type: type[Config], args: Sequence[str] | None = None) -> Confi
         action.nargs, action.const = "?", True
     parser._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")  # -1e-3 is a value, no option
     numbers = {f"--{name}" for name, hint in hints.items() if hint == list[int]}
-    parsed: Any = parser.instantiate(parser.parse_args(_bracketed(sys.argv[1:] if args is None else args, numbers)))
+    given = _bracketed(sys.argv[1:] if args is None else args, numbers)
+    try:
+        parsed: Any = parser.instantiate(parser.parse_args(given))
+    except ArgumentError as error:
+        raise ValueError(f"{error}{_meant(given, parser._option_string_actions)}") from None
     del parsed.config
     return config_type(**vars(parsed))
+
+
+def _meant(args: Sequence[str], options: Collection[str]) -> str:
+    """What to try, where an option is not one of these; inside a mapping, as in --env.kwargs.x, any name will do."""
+    hints = []
+    for name in (arg.partition("=")[0] for arg in args if arg.startswith("--")):
+        inside = any(name.startswith(f"{option}.") for option in options if "." in option)
+        if name not in options and not inside and (close := difflib.get_close_matches(name, options, n=1)):
+            hints.append(f"; {name} may be meant for {close[0]}")
+    return "".join([*hints, "; --help shows all options"])
 
 
 def _load(text: str, options: set[str]) -> Any:
@@ -95,5 +115,4 @@ def raised_by(error: BaseException) -> str:
 def main(config_type: type[Config], work: Callable[[Config], object], when_interrupted: str = "") -> None:
     """A command: parse, work, exit."""
     sys.path.append(os.getcwd())  # environments and rewards of the user's own, also for the installed commands
-    config = parse(config_type)
-    sys.exit(run(lambda: work(config), when_interrupted))
+    sys.exit(run(lambda: work(parse(config_type)), when_interrupted))

@@ -152,7 +152,8 @@ def test_an_option_sets_its_field_and_no_other(args: str, name: str, value: Any)
     ("args", "message"),
     [
         ("--nope 3", "nope"),
-        ("--env.idd x", "env.idd"),
+        ("--env.idd x", "--env.idd may be meant for --env.id"),
+        ("--learner.learing_rate 1", "--learner.learing_rate may be meant for --learner.learning_rate"),
         ("--adapter.rank x", "adapter.rank"),
         ("--learner.objective ppo", "learner.objective"),
         ("--config missing.yaml", "missing.yaml"),

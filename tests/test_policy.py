@@ -6,7 +6,10 @@ A model whose attention is its own (Mamba, Bloom) is trained and sampled without
 from __future__ import annotations
 
 import functools
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BloomConfig, MambaConfig, PreTrainedConfig, PreTrainedModel, RwkvConfig
 
+from rl_lora import memory
 from rl_lora import policy as policy_module
 from rl_lora.config import LearnerConfig
 from rl_lora.kv_cache import Decode
@@ -236,3 +240,23 @@ def test_a_policy_is_loaded_from_a_folder_in_the_dtype_asked_for(tmp_path: Path)
         policy = Policy.load(folder, dtype=dtype, stop_tokens=["\n"])
         assert policy.dtype == getattr(torch, dtype)
         assert len(policy.chat.stop_ids) == 2
+
+
+@pytest.mark.skipif(
+    not memory.LARGE_PAGES.exists() or "[madvise]" not in memory.LARGE_PAGES.read_text(),
+    reason="the kernel does not give large pages to who asks for them",
+)
+@pytest.mark.parametrize(("given", "large"), [(None, True), ("0", False)])
+def test_large_tensors_lie_in_large_pages(given: str | None, large: bool) -> None:
+    """In a process of its own, since torch looks once; what the environment says already, stays."""
+    script = """
+from rl_lora.memory import ask_for_large_pages
+ask_for_large_pages()
+import torch
+x = torch.ones(1 << 26)
+print([line.split()[1] for line in open("/proc/self/smaps_rollup") if line.startswith("AnonHugePages")][0])
+"""
+    env = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    env |= {} if given is None else {"THP_MEM_ALLOC_ENABLE": given}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
+    assert (int(done.stdout) > 0) == large
