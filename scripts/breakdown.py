@@ -21,9 +21,9 @@ PRODUCTS = {
     "aten::addmm",
     "aten::addmm_",
     "aten::_grouped_mm",
-    "mkl::_mkl_linear",
-    "mkldnn::_linear_pointwise",
 }
+PACKED = {"mkl::_mkl_linear", "mkldnn::_linear_pointwise"}
+"""Products with frozen weights (`rl_lora/frozen_linear.py`)."""
 BATCHED = {"aten::bmm", "aten::baddbmm"}
 BASE, ADAPTER, HEAD = "products with the base's weights", "products with the adapter", "products with the head"
 ATTENTION, OTHER, REST = "products of attention", "other operations", "between operations: Python, dispatch"
@@ -62,9 +62,13 @@ def kind_of(policy: Policy, operation: str, shapes: Iterable[Any]) -> str:
     """shapes: of the operation's inputs, lists of sizes."""
     if operation in BATCHED:
         return ATTENTION
+    matrices = [tuple(shape) for shape in shapes if len(shape) == 2]
+    if operation in PACKED:
+        of_head = {tuple(linear.weight.shape) for _, linear in policy.head.parts}
+        of_base = {(site.out_features, site.in_features) for site in policy.bank.sites.values()}
+        return HEAD if set(matrices) & (of_head - of_base) else BASE
     if operation not in PRODUCTS and operation != "aten::addcmul_":
         return OTHER
-    matrices = [tuple(shape) for shape in shapes if len(shape) == 2]
     ranks = {rank for adapter in policy.bank.adapters.values() for rank in adapter.ranks.values()}
     if any(ranks & set(shape) for shape in matrices):
         return ADAPTER

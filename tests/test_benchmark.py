@@ -75,8 +75,9 @@ def test_the_bytes_that_are_counted_are_those_that_have_to_be_read(tmp_path: Pat
     assert bench.rollout_costs([prompt], Shape(1, 2, 3))["bytes"] == by_hand
 
 
-def test_a_breakdown_knows_products_by_their_weights(tmp_path: Path) -> None:
-    bench = Bench(ModelConfig(name=str(tiny_folder(tmp_path, "llama")), dtype="float32"), rank=3)
+@pytest.mark.parametrize("rank", [1, 3])
+def test_a_breakdown_knows_products_by_their_weights(tmp_path: Path, rank: int) -> None:
+    bench = Bench(ModelConfig(name=str(tiny_folder(tmp_path, "llama")), dtype="float32"), rank=rank)
     bench.fresh()
     prompts = bench.prompts(2)
     parts = {p.kind: p for p in breakdown(bench.policy, lambda: bench.sample(prompts, Shape(2, 2, 5), 0))}
