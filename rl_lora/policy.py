@@ -26,7 +26,7 @@ from rl_lora.config import ModelConfig
 from rl_lora.head import Head
 from rl_lora.kv_cache import Decode, Nodes, Recorder
 from rl_lora.lora import AdapterBank
-from rl_lora.memory import ask_for_large_pages
+from rl_lora.memory import ready_memory
 from rl_lora.recompute import recomputing
 from rl_lora.tree import Tree
 from rl_lora.types import Batch
@@ -87,7 +87,7 @@ class Policy:
         """
         device = torch.device(device)
         if device.type == "cpu":
-            ask_for_large_pages()
+            ready_memory()
         tokenizer = models.load_tokenizer(name, trust_remote_code=trust_remote_code)
         model = models.load_causal_lm(
             name, dtype=compute_dtype(dtype, device), device=device, trust_remote_code=trust_remote_code

@@ -250,8 +250,8 @@ def test_a_policy_is_loaded_from_a_folder_in_the_dtype_asked_for(tmp_path: Path)
 def test_large_tensors_lie_in_large_pages(given: str | None, large: bool) -> None:
     """In a process of its own, since torch looks once; what the environment says already, stays."""
     script = """
-from rl_lora.memory import ask_for_large_pages
-ask_for_large_pages()
+from rl_lora.memory import ready_memory
+ready_memory()
 import torch
 x = torch.ones(1 << 26)
 print([line.split()[1] for line in open("/proc/self/smaps_rollup") if line.startswith("AnonHugePages")][0])
