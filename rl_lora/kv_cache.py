@@ -19,13 +19,13 @@ from rl_lora.attention import Options, Sharing, Source, additive, attend
 
 BLOCK = 32
 """Tokens that the rows' own buffers grow by, at least."""
+GPU_BLOCKS = 4
+"""So many blocks at a time on a GPU: a recorded step (`replay.py`) holds as long as the buffers do."""
 READ = 8
 """Tokens that what attention reads of them grows by, in float32 on a CPU. Elsewhere it reads them whole: in bfloat16,
 torch would copy a part first, and a GPU would have to record its steps anew."""
 SHORT_TRUNK = 64
 """Tokens. A prompt keeps a copy of a beginning as short as this: to read one source more takes longer."""
-GPU_BLOCKS = 4
-"""So many blocks at a time on a GPU: a recorded step (`replay.py`) holds as long as the buffers do."""
 
 
 class Nodes:

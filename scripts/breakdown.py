@@ -16,12 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from rl_lora.policy import Policy
 
-PRODUCTS = {
-    "aten::mm",
-    "aten::addmm",
-    "aten::addmm_",
-    "aten::_grouped_mm",
-}
+PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_", "aten::_grouped_mm"}
 PACKED = {"mkl::_mkl_linear", "mkldnn::_linear_pointwise"}
 """Products with frozen weights (`rl_lora/frozen_linear.py`)."""
 BATCHED = {"aten::bmm", "aten::baddbmm"}
