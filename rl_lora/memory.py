@@ -62,7 +62,7 @@ def kept_bytes() -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free memory of the device, for this process, and what it keeps; on a CPU, processes of one launch share the rest."""
+    """Free memory of the device, and what this process keeps; on a CPU, processes of one launch share the former."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
