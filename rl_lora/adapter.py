@@ -39,23 +39,25 @@ class Site:
 class Factors:
     """A (r, in) and B (out, r) of one site, or A (E, r, in) and B (E, out, r) for experts; float32, with `scale`."""
 
-    def __init__(self, adapter: Adapter, A: nn.Parameter, B: nn.Parameter, scale: float):
-        self.adapter, self.A, self.B, self.scale = adapter, A, B, scale
-        self._cast: tuple[tuple[int, int, torch.dtype], tuple[Tensor, Tensor]] | None = None
+    def __init__(self, adapter: Adapter, site: str, A: nn.Parameter, B: nn.Parameter, scale: float):
+        self.adapter, self.site, self.A, self.B, self.scale = adapter, site, A, B, scale
 
     def to(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A and B in the compute dtype. Without gradients the copy is kept until the adapter changes.
-
-        Torch counts every in-place change of the weights, those of fused optimizers excepted: `version` counts them.
-        """
+        """A and B in the compute dtype; without gradients, those of `Adapter.cast`."""
         if dtype == self.A.dtype:
             return self.A, self.B
         if torch.is_grad_enabled():
             return self.A.to(dtype), self.B.to(dtype)
-        state = (self.adapter.version, self.A._version, dtype)
-        if self._cast is None or self._cast[0] != state:
-            self._cast = (state, (self.A.to(dtype), self.B.to(dtype)))
-        return self._cast[1]
+        return self.adapter.cast(dtype)[self.site]
+
+
+@dataclass
+class Cast:
+    """An adapter's weights in another dtype: the state they were taken in, the vector, A and B of every site."""
+
+    state: tuple[int, int]
+    flat: Tensor
+    factors: dict[str, tuple[Tensor, Tensor]]
 
 
 class Adapter:
@@ -104,6 +106,7 @@ class Adapter:
         self._shapes_flat = [shape for site in sites for shape in self._shapes(site)]
         self.flat = nn.Parameter(torch.zeros(sum(map(math.prod, self._shapes_flat)), device=device))
         self.factors = self._factors()
+        self._casts: dict[torch.dtype, Cast] = {}
         self.initialize(seed)
 
     def _factors(self) -> dict[str, Factors]:
@@ -112,15 +115,34 @@ class Adapter:
         for site in self.sites:
             r, alpha = self.ranks[site.name], self.alphas[site.name]
             scale = alpha / math.sqrt(r) if self.rslora else alpha / r
-            factors[site.name] = Factors(self, nn.Parameter(next(views)), nn.Parameter(next(views)), scale)
+            factors[site.name] = Factors(self, site.name, nn.Parameter(next(views)), nn.Parameter(next(views)), scale)
         return factors
 
+    def cast(self, dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
+        """A and B of every site in another dtype, as views of one vector that is kept, and brought up to date here.
+
+        Torch counts every in-place change of the weights, those of fused optimizers excepted: `version` counts them.
+        """
+        state = self.version, self.flat._version
+        if dtype not in self._casts:
+            with torch.inference_mode(False), torch.no_grad():  # else it could be changed in there only
+                flat = self.flat.to(dtype, copy=True)
+            views = self._views(flat, self._shapes_flat)
+            self._casts[dtype] = Cast(state, flat, {site.name: (next(views), next(views)) for site in self.sites})
+        cast = self._casts[dtype]
+        if cast.state != state:
+            with torch.no_grad():
+                cast.flat.copy_(self.flat)
+            cast.state = state
+        return cast.factors
+
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "factors"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("factors", "_casts")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)  # a copied or unpickled adapter: A and B must be views of its own vector again
         self.factors = self._factors()
+        self._casts = {}
 
     def _shapes(self, site: Site) -> tuple[tuple[int, ...], tuple[int, ...]]:
         experts = (site.experts,) if site.experts else ()

@@ -10,6 +10,7 @@ blocks that share a source meet it in one matrix product. Which blocks share wha
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,17 +56,34 @@ class Sharing:
         place = np.empty_like(owner)
         place[order] = owner[order] * self.G + np.arange(len(owner)) - (np.cumsum(counts) - counts)[owner[order]]
         self.regular = len(owner) == n * self.G and bool((place == np.arange(len(owner))).all())
-        if not self.regular:
-            block = np.full(n * self.G, len(owner))
-            block[place] = np.arange(len(owner))
-            self._empty = torch.from_numpy(np.flatnonzero(block == len(owner))).to(device)
-            self._block_of_place = torch.from_numpy(np.where(block == len(owner), 0, block)).to(device)
-            self._place_of_block = torch.from_numpy(place).to(device)
+        block = np.full(n * self.G, len(owner))
+        block[place] = np.arange(len(owner))
+        empty = block == len(owner)
+        self._empty = torch.from_numpy(np.flatnonzero(empty)).to(device)
+        self.blocks = torch.from_numpy(np.where(empty, 0, block).reshape(n, self.G)).to(device)
+        """int64 (n, G): the block of each place; empty places have any."""
+        self.place = torch.from_numpy(place).to(device)
+        """int64 (B,)"""
+
+    @functools.cached_property
+    def wide(self) -> tuple[Tensor, Tensor]:
+        """`blocks` and `place` with two places a node at least: a program for many blocks then does for one as well."""
+        if self.G > 1:
+            return self.blocks, self.place
+        return self.blocks.expand(-1, 2).contiguous(), 2 * self.place
+
+    @classmethod
+    def of(cls, blocks: Tensor, place: Tensor) -> Sharing:
+        """One that is known by its tensors alone; whether it is regular, and which places are empty, is not."""
+        sharing = cls.__new__(cls)
+        (sharing.n, sharing.G), sharing.regular = blocks.shape, False
+        sharing.blocks, sharing.place, sharing._empty = blocks, place, place[:0]
+        return sharing
 
     def together(self, x: Tensor, *, zero: bool = False) -> Tensor:
         """(B, h, X, Y) -> (n, h, G * X, Y). Empty places hold anything, or zeros where those are asked for."""
         if not self.regular:
-            x = x[self._block_of_place]
+            x = x[self.blocks.flatten()]
             if zero and len(self._empty):
                 x[self._empty] = 0
         if self.G == 1:
@@ -78,7 +96,7 @@ class Sharing:
         if self.G > 1:
             n, h, GX, Y = x.shape
             x = x.reshape(n, h, self.G, GX // self.G, Y).transpose(1, 2).reshape(n * self.G, h, -1, Y)
-        return x if self.regular else x[self._place_of_block]
+        return x if self.regular else x[self.place]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ compute the right product before they are used at all.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -41,14 +42,45 @@ class FrozenLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """(N, in) -> (N, out)"""
-        if self.may_pack and 1 < len(x) <= MOST_ROWS and not torch.is_grad_enabled():
+        if self.may_pack and 1 < x.shape[0] <= MOST_ROWS and not torch.is_grad_enabled():
             if (operators := _operators(self.weight.dtype)) is not None:
                 pack, multiply = operators
                 if self._packed is None or self._version != self.weight._version:
                     self._packed, self._version = pack(self.weight), self.weight._version
+                multiply = torch.ops.rl_lora.frozen_linear if _followed else multiply
                 return multiply(x, self._packed, self.weight, self.bias)
             self.may_pack = False
         return F.linear(x, self.weight, self.bias)
+
+
+_followed = False
+
+
+@contextmanager
+def followed() -> Iterator[None]:
+    """Inside, packed products are an operation of their own, `rl_lora::frozen_linear`: torch's compiler knows the
+    library's as made by itself only, and a tracer that knows sizes as symbols cannot pass them on."""
+    global _followed
+    before, _followed = _followed, True
+    try:
+        yield
+    finally:
+        _followed = before
+
+
+def _frozen_linear(x: Tensor, packed: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    operators = _operators(weight.dtype)
+    assert operators is not None
+    return operators[1](x, packed, weight, bias)
+
+
+OPERATIONS = torch.library.Library("rl_lora", "DEF")
+OPERATIONS.define("frozen_linear(Tensor x, Tensor packed, Tensor weight, Tensor? bias) -> Tensor")
+for key in ("CPU", "MkldnnCPU"):  # packed weights are of the second kind
+    OPERATIONS.impl("frozen_linear", _frozen_linear, key)
+torch.library.register_fake(
+    "rl_lora::frozen_linear", lambda x, _, weight, __: x.new_empty(x.shape[0], weight.shape[0]), lib=OPERATIONS
+)
 
 
 def may_pack(model: nn.Module) -> bool:

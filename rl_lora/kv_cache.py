@@ -7,6 +7,8 @@ outlast a turn. What leaves and what comes is `native_sampler.py`'s business.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache
 
-from rl_lora.attention import Options, Sharing, Source, additive, attend
+from rl_lora.attention import Options, Sharing
+from rl_lora.decode_layer import DecodeLayer, Shared
 
 BLOCK = 32
 """Tokens that the rows' own buffers grow by, at least."""
@@ -127,9 +130,10 @@ class Decode(Cache):
         self._at: Tensor | None = None
         """`t` on the device, int64 (R,): one tensor for an arrangement, since a recorded step reads and writes it."""
         self._at_is_stale = False
+        self._asked: set[int] | None = None
         self._width = 0  # own tokens that attention reads
         self._shared: list[tuple[Nodes, np.ndarray]] = []  # what rows share, and the node of each row
-        self._sharing: list[tuple[Nodes, Sharing]] = []
+        self._sharing: list[Sharing] = []
         self._lengths: list[Tensor] = []  # of each row's trunk and prompt, int64 (R,), on the device
 
     def __len__(self) -> int:
@@ -204,14 +208,14 @@ class Decode(Cache):
                 self._shared.append((self.trunks.part(used), trunk_of_row - used.start))
         if self.prompts is not None:
             self._shared.append((self.prompts, self.prompt_of_row))
-        self._sharing = [(nodes, Sharing(owner, len(nodes), self.device)) for nodes, owner in self._shared]
+        self._sharing = [Sharing(owner, len(nodes), self.device) for nodes, owner in self._shared]
         self._lengths = [torch.from_numpy(nodes.lengths[owner]).to(self.device) for nodes, owner in self._shared]
 
     def make_room(self, n_tokens: int = 1, rows: np.ndarray | None = None) -> None:
         """What `begin` needs of the host; where it has been called already, `begin` is work of the device alone."""
         t = self.t if rows is None else self.t[rows]
         longest = int(t.max()) + n_tokens
-        self._reserve(longest)
+        self._reserve(math.ceil(longest / READ) * READ + 1)
         partly = self.keys[0].device.type == "cpu" and self.keys[0].dtype == torch.float32
         width = min(self.room, math.ceil(longest / READ) * READ) if partly else self.room
         self.arrangement += width != self._width
@@ -229,18 +233,42 @@ class Decode(Cache):
         """
         self.make_room(n_tokens, rows)
         assert self._at is not None
-        self._rows = None if rows is None else torch.from_numpy(rows).to(self.device)
-        at = self._at if self._rows is None else self._at[self._rows]
-        # (R, n): where the tokens go in the row's own buffer
-        self._at_of_rows = at[:, None] + torch.arange(n_tokens, device=self.device)
-        self._row_index = (torch.arange(len(at), device=self.device) if self._rows is None else self._rows)[:, None]
-        lengths = self._lengths if self._rows is None else [x[self._rows] for x in self._lengths]
-        self._seen = lengths
+        self._first, at, lengths, sharing = rows is None, self._at, self._lengths, self._sharing
+        if rows is None:
+            self._rows = torch.arange(len(self), device=self.device)
+        else:
+            self._rows = torch.from_numpy(rows).to(self.device)
+            at, lengths = at[self._rows], [x[self._rows] for x in lengths]
+            sharing = [Sharing(owner[rows], len(nodes), self.device) for nodes, owner in self._shared]
+        self._next = at[:, None] + torch.arange(n_tokens, device=self.device)
+        self._slots = torch.arange(self._width, device=self.device)
+        self._before = list(zip((nodes for nodes, _ in self._shared), lengths, sharing, strict=True))
         self._masks: dict[int | None, Tensor] = {}
-        self._sources = self._sharing
-        if rows is not None:
-            self._sources = [(nodes, Sharing(owner[rows], len(nodes), self.device)) for nodes, owner in self._shared]
-        return self._at_of_rows + torch.stack(lengths).sum(0)[:, None]
+        return self._next + torch.stack(lengths).sum(0)[:, None]
+
+    def layer(self, i: int) -> DecodeLayer:
+        """What layer i reads and writes of the pass that `begin` has begun."""
+        if self._asked is not None:
+            self._asked.add(i)
+        shared = [Shared(nodes.keys[i], nodes.values[i], t, sharing) for nodes, t, sharing in self._before]
+        place = self._next, self._slots, shared, self._rows, self._first
+        return DecodeLayer(self.keys[i], self.values[i], *place, self._masks)
+
+    @contextmanager
+    def watched(self) -> Iterator[set[int]]:
+        """Inside, takes down which layers are asked for."""
+        before, self._asked = self._asked, set()
+        try:
+            yield self._asked
+        finally:
+            self._asked = before
+
+    def single_nodes(self) -> tuple[bool, ...] | None:
+        """Of each source that rows share, whether it is a single node; None where the pass is not one token of all of
+        several rows behind several prompts."""
+        if not self._first or self._next.shape[1] > 1 or len(self) < 2 or self.prompts is None or len(self.prompts) < 2:
+            return None
+        return tuple(len(nodes) == 1 for nodes, _ in self._shared)
 
     def advance(self, n_tokens: int | np.ndarray = 1, rows: np.ndarray | None = None) -> None:
         """Count the tokens that the model has just read."""
@@ -272,35 +300,7 @@ class Decode(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write the new tokens' keys and values, (R, H_kv, n, D), behind each row's own; return its own buffer."""
-        own = []
-        for buffer, new in ((self.keys[layer_idx], key_states), (self.values[layer_idx], value_states)):
-            buffer[self._row_index, :, self._at_of_rows] = new.transpose(1, 2)
-            own.append((buffer[: len(new)] if self._rows is None else buffer[self._rows])[:, :, : self._width])
-        return own[0], own[1]
+        return self.layer(layer_idx).update(key_states, value_states)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
-        """query: (R, H, n, D); key, value: the rows' own, (R, H_kv, width, D). Returns (R, H, n, D)."""
-        sources = [Source(nodes.keys[layer], nodes.values[layer], sharing) for nodes, sharing in self._sources]
-        return attend(query, [*sources, Source(key, value)], self.mask(options.window), options)
-
-    def mask(self, window: int | None) -> Tensor:
-        """float32 (R, 1, n, keys): which of trunk, prompt and own tokens each new token may attend to."""
-        if window not in self._masks:
-            at = self._at_of_rows[:, :, None]  # (R, n, 1)
-            first = torch.zeros_like(at[:, :1])  # (R, 1, 1): position of a source's first key
-            query = at + torch.stack(self._seen).sum(0)[:, None, None]
-            parts = []
-            for (nodes, _), length in zip(self._sources, self._seen, strict=True):
-                j = torch.arange(nodes.keys[0].shape[2], device=self.device)
-                parts.append(self._allowed(j < length[:, None, None], query - first - j, window))
-                first = first + length[:, None, None]
-            j = torch.arange(self._width, device=self.device)
-            parts.append(self._allowed(j <= at, query - first - j, window))
-            self._masks[window] = additive(torch.cat(parts, -1))
-        return self._masks[window]
-
-    @staticmethod
-    def _allowed(exists: Tensor, distance: Tensor, window: int | None) -> Tensor:
-        """(R, n, keys)"""
-        return exists.expand_as(distance) if window is None else exists & (distance < window)
+        return self.layer(layer).attend(layer, query, key, value, options)

@@ -10,7 +10,7 @@ import inspect
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -22,9 +22,11 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel,
 from rl_lora import models
 from rl_lora.attention import Layout, shared_prefix_attention_of
 from rl_lora.chat import Chat
+from rl_lora.compiled import CompiledLayers, unavailable
 from rl_lora.config import ModelConfig
 from rl_lora.head import Head
 from rl_lora.kv_cache import Decode, Nodes, Recorder
+from rl_lora.layers import difference
 from rl_lora.lora import AdapterBank
 from rl_lora.memory import ready_memory
 from rl_lora.recompute import recomputing
@@ -32,6 +34,8 @@ from rl_lora.tree import Tree
 from rl_lora.types import Batch
 
 Dtype = Literal["auto", "float32", "bfloat16"]
+WORTH_COMPILING = 1000
+"""Decoding steps. On two CPU cores one step gains 20 to 30 ms, and to compile takes about 10 s."""
 
 
 class Policy:
@@ -68,6 +72,8 @@ class Policy:
         """Of the keys and values of all layers; known where prompts are shared."""
         self.not_shared: str | None = None
         """Why prompts are not shared by their completions, or None where they are."""
+        self.compiled: CompiledLayers | None = None
+        """What decoding steps run in place of the layers; None: the layers."""
         self.not_shared = self._self_check()
 
     @classmethod
@@ -95,9 +101,14 @@ class Policy:
         return cls(model, tokenizer, name=name, stop_tokens=stop_tokens, template_kwargs=template_kwargs)
 
     @classmethod
-    def from_config(cls, config: ModelConfig, device: torch.device | str) -> Policy:
-        """`load` what a configuration says."""
-        return cls.load(
+    def from_config(cls, config: ModelConfig, device: torch.device | str, *, decoding_steps: int = 0) -> Policy:
+        """`load` what a configuration says. `decoding_steps`: how many are to come, about; many are worth compiling."""
+        device = torch.device(device)
+        wanted = decoding_steps >= WORTH_COMPILING if config.compile is None else config.compile
+        reason = unavailable(device) if wanted else None
+        if reason and config.compile:
+            raise ValueError(f"model.compile is true, but {reason}; install it, or leave model.compile out")
+        policy = cls.load(
             config.name,
             dtype=config.dtype,
             device=device,
@@ -105,6 +116,9 @@ class Policy:
             stop_tokens=config.stop_tokens,
             template_kwargs=config.template_kwargs,
         )
+        if wanted and not reason:
+            policy.compiled = CompiledLayers(policy)
+        return policy
 
     def hidden(
         self,
@@ -121,8 +135,8 @@ class Policy:
         `recompute`: layers that a backward pass computes again (`recompute.py`).
         """
         kwargs: dict[str, Any] = {} if layout is None else {"layout": layout}
-        setting = partial(self._setting, adapters, layout)
-        with setting(), recomputing(recompute, setting):
+        setting = partial(self.setting, adapters, layout)
+        with setting(), recomputing(recompute, setting), self._stepping(adapters, layout):
             output = self.backbone(
                 input_ids=tokens,
                 position_ids=positions,
@@ -132,8 +146,13 @@ class Policy:
             )
         return output.last_hidden_state
 
+    def _stepping(self, adapters: Sequence[str | None], layout: Layout | None) -> AbstractContextManager[None]:
+        if self.compiled is None or not isinstance(layout, Decode):
+            return nullcontext()
+        return self.compiled.stepping(layout, adapters)
+
     @contextmanager
-    def _setting(self, adapters: Sequence[str | None], layout: Layout | None) -> Iterator[None]:
+    def setting(self, adapters: Sequence[str | None], layout: Layout | None) -> Iterator[None]:
         """What the model's layers run in."""
         attention = nullcontext() if layout is None else shared_prefix_attention_of(self.model)
         with self.bank.route(adapters), attention:
@@ -188,7 +207,7 @@ class Policy:
         plain = self.hidden(ids, [None] * 3)
         logits = self.head.logits(plain.flatten(0, 1)).view(*ids.shape, -1)
         own = self.model(input_ids=ids, use_cache=False).logits.float()
-        if not (gap := _gap(logits, own)) <= self._tolerance:
+        if not (gap := difference(logits, own)) <= self.tolerance:
             raise ValueError(
                 f"the output head of {type(self.model).__name__} is more than a linear layer, a scale and a soft cap: "
                 f"its logits differ from ours by {gap:.2g} of their spread; it is not supported"
@@ -209,7 +228,7 @@ class Policy:
             tokens = torch.cat([ids[0], ids[1, p:], ids[2]])[None]
             flat = self.hidden(tokens, [None] * tokens.shape[1], tree, tree.positions)[0]
             found = torch.stack([flat[:n], torch.cat([flat[:p], flat[n : 2 * n - p]]), flat[2 * n - p :]])
-            if not (gap := _gap(found, plain)) <= self._tolerance:
+            if not (gap := difference(found, plain)) <= self.tolerance:
                 return f"its packed hidden states differ from the plain ones by {gap:.2g} of their spread"
             if has_window(self.model.config) and tree.windows == {None}:
                 return "its config has an attention window that its layers do not pass on"
@@ -226,7 +245,7 @@ class Policy:
                 positions = decode.begin(m)
                 states.extend(self.hidden(ids[:, t : t + m], none, decode, positions, decode).unbind(1))
                 decode.advance(m)
-            if not (gap := _gap(torch.stack(states, 1), plain[:, p - 1 :])) <= self._tolerance:
+            if not (gap := difference(torch.stack(states, 1), plain[:, p - 1 :])) <= self.tolerance:
                 return f"its decoded hidden states differ from the plain ones by {gap:.2g} of their spread"
         except Exception as error:
             return f"{type(error).__name__}: {error}"
@@ -237,21 +256,17 @@ class Policy:
         try:
             cache = self.cache()
             steps = [self.hidden(part, [None] * 3, cache=cache) for part in (ids[:, :p], *ids[:, p:].split(1, 1))]
-            gap = _gap(torch.cat(steps, 1), plain)
+            gap = difference(torch.cat(steps, 1), plain)
             found = f"its hidden states differ by {gap:.2g} of their spread from those of a whole sequence"
         except Exception as error:
             gap, found = float("nan"), f"{type(error).__name__}: {error}"
-        if not gap <= self._tolerance:
+        if not gap <= self.tolerance:
             raise ValueError(f"{type(self.model).__name__} cannot be decoded token by token with its cache: {found}")
 
     @property
-    def _tolerance(self) -> float:
+    def tolerance(self) -> float:
         """Largest mean difference, in standard deviations, that rounding explains."""
         return 1e-3 if self.dtype == torch.float32 else 0.1
-
-
-def _gap(a: Tensor, b: Tensor) -> float:
-    return float((a.float() - b.float()).abs().mean() / b.float().std().clamp_min(1e-9))
 
 
 def context_length(config: PreTrainedConfig) -> int:

@@ -14,15 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
+from rl_lora.layers import Forward, forwards, layers_of
 from rl_lora.tree import Tree
 
 if TYPE_CHECKING:
     from rl_lora.policy import Policy
 
 PROBE_TOKENS = 16
-Forward = Callable[..., Any]
 
 
 class Recompute:
@@ -44,18 +43,13 @@ class Recompute:
         d = self.policy.head.weight.shape[1] * self.policy.head.weight.element_size()  # a layer's input is kept
         kept = sum(self._bytes_per_token) * n_tokens
         chosen: list[nn.Module] = []
-        for layer, n_bytes in zip(layers_of(self.policy), self._bytes_per_token, strict=True):
+        for layer, n_bytes in zip(layers_of(self.policy.backbone), self._bytes_per_token, strict=True):
             if kept <= self.max_bytes:
                 break
             if n_bytes > d:  # below the lowest adapter nothing is kept anyway
                 chosen.append(layer)
                 kept -= (n_bytes - d) * n_tokens
         return chosen
-
-
-def layers_of(policy: Policy) -> list[GradientCheckpointingLayer]:
-    """The layers of the model, from the lowest."""
-    return [module for module in policy.backbone.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 @contextmanager
@@ -71,7 +65,7 @@ def recomputing(layers: Sequence[nn.Module], setting: Callable[[], AbstractConte
             context_fn=lambda: (nullcontext(), setting()),
         )
 
-    with _forwards(layers, again):
+    with forwards(layers, again):
         yield
 
 
@@ -83,7 +77,7 @@ def activation_bytes(policy: Policy, adapter: str) -> list[float]:
 
 
 def _kept(policy: Policy, adapter: str, n_tokens: int) -> list[int]:
-    layers = layers_of(policy)
+    layers = layers_of(policy.backbone)
     place: dict[nn.Module, int] = {layer: i for i, layer in enumerate(layers)}
     kept = [0] * len(layers)
     # Weights are there anyway; storages that several operations keep count once.
@@ -109,22 +103,6 @@ def _kept(policy: Policy, adapter: str, n_tokens: int) -> list[int]:
     tree = Tree([(0, n_tokens, -1)], policy.device) if policy.not_shared is None else None
     tokens = torch.zeros(1, n_tokens, dtype=torch.int64, device=policy.device)
     adapters = [adapter] * (1 if tree is None else n_tokens)
-    with torch.enable_grad(), _forwards(layers, watched):
+    with torch.enable_grad(), forwards(layers, watched):
         policy.hidden(tokens, adapters, tree, None if tree is None else tree.positions)
     return kept
-
-
-@contextmanager
-def _forwards(layers: Sequence[nn.Module], wrap: Callable[[nn.Module, Forward], Forward]) -> Iterator[None]:
-    """Inside, the forward of each layer is a wrapped one."""
-    before = [layer.__dict__.get("forward") for layer in layers]  # another library may have put its own there
-    for layer in layers:
-        layer.forward = wrap(layer, layer.forward)
-    try:
-        yield
-    finally:
-        for layer, forward in zip(layers, before, strict=True):
-            if forward is None:
-                del layer.forward
-            else:
-                layer.forward = forward

@@ -13,6 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from rl_lora.layers import difference
+
 Step = Callable[[Tensor], Tensor]
 """Reads one token a row, int64 (R,), and returns hidden states (R, d). All it changes are tensors, in place."""
 Record = Callable[[Step, Tensor], Step]
@@ -58,12 +60,11 @@ class Recorder:
         try:
             recording = self.record(step, tokens)
             if not self.proven:
-                expected = step(tokens).float()
+                expected = step(tokens).clone()
                 undo()
-                found = recording(tokens).float()
+                found = recording(tokens)
                 undo()
-                gap = float((found - expected).abs().mean() / expected.std().clamp_min(1e-9))
-                if not gap <= TOLERANCE:
+                if not (gap := difference(found, expected)) <= TOLERANCE:
                     raise ValueError(f"hidden states differ by {gap:.2g} of their spread")
                 self.proven = True
             return recording

@@ -112,7 +112,9 @@ class Trainer:
 
         self.curriculum = curriculum_of(config)
         with self.report.stage(f"loading {config.model.name}"):
-            self.policy = Policy.from_config(config.model, self.accelerator.device)
+            samples = config.learner.objective != "likelihood"
+            decoding_steps = config.steps * config.rollout.max_tokens if samples else 0
+            self.policy = Policy.from_config(config.model, self.accelerator.device, decoding_steps=decoding_steps)
         set_seed(config.seed, device_specific=True)  # nothing here draws from these; environments and rewards may
         self.learner = Learner(
             self.policy, config.learner, temperature=config.rollout.temperature, accelerator=self.accelerator

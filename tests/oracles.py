@@ -23,9 +23,14 @@ TokenObjective = Callable[[Tensor, Tensor, float], Tensor]
 """(log-probabilities (T,), behaviour log-probabilities (T,), advantage) -> objective of each token (T,)"""
 
 
-def tiny_policy(arch: str = "llama", adapters: Sequence[str] = ("a",), stop_tokens: Sequence[str] = ()) -> Policy:
-    """A float32 policy with adapters of different ranks, all of them far from zero."""
-    policy = Policy(tiny_model(arch), tiny_tokenizer(chat_template=False), stop_tokens=stop_tokens)
+def tiny_policy(
+    arch: str = "llama",
+    adapters: Sequence[str] = ("a",),
+    stop_tokens: Sequence[str] = (),
+    dtype: torch.dtype = torch.float32,
+) -> Policy:
+    """A policy with adapters of different ranks, all of them far from zero."""
+    policy = Policy(tiny_model(arch, dtype=dtype), tiny_tokenizer(chat_template=False), stop_tokens=stop_tokens)
     for i, name in enumerate(adapters):
         randomize(policy.bank.add(name, rank=1 + i, alpha=8), seed=i + 1)
     return policy

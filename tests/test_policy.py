@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, MambaConfig, PreTrai
 from rl_lora import memory
 from rl_lora import policy as policy_module
 from rl_lora.config import LearnerConfig
+from rl_lora.decode_layer import DecodeLayer
 from rl_lora.kv_cache import Decode
 from rl_lora.learner import Learner
 from rl_lora.native_sampler import NativeSampler
@@ -129,7 +130,7 @@ def test_a_window_that_only_the_models_own_mask_knows_of_is_not_shared() -> None
         ("llama", Tree, "attend", nothing_but_nan, "packed hidden states differ .* by nan"),
         ("llama", Decode, "attend", nothing_but_nan, "decoded hidden states differ .* by nan"),
         ("gemma3", Tree, "mask", without_window(Tree.mask), "packed hidden states differ"),
-        ("gpt_oss", Decode, "mask", without_window(Decode.mask), "decoded hidden states differ"),
+        ("gpt_oss", DecodeLayer, "mask", without_window(DecodeLayer.mask), "decoded hidden states differ"),
         ("llama", Decode, "advance", lambda self, n: None, "decoded hidden states differ"),
         ("llama", Tree, "attend", None, "TypeError: 'NoneType' object is not callable"),
     ],

@@ -14,10 +14,11 @@ from transformers import MambaConfig, MambaForCausalLM
 from rl_lora import memory
 from rl_lora.adapter import Adapter
 from rl_lora.config import LearnerConfig, TrainConfig, validate
+from rl_lora.layers import layers_of
 from rl_lora.learner import Learner
 from rl_lora.memory import budget, free_bytes
 from rl_lora.policy import Policy
-from rl_lora.recompute import Recompute, activation_bytes, layers_of
+from rl_lora.recompute import Recompute, activation_bytes
 from rl_lora.types import Group
 from tests.oracles import episode, group, tiny_policy, turn
 from tests.tiny import ARCHITECTURES, VOCAB_SIZE, randomize, tiny_tokenizer, token_ids
@@ -51,12 +52,12 @@ def test_the_gradient_is_the_same_to_the_bit(arch: str) -> None:
     policy = tiny_policy(arch, ["a", "b"])
     kept, none = gradients(policy, 1.0)
     recomputed, all_layers = gradients(policy, 0.0)
-    assert (none, all_layers) == (0, len(layers_of(policy)))
+    assert (none, all_layers) == (0, len(layers_of(policy.backbone)))
     assert len(kept) == 2
     for a, b in zip(kept, recomputed, strict=True):
         assert a.norm() > 0
         assert torch.equal(a, b)
-    assert all("forward" not in layer.__dict__ for layer in layers_of(policy))
+    assert all("forward" not in layer.__dict__ for layer in layers_of(policy.backbone))
 
 
 def test_on_the_plain_path_too() -> None:
@@ -100,7 +101,7 @@ def test_what_is_kept_stays_within_the_budget() -> None:
     assert everything == pytest.approx(n * sum(activation_bytes(policy, "a")), rel=0.25)
     budget_bytes = (everything + nothing) / 2
     assert nothing < kept_bytes(policy, n, budget_bytes) < 1.1 * budget_bytes
-    lower, upper = layers_of(policy)
+    lower, upper = layers_of(policy.backbone)
     assert Recompute(policy, budget_bytes).layers(n, "a") == [lower]
     assert Recompute(policy, 0).layers(n, "a") == [lower, upper]
 
@@ -108,7 +109,7 @@ def test_what_is_kept_stays_within_the_budget() -> None:
 def test_layers_below_the_lowest_adapter_are_not_computed_twice() -> None:
     policy = tiny_policy("llama", [])
     policy.bank.add("a", targets=["layers.1.self_attn.q_proj"])
-    _lower, upper = layers_of(policy)
+    _lower, upper = layers_of(policy.backbone)
     below, above = activation_bytes(policy, "a")
     assert below == 0 < above
     assert Recompute(policy, 0).layers(10, "a") == [upper]
@@ -116,7 +117,7 @@ def test_layers_below_the_lowest_adapter_are_not_computed_twice() -> None:
 
 def test_another_librarys_forward_stays_in_place() -> None:
     policy = tiny_policy("llama", ["a", "b"])
-    layer = layers_of(policy)[0]
+    layer = layers_of(policy.backbone)[0]
     calls = []
     own = layer.forward
 

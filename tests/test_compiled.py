@@ -1,0 +1,216 @@
+"""Compiled layers compute what the layers compute, for all sizes that a rollout comes to, and follow the weights."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rl_lora.compiled import CompiledLayers, unavailable
+from rl_lora.config import ModelConfig
+from rl_lora.frozen_linear import MOST_ROWS
+from rl_lora.native_sampler import NativeSampler
+from rl_lora.policy import Policy
+from rl_lora.program import Program, Tape
+from rl_lora.sampler import Completion, Request
+from tests.oracles import tiny_policy
+from tests.tiny import randomize, token_ids
+
+pytestmark = pytest.mark.skipif(unavailable(torch.device("cpu")) is not None, reason="there is no C++ compiler")
+
+
+def requests(n_prompts: int, n: int, adapter: str | None, begin: int = 0, seed: int = 0) -> list[Request]:
+    """Prompts of several lengths that begin with the same `begin` tokens; completions end at 3 to 17 tokens."""
+    common = token_ids(1, begin, 99)[0].tolist() if begin else []
+    return [
+        Request(
+            (*common, *token_ids(1, 3 + 5 * (i % 3), seed + i)[0].tolist()),
+            n=n,
+            max_tokens=(3, 17, 9)[i % 3],
+            adapter=adapter,
+            seed=(seed, i),
+        )
+        for i in range(n_prompts)
+    ]
+
+
+class Counted:
+    """How often a policy's programs ran, or stepped aside."""
+
+    def __init__(self, policy: Policy, monkeypatch: pytest.MonkeyPatch):
+        self.ran, self.stepped_aside = 0, 0
+        holds = Program.holds
+
+        def counted(program: Any, inputs: Any) -> bool:
+            result = holds(program, inputs)
+            self.ran += result
+            self.stepped_aside += not result
+            return result
+
+        monkeypatch.setattr(Program, "holds", counted)
+        policy.compiled = CompiledLayers(policy)
+
+
+def both(policy: Policy, asked: list[Request], **options: Any) -> tuple[list[Completion], list[Completion]]:
+    """Completions with and without compiled layers."""
+    layers = policy.compiled
+    assert layers is not None
+    sides = []
+    for policy.compiled in (layers, None):
+        sides.append([c for of in NativeSampler(policy, **options).generate(asked) for c in of])
+    policy.compiled = layers
+    assert layers.failed is None
+    return sides[0], sides[1]
+
+
+def assert_alike(found: list[Completion], expected: list[Completion], tolerance: float = 1e-4) -> None:
+    assert [c.token_ids for c in found] == [c.token_ids for c in expected]
+    for a, b in zip(found, expected, strict=True):
+        assert torch.tensor(a.logprobs) == pytest.approx(torch.tensor(b.logprobs), abs=tolerance)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "gpt2"])
+def test_compiled_steps_draw_what_the_layers_draw(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = tiny_policy(arch, ["a"])
+    counted = Counted(policy, monkeypatch)
+    # One program for each kind of layer does for all of these: rows come and leave, buffers grow, prompts differ.
+    assert_alike(*both(policy, requests(7, 5, "a")))
+    kinds = {"llama": 1, "gemma3": 2, "gpt2": 1}[arch]
+    assert policy.compiled is not None
+    assert len(policy.compiled.programs) == kinds
+    assert counted.ran > 20
+    for asked, options in (
+        (requests(3, 2, "a", seed=1), {}),
+        (requests(9, 1, "a", seed=2), {}),  # a completion a prompt
+        (requests(11, 4, "a", seed=3), {"max_rows": 8}),
+        (requests(5, 3, "a", begin=20, seed=4), {}),  # the common beginning is copied into each prompt
+        ([replace(request, temperature=0.0) for request in requests(6, 3, "a", seed=5)], {"check_every": 4}),
+    ):
+        counted.ran = 0
+        assert_alike(*both(policy, asked, **options))
+        assert counted.ran
+        assert len(policy.compiled.programs) == kinds
+    # Another adapter of the same form runs the same programs on its own weights.
+    randomize(policy.bank.add("b", rank=2), seed=7)
+    randomize(policy.bank.add("c", rank=2), seed=8)
+    found, expected = both(policy, requests(4, 3, "b"))
+    assert_alike(found, expected)
+    assert_alike(*both(policy, requests(4, 3, "c")))
+    assert [c.logprobs for c in found] != [c.logprobs for c in both(policy, requests(4, 3, "c"))[0]]
+    assert len(policy.compiled.programs) == 2 * kinds  # "a" is of another rank
+
+
+def test_long_common_beginnings_mixed_batches_and_the_bare_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = tiny_policy("llama", ["a", "b"])
+    counted = Counted(policy, monkeypatch)
+    assert_alike(*both(policy, requests(5, 3, None, begin=70)))
+    assert counted.ran
+    counted.ran = 0
+    assert_alike(*both(policy, [*requests(3, 2, "a"), *requests(3, 2, "b")]))
+    assert not counted.ran  # two adapters in a batch, and then
+    assert_alike(*both(policy, requests(1, 5, "a")))
+    assert not counted.ran  # a single prompt: both are left to the layers
+
+
+def test_more_rows_than_products_are_packed_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = tiny_policy("llama", ["a"])
+    if not policy.bank.may_pack:
+        pytest.skip("weights are not packed here")
+    counted = Counted(policy, monkeypatch)
+    asked = [replace(request, max_tokens=3) for request in requests(40, 14, "a")]
+    assert_alike(*both(policy, asked, max_rows=40 * 14))
+    assert MOST_ROWS < 40 * 14
+    assert counted.stepped_aside
+
+
+def test_weights_that_change_are_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = tiny_policy("llama", ["a"], dtype=torch.bfloat16)
+    counted = Counted(policy, monkeypatch)
+    asked = [replace(request, temperature=0.0) for request in requests(4, 3, "a")]
+    first, _ = both(policy, asked)
+    adapter = policy.bank["a"]
+    with torch.no_grad():
+        adapter.flat.mul_(-3)
+    adapter.version += 1
+    second, expected = both(policy, asked)
+    assert policy.compiled is not None
+    assert counted.ran
+    assert len(policy.compiled.programs) == 1
+    assert [c.token_ids for c in first] != [c.token_ids for c in second]
+    agree = [len(shared(a.token_ids, b.token_ids)) / len(b.token_ids) for a, b in zip(second, expected, strict=True)]
+    assert sum(agree) / len(agree) > 0.8  # bfloat16 decides close calls otherwise
+    assert_close_at_first(second, expected)
+
+
+def shared(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
+    n = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return a[:n]
+
+
+def assert_close_at_first(found: list[Completion], expected: list[Completion]) -> None:
+    for a, b in zip(found, expected, strict=True):
+        n = len(shared(a.token_ids, b.token_ids))
+        assert a.logprobs[:n] == pytest.approx(b.logprobs[:n], abs=0.15)
+
+
+def test_what_cannot_be_followed_is_decoded_all_the_same() -> None:
+    policy = tiny_policy("mixtral", ["a"])
+    plain = [c for of in NativeSampler(policy).generate(requests(3, 2, "a")) for c in of]
+    policy.compiled = CompiledLayers(policy)
+    with pytest.warns(UserWarning, match="without compiled layers"):
+        found = [c for of in NativeSampler(policy).generate(requests(3, 2, "a")) for c in of]
+    assert policy.compiled.failed
+    assert found == plain
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # it is said once
+        NativeSampler(policy).generate(requests(3, 2, "a"))
+
+
+def test_a_program_that_computes_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = tiny_policy("llama", ["a"])
+    policy.compiled = CompiledLayers(policy)
+    of = Program.of.__func__  # type: ignore[attr-defined]
+
+    def wrong(cls: Any, *args: Any) -> Any:
+        program = of(cls, *args)
+        function = program.function
+        program.function = lambda *inputs: function(*inputs) * 1.01
+        return program
+
+    monkeypatch.setattr(Program, "of", classmethod(wrong))
+    with pytest.warns(UserWarning, match="layer 0 computes differs by"):
+        NativeSampler(policy).generate(requests(3, 2, "a"))
+
+
+def test_a_tape_tells_operations_and_their_arguments_apart() -> None:
+    weights = [torch.randn(4, 4), torch.randn(4, 4)]
+    x = torch.randn(3, 4)
+
+    def tape(work: Any) -> Tape:
+        with Tape([x]) as tape:
+            work(x)
+        return tape
+
+    def linear(weight: Tensor, scale: float = 2.0) -> Any:
+        return lambda x: (x @ weight * scale).softmax(-1)
+
+    a, b = (tape(linear(weight)) for weight in weights)
+    assert a.lines == b.lines
+    assert a.constants[0] is weights[0]
+    assert b.constants[0] is weights[1]
+    assert tape(linear(weights[0], 3.0)).lines != a.lines
+    assert tape(linear(torch.randn(4, 5))).lines != a.lines
+    assert tape(lambda x: (x @ weights[0] * 2.0).softmax(0)).lines != a.lines
+
+
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import config
+
+    with config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        assert "C++ compiler" in str(unavailable(torch.device("cpu")))
+        with pytest.raises(ValueError, match=r"model\.compile is true, but no C\+\+ compiler"):
+            Policy.from_config(ModelConfig(name="never looked at", compile=True), "cpu")
