@@ -32,7 +32,7 @@ class Options:
     window: int | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
-    """(H,): a logit for each head that takes probability away from every key (gpt-oss)."""
+    """(H,), or (B, H) of each block: a logit of each head that takes probability away from every key (gpt-oss)."""
 
 
 class Layout(Protocol):
@@ -186,7 +186,7 @@ def _probabilities(
         scores = torch.add(mask, capped, alpha=options.softcap)
     if options.sinks is None:
         return torch.softmax(scores, -1), slope
-    sinks = options.sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+    sinks = options.sinks.float()[..., None, None].expand(*scores.shape[:-1], 1)
     return torch.softmax(torch.cat([scores, sinks], -1), -1)[..., :-1], slope
 
 

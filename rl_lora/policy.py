@@ -178,7 +178,7 @@ class Policy:
         recorder = Recorder()
         of_tokens = [adapter for adapter, n in zip(adapters, lengths, strict=True) for _ in range(n)]
         hidden = self.hidden(tokens, of_tokens, tree, tree.positions, recorder)
-        keys, values = ([tree.padded(x, 0) for x in xs] for xs in (recorder.keys, recorder.values))
+        keys, values = ([tree.nodes(x) for x in xs] for xs in (recorder.keys, recorder.values))
         return Nodes(keys, values, lengths), hidden[0, tree.last()]
 
     def cache(self) -> Cache:

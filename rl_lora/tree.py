@@ -37,9 +37,9 @@ Span = tuple[int, int, int]
 class Depth:
     """The n spans of one depth, padded to L tokens."""
 
-    index: Tensor
+    tokens: np.ndarray
     """int64 (n, L): where the tokens stand in the flat pass; 0 on padding."""
-    padding: Tensor
+    padding: np.ndarray
     """bool (n, L)"""
     lengths: np.ndarray
     """(n,)"""
@@ -51,18 +51,20 @@ class Depth:
     @property
     def positions(self) -> np.ndarray:
         """int64 (n, L), counted on behind a span's end, so that padding attends to itself."""
-        return self.first[:, None] + np.arange(self.index.shape[1])
+        return self.first[:, None] + np.arange(self.tokens.shape[1])
 
 
 @dataclass
 class Chunk:
-    """Query blocks that are computed at a time, and the sources they attend to."""
+    """Queries of some spans that are computed at a time, and the sources they attend to, under every key-value head."""
 
+    kv_heads: int
     depth: int
     blocks: slice
     queries: slice
     sources: list[tuple[int, slice, int, Sharing | None]]
-    """(depth of the source or PAST, its nodes, its first so many keys, sharing)"""
+    """(depth of the source or PAST, its nodes, its first so many keys, sharing): every head has its own nodes and
+    blocks, (H_kv, n), so that blocks of a node lie together."""
     masks: dict[int | None, Tensor] = field(default_factory=dict)
 
 
@@ -102,9 +104,8 @@ class Tree:
             else:
                 position_of_first.append(0 if past is None else int(past.lengths[past_of_span[i]]))
         self.n_tokens = sum(length for _, length, _ in spans)
-        positions, slot = np.empty(self.n_tokens, np.int64), np.empty(self.n_tokens, np.int64)
+        positions = np.empty(self.n_tokens, np.int64)
         self.depths: list[Depth] = []
-        offset = 0
         for own in members:
             lengths = np.array([spans[i][1] for i in own])
             index = np.zeros((len(own), lengths.max()), np.int64)
@@ -114,22 +115,19 @@ class Tree:
                 tokens = np.arange(start, start + length)
                 index[k, :length] = tokens
                 positions[tokens] = position_of_first[i] + np.arange(length)
-                slot[tokens] = offset + k * index.shape[1] + np.arange(length)
                 while parent >= 0:
                     owners[depths[parent]].append(place[parent])
                     parent = spans[parent][2]
             first = np.array([position_of_first[i] for i in own])
             padding = np.arange(index.shape[1]) >= lengths[:, None]
-            at, beyond = torch.from_numpy(index).to(device), torch.from_numpy(padding).to(device)
-            self.depths.append(Depth(at, beyond, lengths, first, list(map(np.array, owners))))
-            offset += index.size
+            self.depths.append(Depth(index, padding, lengths, first, list(map(np.array, owners))))
         self._past_owner = np.array(past_of_span)
         self.positions = torch.from_numpy(positions).to(device)[None]
         """int64 (1, N)"""
         self.block_masks: dict[int | None, BlockMask] = {}
         """Of `flex.py`, by sliding window."""
-        self._slot = torch.from_numpy(slot).to(device)  # where a token stands among the padded tokens of all depths
-        self._chunks: list[Chunk] = []
+        self._chunks: dict[int, list[Chunk]] = {}
+        self._places: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self.windows: set[int | None] = set()
         """The sliding windows that the model's layers have asked for; None is full attention."""
 
@@ -148,44 +146,62 @@ class Tree:
         """int64: where the last token of every span stands."""
         return torch.tensor([start + length - 1 for start, length, _ in self.spans], device=self.device)
 
-    def padded(self, x: Tensor, depth: int) -> Tensor:
-        """(1, h, N, D) -> (n, h, L, D), the spans of a depth."""
-        return x[0].transpose(0, 1)[self.depths[depth].index].transpose(1, 2).contiguous()
+    def nodes(self, x: Tensor) -> Tensor:
+        """(1, h, N, D) -> (n, h, L, D): spans that have no parents, as `kv_cache.Nodes` keeps them."""
+        [depth] = self.depths
+        return x[0].transpose(0, 1)[torch.from_numpy(depth.tokens).to(x.device)].transpose(1, 2).contiguous()
 
-    def flat(self, parts: Sequence[Tensor]) -> Tensor:
-        """The other way: (n, h, L, D) of every depth -> (1, h, N, D), in the memory order of (1, N, h, D)."""
-        tokens = [part.transpose(1, 2).flatten(0, 1) for part in parts]  # (n * L, h, D)
-        return (torch.cat(tokens) if len(tokens) > 1 else tokens[0])[self._slot].transpose(0, 1)[None]
+    def places(self, heads: int, kv_heads: int) -> tuple[Tensor, Tensor]:
+        """Between the rows of N tokens, (N, H), and those of all depths' padded spans, each (H_kv, n, H / H_kv, L):
+        the row that goes into each place of the second, and the place that each of the first has there; int64."""
+        if (heads, kv_heads) not in self._places:
+            rows, place, offset = [], np.empty((self.n_tokens, heads), np.int64), 0
+            for depth in self.depths:
+                head = np.arange(heads).reshape(kv_heads, 1, -1, 1)
+                of_depth = depth.tokens[:, None] * heads + head
+                places = offset + np.arange(of_depth.size).reshape(of_depth.shape)
+                there = ~depth.padding
+                place[depth.tokens[there]] = places.transpose(1, 3, 0, 2)[there].reshape(-1, heads)
+                rows.append(of_depth.ravel())
+                offset += of_depth.size
+            both = np.concatenate(rows), place.ravel()
+            self._places[heads, kv_heads] = tuple(torch.from_numpy(x).to(self.device) for x in both)
+        return self._places[heads, kv_heads]
 
-    def chunks(self, heads: int) -> list[Chunk]:
+    def chunks(self, heads: int, kv_heads: int) -> list[Chunk]:
         """The pieces that attention is computed in: their scores stay within `CHUNK_ELEMENTS`."""
-        if not self._chunks:
+        if kv_heads not in self._chunks:
+            self._chunks[kv_heads] = []
             for d, depth in enumerate(self.depths):
-                n, L = depth.index.shape
-                keys = sum(other.index.shape[1] for other in self.depths[: d + 1])
+                n, L = depth.tokens.shape
+                keys = sum(other.tokens.shape[1] for other in self.depths[: d + 1])
                 keys += 0 if self.past is None else int(self.past.lengths.max())
                 blocks = max(1, CHUNK_ELEMENTS // (heads * L * keys))
                 queries = min(L, max(1, CHUNK_ELEMENTS // (heads * keys)))  # less than L for one block at a time only
                 for b in range(0, n, blocks):
                     for q in range(0, L, queries):
-                        self._chunks.append(self._chunk(d, slice(b, min(b + blocks, n)), slice(q, min(q + queries, L))))
-        return self._chunks
+                        part = slice(b, min(b + blocks, n)), slice(q, min(q + queries, L))
+                        self._chunks[kv_heads].append(self._chunk(kv_heads, d, *part))
+        return self._chunks[kv_heads]
 
-    def _chunk(self, d: int, blocks: slice, queries: slice) -> Chunk:
+    def _chunk(self, kv_heads: int, d: int, blocks: slice, queries: slice) -> Chunk:
+        def sharing(owner: np.ndarray, n: int) -> Sharing:
+            return Sharing((n * np.arange(kv_heads)[:, None] + owner).ravel(), n * kv_heads, self.device)
+
         sources: list[tuple[int, slice, int, Sharing | None]] = []
         if self.past is not None:
-            sharing = Sharing(self._past_owner[blocks], len(self.past), self.device)
-            sources.append((PAST, slice(None), self.past.keys[0].shape[2], sharing))
+            shared = sharing(self._past_owner[blocks], len(self.past))
+            sources.append((PAST, slice(None), self.past.keys[0].shape[2], shared))
         for a, owner in enumerate(self.depths[d].owners):
             mine = owner[blocks]
             nodes = slice(int(mine.min()), int(mine.max()) + 1)
-            sharing = Sharing(mine - nodes.start, nodes.stop - nodes.start, self.device)
-            sources.append((a, nodes, self.depths[a].index.shape[1], sharing))
+            shared = sharing(mine - nodes.start, nodes.stop - nodes.start)
+            sources.append((a, nodes, self.depths[a].tokens.shape[1], shared))
         sources.append((d, blocks, queries.stop, None))  # nothing behind the last query is seen
-        return Chunk(d, blocks, queries, sources)
+        return Chunk(kv_heads, d, blocks, queries, sources)
 
     def mask(self, chunk: Chunk, window: int | None) -> Tensor:
-        """float32 (blocks, 1, queries, keys)"""
+        """float32 (H_kv * blocks, 1, queries, keys)"""
         if window not in chunk.masks:
             depth = self.depths[chunk.depth]
             query = depth.positions[chunk.blocks, chunk.queries, None]
@@ -205,7 +221,8 @@ class Tree:
                 if window is not None:
                     allowed = allowed & (query - key < window)
                 parts.append(np.broadcast_to(allowed, (*query.shape[:2], n_keys)))
-            chunk.masks[window] = additive(torch.from_numpy(np.concatenate(parts, -1)).to(self.device))
+            mask = additive(torch.from_numpy(np.concatenate(parts, -1)).to(self.device))
+            chunk.masks[window] = mask.repeat(chunk.kv_heads, 1, 1, 1)
         return chunk.masks[window]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +30,36 @@ def own(tree: Tree, query: Tensor, key: Tensor, value: Tensor, options: Options,
     return _Own.apply(query, key, value, tree, layer, options)
 
 
+class Padded:
+    """What the tokens of a tree have, (H, N, D), by depth: `parts` are (H_kv, n, H / H_kv, L, D), one behind the other
+    in memory, so that it takes one gathering to come here and one to go back."""
+
+    def __init__(self, tree: Tree, rows: Tensor, heads: int, kv_heads: int):
+        self.tree, self.rows, self.heads, self.kv_heads = tree, rows, heads, kv_heads
+        self.parts: list[Tensor] = []
+        sizes = [(kv_heads, len(depth.tokens), heads // kv_heads, depth.tokens.shape[1]) for depth in tree.depths]
+        for size, part in zip(sizes, rows.split([math.prod(size) for size in sizes]), strict=True):
+            self.parts.append(part.view(*size, -1))
+
+    @classmethod
+    def of(cls, tree: Tree, x: Tensor, kv_heads: int) -> Padded:
+        """x: (1, H, N, D)."""
+        heads = x.shape[1]
+        tokens = x[0].transpose(0, 1).reshape(-1, x.shape[-1])  # (N * H, D), which is how it usually lies in memory
+        return cls(tree, tokens[tree.places(heads, kv_heads)[0]], heads, kv_heads)
+
+    def like(self, dim: int, dtype: torch.dtype | None = None, *, zero: bool = False) -> Padded:
+        """Of another last dimension; it holds zeros, or anything."""
+        make = torch.zeros if zero else torch.empty
+        rows = make(len(self.rows), dim, dtype=dtype or self.rows.dtype, device=self.rows.device)
+        return Padded(self.tree, rows, self.heads, self.kv_heads)
+
+    def flat(self, dtype: torch.dtype | None = None) -> Tensor:
+        """(1, H, N, D), in the memory order of (1, N, H, D)."""
+        rows = self.rows[self.tree.places(self.heads, self.kv_heads)[1]].to(dtype or self.rows.dtype)
+        return rows.view(1, -1, self.heads, rows.shape[-1]).transpose(1, 2)
+
+
 class _Own(torch.autograd.Function):
     """Keeps queries, keys and values only; gathers tokens into padded spans, never scatters."""
 
@@ -37,46 +69,65 @@ class _Own(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(query, key, value)
         ctx.tree, ctx.options = tree, options
-        q, k, v = ([tree.padded(x, d) for d in range(len(tree.depths))] for x in (query, key, value))
-        out = [x.new_empty(*x.shape[:3], value.shape[-1]) for x in q]
+        q, k, v = (Padded.of(tree, x, key.shape[1]) for x in (query, key, value))
+        out = q.like(value.shape[-1])
         for chunk, of_chunk, sources in _pieces(tree, layer, q, k, v):
-            mask = tree.mask(chunk, options.window)
-            out[chunk.depth][chunk.blocks, :, chunk.queries] = attend_to_sources(of_chunk, sources, mask, options)
-        return tree.flat(out)
+            found = attend_to_sources(of_chunk, sources, tree.mask(chunk, options.window), _of_chunk(options, chunk))
+            _part(out, chunk).copy_(_heads_apart(found, chunk))
+        return out.flat()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tree, options = ctx.tree, ctx.options
         assert tree.past is None
-        q, k, v, g = ([tree.padded(x, d) for d in range(len(tree.depths))] for x in (*ctx.saved_tensors, grad))
-        for x, depth in zip(g, tree.depths, strict=True):
-            x.masked_fill_(depth.padding[:, None, :, None], 0)  # what stands there would reach keys and values
+        query, key, value = ctx.saved_tensors
+        kv_heads = key.shape[1]
+        q, k, v, g = (Padded.of(tree, x, kv_heads) for x in (query, key, value, grad))
+        for x, depth in zip(g.parts, tree.depths, strict=True):
+            if depth.padding.any():  # what stands there would reach keys and values
+                padding = torch.from_numpy(depth.padding).to(x.device)
+                x.masked_fill_(padding[:, None, :, None], 0)
         # A prompt's keys hear from every completion: their sum is kept in float32.
-        dq, dk, dv = (
-            [torch.zeros_like(x, dtype=torch.float32 if float32 else None) for x in xs]
-            for xs, float32 in ((q, False), (k, True), (v, True))
-        )
+        dq = q.like(q.rows.shape[-1])
+        dk, dv = (x.like(x.rows.shape[-1], torch.float32, zero=True) for x in (k, v))
         for chunk, of_chunk, sources in _pieces(tree, 0, q, k, v):
             mask = tree.mask(chunk, options.window)
-            dout = g[chunk.depth][chunk.blocks, :, chunk.queries]
-            dq_chunk, of_sources = attend_backward(of_chunk, sources, mask, options, dout)
-            dq[chunk.depth][chunk.blocks, :, chunk.queries] = dq_chunk
+            dout = _part(g, chunk).flatten(0, 1)
+            dq_chunk, of_sources = attend_backward(of_chunk, sources, mask, _of_chunk(options, chunk), dout)
+            _part(dq, chunk).copy_(_heads_apart(dq_chunk, chunk))
             for (a, nodes, n_keys, _), (dkey, dvalue) in zip(chunk.sources, of_sources, strict=True):
-                dk[a][nodes, :, :n_keys] += dkey
-                dv[a][nodes, :, :n_keys] += dvalue
-        return tree.flat(dq), tree.flat(dk).to(k[0].dtype), tree.flat(dv).to(v[0].dtype), None, None, None
+                dk.parts[a][:, nodes, 0, :n_keys] += dkey.view(kv_heads, -1, *dkey.shape[2:])
+                dv.parts[a][:, nodes, 0, :n_keys] += dvalue.view(kv_heads, -1, *dvalue.shape[2:])
+        return dq.flat(), dk.flat(k.rows.dtype), dv.flat(v.rows.dtype), None, None, None
 
 
-def _pieces(
-    tree: Tree, layer: int, q: list[Tensor], k: list[Tensor], v: list[Tensor]
-) -> Iterator[tuple[Chunk, Tensor, list[Source]]]:
-    """Every chunk, with its queries and its sources."""
-    for chunk in tree.chunks(q[0].shape[1]):
+def _part(x: Padded, chunk: Chunk) -> Tensor:
+    """(H_kv, blocks, H / H_kv, queries, D)"""
+    return x.parts[chunk.depth][:, chunk.blocks, :, chunk.queries]
+
+
+def _heads_apart(x: Tensor, chunk: Chunk) -> Tensor:
+    """(H_kv * blocks, H / H_kv, queries, D) -> (H_kv, blocks, H / H_kv, queries, D)"""
+    return x.view(chunk.kv_heads, -1, *x.shape[1:])
+
+
+def _of_chunk(options: Options, chunk: Chunk) -> Options:
+    """The same, with the sinks of each block's heads."""
+    if options.sinks is None:
+        return options
+    blocks = chunk.blocks.stop - chunk.blocks.start
+    return replace(options, sinks=options.sinks.view(chunk.kv_heads, -1).repeat_interleave(blocks, 0))
+
+
+def _pieces(tree: Tree, layer: int, q: Padded, k: Padded, v: Padded) -> Iterator[tuple[Chunk, Tensor, list[Source]]]:
+    """Every chunk, with its queries, (H_kv * blocks, H / H_kv, queries, D), and sources, (H_kv * nodes, 1, keys, D)."""
+    for chunk in tree.chunks(q.heads, k.heads):
         sources = []
         for a, nodes, n_keys, sharing in chunk.sources:
             if a < 0:  # the past
                 assert tree.past is not None
-                sources.append(Source(tree.past.keys[layer], tree.past.values[layer], sharing))
+                pair = [x[layer].transpose(0, 1).flatten(0, 1)[:, None] for x in (tree.past.keys, tree.past.values)]
             else:
-                sources.append(Source(k[a][nodes, :, :n_keys], v[a][nodes, :, :n_keys], sharing))
-        yield chunk, q[chunk.depth][chunk.blocks, :, chunk.queries], sources
+                pair = [x.parts[a][:, nodes, :, :n_keys].flatten(0, 1) for x in (k, v)]
+            sources.append(Source(*pair, sharing))
+        yield chunk, _part(q, chunk).flatten(0, 1), sources
