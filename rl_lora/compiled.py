@@ -63,7 +63,7 @@ class CompiledLayers:
         self.policy, self.layers = policy, layers_of(policy.backbone)
         self.programs: dict[str, Program] = {}
         """By the tape of what they do."""
-        self.failed: str | None = None if self.layers else "transformers does not say what its layers are"
+        self.failed: str | None = None
         self._preparing = False
         self._calls: weakref.WeakKeyDictionary[Any, dict[tuple[bool, ...], dict[nn.Module, Call]]] = (
             weakref.WeakKeyDictionary()
@@ -76,7 +76,7 @@ class CompiledLayers:
         if calls is None:
             yield
             return
-        with forwards(self.layers, lambda layer, forward: partial(_run, calls[layer], decode, forward)):
+        with forwards(list(calls), lambda layer, forward: partial(_run, calls[layer], decode, forward)):
             yield
 
     def _calls_for(self, decode: Decode, adapters: Sequence[str | None]) -> dict[nn.Module, Call] | None:
@@ -116,14 +116,17 @@ class CompiledLayers:
             def run(*args: Any, **kwargs: Any) -> Any:
                 with decode.watched() as used:
                     result = forward(*args, **kwargs)
-                (own,) = used  # a layer that reads another's keys is not one that can be called alone
-                seen[layer] = forward, args, kwargs, own
+                if len(used) != 1:
+                    raise ValueError(f"{type(layer).__name__} reads the keys of {len(used)} layers")
+                seen[layer] = forward, args, kwargs, used.pop()
                 return result
 
             return run
 
         with forwards(self.layers, watch):
             policy.hidden(tokens, adapters, decode, positions, decode)
+        if not seen:
+            raise ValueError("transformers does not say what the model's layers are")
         calls = {}
         with policy.setting(adapters, decode), followed():
             for layer, (forward, args, kwargs, i) in seen.items():

@@ -42,7 +42,7 @@ class FrozenLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """(N, in) -> (N, out)"""
-        if self.may_pack and 1 < x.shape[0] <= MOST_ROWS and not torch.is_grad_enabled():
+        if self.may_pack and not torch.is_grad_enabled() and 1 < x.shape[0] <= MOST_ROWS:
             if (operators := _operators(self.weight.dtype)) is not None:
                 pack, multiply = operators
                 if self._packed is None or self._version != self.weight._version:

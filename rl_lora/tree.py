@@ -148,8 +148,17 @@ class Tree:
 
     def nodes(self, x: Tensor) -> Tensor:
         """(1, h, N, D) -> (n, h, L, D): spans that have no parents, as `kv_cache.Nodes` keeps them."""
-        [depth] = self.depths
-        return x[0].transpose(0, 1)[torch.from_numpy(depth.tokens).to(x.device)].transpose(1, 2).contiguous()
+        return x[0].transpose(0, 1)[self._tokens_of_roots].transpose(1, 2).contiguous()
+
+    @functools.cached_property
+    def _tokens_of_roots(self) -> Tensor:
+        return torch.from_numpy(self.depths[0].tokens).to(self.device)
+
+    @functools.cached_property
+    def paddings(self) -> list[Tensor | None]:
+        """bool (n, L) of each depth, None where there is none."""
+        found = [depth.padding if depth.padding.any() else None for depth in self.depths]
+        return [None if x is None else torch.from_numpy(x).to(self.device) for x in found]
 
     def places(self, heads: int, kv_heads: int) -> tuple[Tensor, Tensor]:
         """Between the rows of N tokens, (N, H), and those of all depths' padded spans, each (H_kv, n, H / H_kv, L):
@@ -164,8 +173,10 @@ class Tree:
                 place[depth.tokens[there]] = places.transpose(1, 3, 0, 2)[there].reshape(-1, heads)
                 rows.append(of_depth.ravel())
                 offset += of_depth.size
-            both = np.concatenate(rows), place.ravel()
-            self._places[heads, kv_heads] = tuple(torch.from_numpy(x).to(self.device) for x in both)
+            row_of_place, place_of_row = (
+                torch.from_numpy(x).to(self.device) for x in (np.concatenate(rows), place.ravel())
+            )
+            self._places[heads, kv_heads] = row_of_place, place_of_row
         return self._places[heads, kv_heads]
 
     def chunks(self, heads: int, kv_heads: int) -> list[Chunk]:

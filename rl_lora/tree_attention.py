@@ -83,9 +83,8 @@ class _Own(torch.autograd.Function):
         query, key, value = ctx.saved_tensors
         kv_heads = key.shape[1]
         q, k, v, g = (Padded.of(tree, x, kv_heads) for x in (query, key, value, grad))
-        for x, depth in zip(g.parts, tree.depths, strict=True):
-            if depth.padding.any():  # what stands there would reach keys and values
-                padding = torch.from_numpy(depth.padding).to(x.device)
+        for x, padding in zip(g.parts, tree.paddings, strict=True):
+            if padding is not None:  # what stands there would reach keys and values
                 x.masked_fill_(padding[:, None, :, None], 0)
         # A prompt's keys hear from every completion: their sum is kept in float32.
         dq = q.like(q.rows.shape[-1])
@@ -126,8 +125,9 @@ def _pieces(tree: Tree, layer: int, q: Padded, k: Padded, v: Padded) -> Iterator
         for a, nodes, n_keys, sharing in chunk.sources:
             if a < 0:  # the past
                 assert tree.past is not None
-                pair = [x[layer].transpose(0, 1).flatten(0, 1)[:, None] for x in (tree.past.keys, tree.past.values)]
+                of_past = tree.past.keys[layer], tree.past.values[layer]
+                key, value = (x.transpose(0, 1).flatten(0, 1)[:, None] for x in of_past)
             else:
-                pair = [x.parts[a][:, nodes, :, :n_keys].flatten(0, 1) for x in (k, v)]
-            sources.append(Source(*pair, sharing))
+                key, value = (x.parts[a][:, nodes, :, :n_keys].flatten(0, 1) for x in (k, v))
+            sources.append(Source(key, value, sharing))
         yield chunk, _part(q, chunk).flatten(0, 1), sources
