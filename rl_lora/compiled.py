@@ -93,7 +93,7 @@ class CompiledLayers:
             try:
                 of_adapter[single] = self._prepare(decode, adapter, single)
             except Exception as error:  # whatever a foreign model, or a compiler, may raise: the layers are right
-                self.failed = f"{type(error).__name__}: {error}"
+                self.failed = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
                 warnings.warn(f"decoding goes on without compiled layers: {self.failed}", stacklevel=2)
                 return None
             finally:

@@ -25,8 +25,8 @@ class ModelConfig:
     else float32. Adapters: float32."""
     compile: bool | None = None
     """Compile the layers for decoding: fewer and faster operations, for some 10 s at the beginning and a C++ compiler
-    (on a GPU: triton). By default in training, where about 1,000 decoding steps (of a token a completion) are to come
-    and the compiler is there. Batches that mix adapters decode without."""
+    (on a GPU: triton). By default in training on a CPU where steps x rollout.max_tokens is 1,000 or more and the
+    compiler is there. Batches that mix adapters decode without."""
     stop_tokens: list[str] = field(default_factory=list)
     """Tokens that end a reply, beside the model's own, and all that contain their text; for base models that never
     learned to stop, e.g. the empty line behind few-shot examples: ["\\n\\n"]."""

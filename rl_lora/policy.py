@@ -104,7 +104,9 @@ class Policy:
     def from_config(cls, config: ModelConfig, device: torch.device | str, *, decoding_steps: int = 0) -> Policy:
         """`load` what a configuration says. `decoding_steps`: how many are to come, about; many are worth compiling."""
         device = torch.device(device)
-        wanted = decoding_steps >= WORTH_COMPILING if config.compile is None else config.compile
+        wanted = config.compile
+        if wanted is None:  # on a GPU nobody has seen it yet
+            wanted = device.type == "cpu" and decoding_steps >= WORTH_COMPILING
         reason = unavailable(device) if wanted else None
         if reason and config.compile:
             raise ValueError(f"model.compile is true, but {reason}; install it, or leave model.compile out")
@@ -293,7 +295,7 @@ def compute_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if device.type == "cpu" and _multiplies_bfloat16():
         of = seconds_of_product()
-        return torch.bfloat16 if of[torch.bfloat16] < SLOWER * of[torch.float32] else torch.float32
+        return torch.bfloat16 if of[torch.bfloat16] < of[torch.float32] else torch.float32
     return torch.float32
 
 
@@ -303,14 +305,12 @@ def _multiplies_bfloat16() -> bool:
     return any(supported() for supported in native if supported)
 
 
-SLOWER = 1.25
-"""What a product in bfloat16 may cost beside one in float32: half of the memory is worth something. Processors are far
-from it: 0.4 where the instructions do twice the work, 1.9 where they are split into several."""
-
-
 @functools.cache
 def seconds_of_product() -> dict[torch.dtype, float]:
     """A product of the size of a decoding step on this CPU in either dtype, the best of some; 0.1 s to find out.
+
+    Processors are far from a tie: bfloat16 takes 0.4 of the time where the instructions do twice the work, 1.5 to 1.9
+    where they are split into several; the fastest products suffer most from what else runs on a core.
 
     Of the process's own time, and in turns: what other processes take counts little.
     """

@@ -90,9 +90,11 @@ class Bench:
 
     def fresh(self) -> None:
         """The adapter as it is before any step."""
-        if "bench" in self.policy.bank.adapters:
-            self.policy.bank.remove("bench")
-        self.policy.bank.add("bench", rank=self.rank, seed=self.seed)
+        if "bench" not in self.policy.bank.adapters:
+            self.policy.bank.add("bench", rank=self.rank, seed=self.seed)
+        adapter = self.policy.bank["bench"]
+        adapter.initialize(self.seed)
+        adapter.version += 1
 
     def peak(self) -> float:
         """FLOP/s of a large matrix product in the compute dtype: the best of a few."""

@@ -191,7 +191,8 @@ def test_context_length_is_what_the_positions_reach() -> None:
     [
         (True, False, 0.4, torch.bfloat16),
         (False, True, 0.1, torch.bfloat16),
-        (True, False, 1.1, torch.bfloat16),
+        (True, False, 0.9, torch.bfloat16),
+        (True, False, 1.1, torch.float32),
         (True, False, 1.7, torch.float32),
         (False, False, 0.4, torch.float32),
     ],
