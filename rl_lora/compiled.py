@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from rl_lora.decode_layer import DecodeLayer
+from rl_lora.difference import difference
 from rl_lora.frozen_linear import followed
 from rl_lora.kv_cache import Decode, Nodes
-from rl_lora.layers import Forward, difference, forwards, layers_of
+from rl_lora.layers import Forward, forwards, layers_of
 from rl_lora.program import Program, Tape
 
 if TYPE_CHECKING:
@@ -85,8 +86,8 @@ class CompiledLayers:
         if self.failed or single is None or any(adapter != adapters[0] for adapter in adapters):
             return None
         adapter = None if adapters[0] is None else self.policy.bank[adapters[0]]
-        if adapter is not None:
-            adapter.cast(self.policy.dtype)
+        if adapter is not None and self.policy.dtype != adapter.flat.dtype:
+            adapter.cast(self.policy.dtype)  # programs read it as it is now
         of_adapter = self._calls.setdefault(self if adapter is None else adapter, {})
         if single not in of_adapter:
             self._preparing = True
@@ -104,9 +105,13 @@ class CompiledLayers:
         """Follow every layer through a step, compile what is new, and compare.
 
         Raises:
-            ValueError: the compiled step differs.
+            ValueError: the compiled step differs, or depends on more than the tensors it is given and weights.
         """
         policy = self.policy
+        factors = [] if adapter is None else [x for f in adapter.factors.values() for x in f.to(policy.dtype)]
+        weights = {
+            x.untyped_storage().data_ptr() for x in (*policy.model.parameters(), *policy.model.buffers(), *factors)
+        }
         adapters = [None if adapter is None else adapter.name] * ROWS
         decode, tokens = _example(like, single, policy)
         positions = decode.begin()
@@ -116,6 +121,8 @@ class CompiledLayers:
             def run(*args: Any, **kwargs: Any) -> Any:
                 with decode.watched() as used:
                     result = forward(*args, **kwargs)
+                if numbers := [x for x in (*args, *kwargs.values()) if type(x) in (int, float)]:
+                    raise ValueError(f"{type(layer).__name__} is given {numbers}, which may be others in each step")
                 if len(used) != 1:
                     raise ValueError(f"{type(layer).__name__} reads the keys of {len(used)} layers")
                 seen[layer] = forward, args, kwargs, used.pop()
@@ -137,6 +144,9 @@ class CompiledLayers:
                 with tape:
                     result = alone(*inputs)
                 expected = [*tree_leaves(result), *layout.written()]
+                for x in tape.constants:  # packed weights have no storage of their own
+                    if not x.is_mkldnn and x.untyped_storage().data_ptr() not in weights:
+                        raise ValueError(f"layer {i} reads a tensor {tuple(x.shape)} that may be another in each step")
                 text = "\n".join(tape.lines)
                 if text not in self.programs:
                     of_rows = [tuple(d for d, n in enumerate(x.shape) if n == ROWS) for x in given]
@@ -170,7 +180,7 @@ def _run(call: Call, decode: Decode, forward: Forward, *args: Any, **kwargs: Any
 
 def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """What a layer is given, but for what its keys and values are; tuples of tensors are taken apart."""
-    found = []
+    found: list[Tensor] = []
     for x in (*args, *kwargs.values()):
         if isinstance(x, Tensor):
             found.append(x)

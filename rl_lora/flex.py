@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from rl_lora.attention import Options
+from rl_lora.difference import difference
 
 if TYPE_CHECKING:
     from rl_lora.tree import Span, Tree
@@ -181,6 +182,5 @@ def _prove(query: Tensor, key: Tensor, value: Tensor, options: Options, own: Att
                 gradients = torch.autograd.grad(out, inputs, grad) if differentiated else ()
             results.append((out, *gradients))
         for what, fused, plain in zip(("output", "dq", "dk", "dv"), *results, strict=False):
-            gap = float((fused.float() - plain.float()).abs().mean() / plain.float().std())
-            if not gap <= TOLERANCE.get(query.dtype, 0.05):
+            if not (gap := difference(fused.detach(), plain.detach())) <= TOLERANCE.get(query.dtype, 0.05):
                 raise ValueError(f"its {what} differs from our own by {gap:.2g} of its spread")

@@ -1,4 +1,4 @@
-"""The layers of a model, other forwards in the place of theirs for a while, and how far what comes out is off."""
+"""The layers of a model, and other forwards in the place of theirs for a while."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 Forward = Callable[..., Any]
@@ -31,9 +31,3 @@ def forwards(layers: Sequence[nn.Module], wrap: Callable[[nn.Module, Forward], F
                 del layer.forward
             else:
                 layer.forward = forward
-
-
-def difference(found: Tensor, expected: Tensor) -> float:
-    """The mean difference, in standard deviations of what is expected; NaN where there is one."""
-    found, expected = found.float(), expected.float()
-    return float((found - expected).abs().mean() / expected.std().clamp_min(1e-9))

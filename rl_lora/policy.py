@@ -24,9 +24,9 @@ from rl_lora.attention import Layout, shared_prefix_attention_of
 from rl_lora.chat import Chat
 from rl_lora.compiled import CompiledLayers, unavailable
 from rl_lora.config import ModelConfig
+from rl_lora.difference import difference
 from rl_lora.head import Head
 from rl_lora.kv_cache import Decode, Nodes, Recorder
-from rl_lora.layers import difference
 from rl_lora.lora import AdapterBank
 from rl_lora.memory import ready_memory
 from rl_lora.recompute import recomputing
@@ -209,7 +209,7 @@ class Policy:
         plain = self.hidden(ids, [None] * 3)
         logits = self.head.logits(plain.flatten(0, 1)).view(*ids.shape, -1)
         own = self.model(input_ids=ids, use_cache=False).logits.float()
-        if not (gap := difference(logits, own)) <= self.tolerance:
+        if not (gap := difference(logits, own)) <= self._tolerance:
             raise ValueError(
                 f"the output head of {type(self.model).__name__} is more than a linear layer, a scale and a soft cap: "
                 f"its logits differ from ours by {gap:.2g} of their spread; it is not supported"
@@ -230,7 +230,7 @@ class Policy:
             tokens = torch.cat([ids[0], ids[1, p:], ids[2]])[None]
             flat = self.hidden(tokens, [None] * tokens.shape[1], tree, tree.positions)[0]
             found = torch.stack([flat[:n], torch.cat([flat[:p], flat[n : 2 * n - p]]), flat[2 * n - p :]])
-            if not (gap := difference(found, plain)) <= self.tolerance:
+            if not (gap := difference(found, plain)) <= self._tolerance:
                 return f"its packed hidden states differ from the plain ones by {gap:.2g} of their spread"
             if has_window(self.model.config) and tree.windows == {None}:
                 return "its config has an attention window that its layers do not pass on"
@@ -247,7 +247,7 @@ class Policy:
                 positions = decode.begin(m)
                 states.extend(self.hidden(ids[:, t : t + m], none, decode, positions, decode).unbind(1))
                 decode.advance(m)
-            if not (gap := difference(torch.stack(states, 1), plain[:, p - 1 :])) <= self.tolerance:
+            if not (gap := difference(torch.stack(states, 1), plain[:, p - 1 :])) <= self._tolerance:
                 return f"its decoded hidden states differ from the plain ones by {gap:.2g} of their spread"
         except Exception as error:
             return f"{type(error).__name__}: {error}"
@@ -262,11 +262,11 @@ class Policy:
             found = f"its hidden states differ by {gap:.2g} of their spread from those of a whole sequence"
         except Exception as error:
             gap, found = float("nan"), f"{type(error).__name__}: {error}"
-        if not gap <= self.tolerance:
+        if not gap <= self._tolerance:
             raise ValueError(f"{type(self.model).__name__} cannot be decoded token by token with its cache: {found}")
 
     @property
-    def tolerance(self) -> float:
+    def _tolerance(self) -> float:
         """Largest mean difference, in standard deviations, that rounding explains."""
         return 1e-3 if self.dtype == torch.float32 else 0.1
 

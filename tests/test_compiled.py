@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from rl_lora.policy import Policy
 from rl_lora.program import Program, Tape
 from rl_lora.sampler import Completion, Request
 from tests.oracles import tiny_policy
-from tests.tiny import randomize, token_ids
+from tests.tiny import randomize, tiny_folder, token_ids
 
 pytestmark = pytest.mark.skipif(unavailable(torch.device("cpu")) is not None, reason="there is no C++ compiler")
 
@@ -70,7 +71,7 @@ def both(policy: Policy, asked: list[Request], **options: Any) -> tuple[list[Com
 def assert_alike(found: list[Completion], expected: list[Completion], tolerance: float = 1e-4) -> None:
     assert [c.token_ids for c in found] == [c.token_ids for c in expected]
     for a, b in zip(found, expected, strict=True):
-        assert torch.tensor(a.logprobs) == pytest.approx(torch.tensor(b.logprobs), abs=tolerance)
+        assert a.logprobs == pytest.approx(b.logprobs, abs=tolerance)
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3", "gpt2"])
@@ -108,6 +109,10 @@ def test_long_common_beginnings_mixed_batches_and_the_bare_base(monkeypatch: pyt
     policy = tiny_policy("llama", ["a", "b"])
     counted = Counted(policy, monkeypatch)
     assert_alike(*both(policy, requests(5, 3, None, begin=70)))
+    assert counted.ran
+    counted.ran = 0
+    others = [replace(r, prompt_ids=r.prompt_ids[::-1][-70:] + r.prompt_ids) for r in requests(4, 2, None, begin=70)]
+    assert_alike(*both(policy, [*requests(4, 2, None, begin=70), *others]))
     assert counted.ran
     counted.ran = 0
     assert_alike(*both(policy, [*requests(3, 2, "a"), *requests(3, 2, "b")]))
@@ -207,7 +212,40 @@ def test_a_tape_tells_operations_and_their_arguments_apart() -> None:
     assert tape(lambda x: (x @ weights[0] * 2.0).softmax(0)).lines != a.lines
 
 
-def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_decoded_before_changes_nothing() -> None:
+    policy = tiny_policy("llama", ["a"])
+    asked = requests(5, 3, "a")
+    completions = []
+    for before in ([requests(3, 2, "a", seed=1), requests(9, 1, "a", seed=2)], []):
+        policy.compiled = CompiledLayers(policy)
+        for others in (*before, asked):
+            found = NativeSampler(policy).generate(others)
+        assert policy.compiled.programs
+        completions.append(found)
+    assert completions[0] == completions[1]
+
+
+def test_a_tensor_that_may_be_another_in_each_step_is_no_constant() -> None:
+    policy = tiny_policy("llama", ["a"])
+    policy.compiled = CompiledLayers(policy)
+    layer = policy.compiled.layers[1]
+    noise, forward = torch.zeros(48), layer.forward
+    layer.forward = lambda *args, **kwargs: forward(*args, **kwargs) + noise
+    with pytest.warns(UserWarning, match="layer 1 reads a tensor .48,. that may be another in each step"):
+        NativeSampler(policy).generate(requests(3, 2, "a"))
+
+
+@pytest.mark.parametrize(
+    ("compile_", "steps", "compiled"), [(None, 999, False), (None, 1000, True), (True, 0, True), (False, 1000, False)]
+)
+def test_many_decoding_steps_are_worth_compiling(
+    tmp_path: Path, compile_: bool | None, steps: int, compiled: bool
+) -> None:
+    config = ModelConfig(name=str(tiny_folder(tmp_path, "llama")), dtype="float32", compile=compile_)
+    assert (Policy.from_config(config, "cpu", decoding_steps=steps).compiled is not None) == compiled
+
+
+def test_without_a_compiler() -> None:
     from torch._inductor import config
 
     with config.patch({"cpp.cxx": ("no-such-compiler",)}):
