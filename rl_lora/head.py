@@ -82,7 +82,7 @@ class Head:
             out = hidden.new_empty(*hidden.shape[:-1], len(self.weight), dtype=torch.float32)
         rows = hidden.reshape(-1, hidden.shape[-1])
         for part, linear in self.parts:
-            out.view(len(rows), -1)[:, part] = linear(rows)
+            linear(rows, out=out.view(len(rows), -1)[:, part])
         return self._scaled(out)
 
     def _scaled(self, logits: Tensor) -> Tensor:

@@ -14,10 +14,11 @@ import torch
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
+from rl_lora.frozen_linear import followed
 from rl_lora.policy import Policy
 
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_", "aten::_grouped_mm"}
-PACKED = {"mkl::_mkl_linear", "mkldnn::_linear_pointwise"}
+PACKED = {"rl_lora::frozen_linear", "mkl::_mkl_linear", "mkldnn::_linear_pointwise"}
 """Products with frozen weights (`rl_lora/frozen_linear.py`)."""
 BATCHED = {"aten::bmm", "aten::baddbmm"}
 BASE, ADAPTER, HEAD = "products with the base's weights", "products with the adapter", "products with the head"
@@ -37,7 +38,7 @@ def breakdown(policy: Policy, work: Callable[[], object]) -> list[Part]:
     """Do the work under the profiler. On a GPU the time is the device's, and the rest is what it stood still."""
     on_gpu = policy.device.type == "cuda"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
-    with profile(activities=activities, record_shapes=True) as profiler:
+    with followed(), profile(activities=activities, record_shapes=True) as profiler:
         start = time.perf_counter()
         work()
         if on_gpu:

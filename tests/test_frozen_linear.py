@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rl_lora import frozen_linear
-from rl_lora.frozen_linear import MOST_ROWS, FrozenLinear, _operators, may_pack
+from rl_lora import few_rows, frozen_linear
+from rl_lora.frozen_linear import MOST_ROWS, FrozenLinear, Operators, _operators, may_pack
 from rl_lora.lora import LoRALinear
 from tests.oracles import tiny_policy
 from tests.tiny import tiny_model
@@ -59,31 +61,110 @@ def test_a_weight_that_was_written_to_is_packed_anew() -> None:
         torch.testing.assert_close(layer(x), F.linear(x, layer.weight))
 
 
+@pytest.fixture
+def fresh_operators() -> Iterator[None]:
+    """What was found out about this machine is found out anew, and again afterwards."""
+    _operators.cache_clear()
+    few_rows.library.cache_clear()
+    yield
+    _operators.cache_clear()
+    few_rows.library.cache_clear()
+
+
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="the library is not part of this torch")
-def test_where_the_library_is_there_it_is_used() -> None:
+def test_where_the_library_is_there_it_is_used(fresh_operators: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")  # no compiler
+    assert few_rows.library() is None
     assert _operators(torch.float32) is not None
     assert _operators(torch.float16) is None
+    test_it_is_the_product_whatever_the_number_of_rows(torch.float32, True, 192, 576)
 
 
 @pytest.mark.parametrize("wrong", ["product", "missing"])
-def test_an_operator_that_computes_something_else_is_not_used(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def twice(x: Tensor, packed: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def test_an_operator_that_computes_something_else_is_not_used(
+    wrong: str, fresh_operators: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def twice(x: Tensor, packed: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
         return 2 * F.linear(x, weight, bias)
 
     def missing() -> None:
         raise AttributeError("no such operator")
 
-    operators = {"product": lambda: (lambda weight: weight, twice), "missing": missing}[wrong]
-    monkeypatch.setattr(frozen_linear, "_mkl", operators)
-    _operators.cache_clear()
-    try:
-        layer = FrozenLinear(torch.randn(6, 5), may_pack=True)
-        x = torch.randn(3, 5)
-        with torch.no_grad():
-            assert torch.equal(layer(x), F.linear(x, layer.weight))
-        assert not layer.may_pack
-    finally:
-        _operators.cache_clear()
+    candidate = {"product": lambda: Operators(lambda weight: weight, twice, 1), "missing": missing}[wrong]
+    monkeypatch.setattr(frozen_linear, "_ours", candidate)
+    monkeypatch.setattr(frozen_linear, "_mkl", missing)
+    layer = FrozenLinear(torch.randn(6, 5), may_pack=True)
+    x = torch.randn(3, 5)
+    with torch.no_grad():
+        assert torch.equal(layer(x), F.linear(x, layer.weight))
+    assert not layer.may_pack
+
+
+needs_ours = pytest.mark.skipif(few_rows.library() is None, reason="GCC, and AVX2 or AVX-512 are not here")
+
+
+@needs_ours
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("n_out", "n_in"), [(64, 800), (33, 2000), (1, 1)])
+def test_a_row_of_a_product_does_not_depend_on_its_neighbours(exact: bool, biased: bool, n_out: int, n_in: int) -> None:
+    """To the bit, whatever the number of rows and threads; where bfloat16 holds the weight, and where not."""
+    g = torch.Generator().manual_seed(n_out)
+    weight, bias = torch.randn(n_out, n_in, generator=g), torch.randn(n_out, generator=g) if biased else None
+    if exact:
+        weight = weight.bfloat16().float()
+    layer = FrozenLinear(weight, bias, may_pack=True)
+    x = torch.randn(MOST_ROWS, n_in, generator=g)
+    wide = torch.full((MOST_ROWS, 2 * n_out), torch.nan)
+    before = torch.get_num_threads()
+    with torch.inference_mode():
+        whole = layer(x)
+        exact_products = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+        torch.testing.assert_close(whole.double(), exact_products, atol=1e-5 * math.sqrt(n_in), rtol=1e-6)
+        layer(x, out=wide[:, n_out:])
+        assert torch.equal(wide[:, n_out:], whole)
+        assert wide[:, :n_out].isnan().all()
+        try:
+            for threads, n in ((1, 1), (1, 13), (2, 29), (5, 1), (7, 64), (3, MOST_ROWS)):
+                torch.set_num_threads(threads)
+                start = int(torch.randint(MOST_ROWS - n + 1, (), generator=g))
+                assert torch.equal(layer(x[start : start + n]), whole[start : start + n])
+        finally:
+            torch.set_num_threads(before)
+    assert layer.packed is not None
+    assert layer.packed.dtype == (torch.bfloat16 if exact else torch.float32)
+
+
+@needs_ours
+def test_older_processors_have_their_own_code(fresh_operators: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(few_rows, "FLAGS", [*few_rows.FLAGS, "-mno-avx512f"])
+    found = few_rows.library()
+    assert found is not None
+    assert found.lanes() == 8
+    for shape in ((192, 576), (7, 5)):
+        test_it_is_the_product_whatever_the_number_of_rows(torch.float32, True, *shape)
+        test_a_row_of_a_product_does_not_depend_on_its_neighbours(True, False, *shape)
+    few_rows.library.cache_clear()
+    monkeypatch.setattr(few_rows, "FLAGS", [*few_rows.FLAGS, "-mno-avx2"])
+    assert few_rows.library() is None
+
+
+@needs_ours
+def test_code_that_cannot_be_kept_is_not_used(
+    fresh_operators: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert few_rows.library() is None
+    assert _operators(torch.float32) is not None or not torch.backends.mkl.is_available()
+
+
+@needs_ours
+def test_what_does_not_fit_a_weight_is_refused() -> None:
+    packed = few_rows.pack(torch.randn(4, 5))
+    for x in (torch.randn(3, 6), torch.randn(3, 5).double(), torch.randn(5)):
+        with pytest.raises(ValueError, match="expected float32"):
+            few_rows.multiply(x, packed, 4)
 
 
 def test_weights_are_packed_where_there_is_memory_for_them_all(monkeypatch: pytest.MonkeyPatch) -> None:

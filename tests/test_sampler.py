@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rl_lora import head as head_module
+from rl_lora.frozen_linear import followed
 from rl_lora.head import Head
 from rl_lora.kv_cache import Decode
 from rl_lora.native_sampler import NativeSampler
@@ -440,7 +441,7 @@ def record_operations(step: Step, tokens: Tensor) -> Step:
             tape.append((op, args, kwargs or {}, result))
             return result
 
-    with Tape():
+    with followed(), Tape():
         hidden = step(given)
     step.__self__.decode.advance_device(-1)  # type: ignore[attr-defined]  # a capture does nothing
 

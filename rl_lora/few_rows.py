@@ -1,0 +1,102 @@
+"""Products of few rows with a weight that never changes, in C++ of our own (`few_rows.cpp`), for decoding on a CPU.
+
+A decoding step waits for weights to come from memory. Here they are read in the order in which they lie, and in half
+the bytes where bfloat16 holds them exactly, as it does those of most models; sums are in float32 all the same.
+It is compiled once for a machine, where it has GCC and AVX2 or AVX-512.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rl_lora.cache import cache_folder
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+FLAGS = ["-O3", "-std=c++17", "-march=native", "-fopenmp", "-shared", "-fPIC"]
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled code; None where it cannot be had."""
+    compiler = shutil.which("g++")
+    try:
+        maps, cpu = (Path("/proc", file).read_text() for file in ("self/maps", "cpuinfo"))
+    except OSError:  # no Linux
+        return None
+    # The threads must be torch's own: others would wait beside them, spinning.
+    openmp = next((word for word in maps.split() if Path(word).name.startswith("libgomp")), None)
+    if compiler is None or openmp is None:
+        return None
+    kind = [line for line in cpu.splitlines() if line.startswith(("model name", "flags"))][:2]
+    key = hashlib.sha256("\n".join([SOURCE.read_text(), compiler, openmp, *FLAGS, *kind]).encode()).hexdigest()[:16]
+    folder = cache_folder() / "compiled"
+    path = folder / f"{SOURCE.stem}-{key}.so"
+    try:
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as work:
+                made = Path(work, path.name)
+                subprocess.run([compiler, *FLAGS, SOURCE, openmp, "-o", made], check=True, capture_output=True)
+                os.replace(made, path)
+        found = ctypes.CDLL(str(path))
+    except (OSError, subprocess.CalledProcessError):  # no room, no such processor, a compiler without OpenMP
+        return None
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    for function in (found.multiply_float32, found.multiply_bfloat16):
+        function.argtypes = [pointer] * 4 + [integer] * 4
+        function.restype = None
+    return found
+
+
+def pack(weight: Tensor) -> Tensor:
+    """float32 (out, in) -> (panels, in, width): the weights of `width` outputs side by side; bfloat16 where it holds
+    them exactly, in which pairs are `width / 2` outputs apart."""
+    found = library()
+    assert found is not None
+    lanes: int = found.lanes()
+    n_out, n_in = weight.shape
+    padded = torch.nn.functional.pad(weight, (0, 0, 0, -n_out % (2 * lanes)))
+    panels = padded.view(-1, 2, lanes, n_in)
+    half = panels.to(torch.bfloat16)
+    if torch.equal(half.float(), panels):
+        return half.permute(0, 3, 2, 1).reshape(-1, n_in, 2 * lanes).contiguous()
+    return panels.permute(0, 3, 1, 2).reshape(-1, n_in, 2 * lanes).contiguous()
+
+
+def multiply(x: Tensor, packed: Tensor, n_out: int, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """x W^T + b. x: float32 (N, in); n_out: rows of W; out: (N, out), rows of which may be further apart."""
+    found = library()
+    assert found is not None
+    panels, n_in, width = packed.shape
+    if x.dtype != torch.float32 or x.shape[1:] != (n_in,):
+        raise ValueError(f"expected float32 (N, {n_in}), got {x.dtype} {tuple(x.shape)}")
+    x = x.contiguous()
+    whole = panels * width == n_out
+    if bias is not None:
+        bias = (bias if whole else torch.nn.functional.pad(bias, (0, panels * width - n_out))).contiguous()
+    to = out if out is not None and whole and out.stride(1) == 1 else x.new_empty(len(x), panels * width)
+    run = found.multiply_bfloat16 if packed.dtype == torch.bfloat16 else found.multiply_float32
+    run(
+        x.data_ptr(),
+        packed.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        to.data_ptr(),
+        to.stride(0),
+        len(x),
+        panels,
+        n_in,
+    )
+    if to is out:
+        return to
+    result = to if whole else to[:, :n_out]
+    return result.contiguous() if out is None else out.copy_(result)
