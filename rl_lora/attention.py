@@ -66,6 +66,11 @@ class Sharing:
         """int64 (B,)"""
 
     @functools.cached_property
+    def owner(self) -> Tensor:
+        """int64 (B,): the node of each block."""
+        return self.place // self.blocks.shape[1]
+
+    @functools.cached_property
     def wide(self) -> tuple[Tensor, Tensor]:
         """`blocks` and `place` with two places a node at least: a program for many blocks then does for one as well."""
         if self.G > 1:

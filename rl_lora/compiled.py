@@ -25,10 +25,10 @@ from torch.utils._pytree import tree_leaves
 
 from rl_lora.decode_layer import DecodeLayer
 from rl_lora.difference import difference
-from rl_lora.frozen_linear import followed
 from rl_lora.kv_cache import Decode, Nodes
 from rl_lora.layers import Forward, forwards, layers_of
 from rl_lora.lora import LoRALinear
+from rl_lora.native_code import followed
 from rl_lora.program import Program, Tape
 
 if TYPE_CHECKING:

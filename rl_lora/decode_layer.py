@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rl_lora import decode_attention
 from rl_lora.attention import Options, Sharing, Source, additive, attend
 
 
@@ -94,6 +95,10 @@ class DecodeLayer:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
         """query: (R, H, n, D); key, value: the rows' own, (R, H_kv, W, D). Returns (R, H, n, D)."""
+        if decode_attention.usable(query):
+            keys, values = [*(s.key for s in self.shared), key], [*(s.value for s in self.shared), value]
+            nodes, lengths = [s.sharing.owner for s in self.shared], [s.lengths for s in self.shared]
+            return decode_attention.attend(query, keys, values, nodes, lengths, self.at, options)
         sources = [Source(shared.key, shared.value, shared.sharing) for shared in self.shared]
         return attend(query, [*sources, Source(key, value)], self.mask(options.window), options)
 

@@ -9,52 +9,25 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from rl_lora.cache import cache_folder
+from rl_lora import native_code
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-FLAGS = ["-O3", "-std=c++17", "-march=native", "-fopenmp", "-shared", "-fPIC"]
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled code; None where it cannot be had."""
-    compiler = shutil.which("g++")
-    try:
-        maps, cpu = (Path("/proc", file).read_text() for file in ("self/maps", "cpuinfo"))
-    except OSError:  # no Linux
-        return None
-    # The threads must be torch's own: others would wait beside them, spinning.
-    openmp = next((word for word in maps.split() if Path(word).name.startswith("libgomp")), None)
-    if compiler is None or openmp is None:
-        return None
-    kind = [line for line in cpu.splitlines() if line.startswith(("model name", "flags"))][:2]
-    key = hashlib.sha256("\n".join([SOURCE.read_text(), compiler, openmp, *FLAGS, *kind]).encode()).hexdigest()[:16]
-    folder = cache_folder() / "compiled"
-    path = folder / f"{SOURCE.stem}-{key}.so"
-    try:
-        if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as work:
-                made = Path(work, path.name)
-                subprocess.run([compiler, *FLAGS, SOURCE, openmp, "-o", made], check=True, capture_output=True)
-                os.replace(made, path)
-        found = ctypes.CDLL(str(path))
-    except (OSError, subprocess.CalledProcessError):  # no room, no such processor, a compiler without OpenMP
-        return None
-    pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    for function in (found.multiply_float32, found.multiply_bfloat16):
-        function.argtypes = [pointer] * 4 + [integer] * 4
-        function.restype = None
+    found = native_code.load(SOURCE)
+    if found is not None:
+        pointer, integer = ctypes.c_void_p, ctypes.c_int64
+        for function in (found.multiply_float32, found.multiply_bfloat16):
+            function.argtypes = [pointer] * 4 + [integer] * 4
+            function.restype = None
     return found
 
 

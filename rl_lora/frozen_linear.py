@@ -9,8 +9,7 @@ product before it is used at all.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from rl_lora import few_rows
 from rl_lora.memory import free_bytes
+from rl_lora.native_code import OPERATIONS, is_followed
 
 ROWS = 128
 """Rows that the library packs weights for. Others can be multiplied as well; up to `MOST_ROWS` it is worth it."""
@@ -59,27 +59,11 @@ class FrozenLinear:
             elif x.shape[0] >= operators.least_rows:
                 if self.packed is None or self._version != self.weight._version:
                     self.packed, self._version = operators.pack(self.weight), self.weight._version
-                if not _followed:
+                if not is_followed():
                     return operators.multiply(x, self.packed, self.weight, self.bias, out)
                 result = torch.ops.rl_lora.frozen_linear(x, self.packed, self.weight, self.bias)
                 return _written(result, out)
         return _written(F.linear(x, self.weight, self.bias), out)
-
-
-_followed = False
-
-
-@contextmanager
-def followed() -> Iterator[None]:
-    """Inside, packed products are an operation of torch's, `rl_lora::frozen_linear`: one that its tracer, compiler and
-    profiler see. Its compiler knows the library's as made by itself only, and sizes that are symbols cannot be passed
-    on to them."""
-    global _followed
-    before, _followed = _followed, True
-    try:
-        yield
-    finally:
-        _followed = before
 
 
 def _frozen_linear(x: Tensor, packed: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -88,7 +72,7 @@ def _frozen_linear(x: Tensor, packed: Tensor, weight: Tensor, bias: Tensor | Non
     return operators.multiply(x, packed, weight, bias, None)
 
 
-OPERATIONS = torch.library.Library("rl_lora", "DEF")
+# torch's compiler knows the library's operators as made by itself only, and passes no symbolic sizes on to them.
 OPERATIONS.define("frozen_linear(Tensor x, Tensor packed, Tensor weight, Tensor? bias) -> Tensor")
 for key in ("CPU", "MkldnnCPU"):  # what oneDNN has packed is of the second kind
     OPERATIONS.impl("frozen_linear", _frozen_linear, key)

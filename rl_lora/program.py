@@ -78,7 +78,13 @@ class Program:
         dynamic: Sequence[tuple[int, ...]],
         constants: Sequence[Tensor],
     ) -> Program:
-        """`dynamic`: the dimensions of each input whose size may change."""
+        """`dynamic`: the dimensions of each input whose size may change.
+
+        Raises:
+            ValueError: an input is not contiguous.
+        """
+        if not all(x.is_contiguous() for x in inputs):
+            raise ValueError("a layer is given tensors that are not contiguous")
         from torch._dispatch.python import enable_python_dispatcher
         from torch._inductor import compile as compile_graph
         from torch._subclasses.fake_tensor import FakeTensorMode
@@ -96,7 +102,9 @@ class Program:
         with enable_python_dispatcher(), mode:
             graph = make_fx(alone)(*symbolic)
         order = _lift(graph, constants)
-        function = compile_graph(graph, [*symbolic, *(fake(constants[k], ()) for k in order)])
+        # `holds` looks at what it is given; the compiler's own checks, of every tensor in every call, are not needed.
+        options = {"size_asserts": False}
+        function = compile_graph(graph, [*symbolic, *(fake(constants[k], ()) for k in order)], options=options)
         sizes: dict[tuple[int, int], Any] = {
             (i, d): n for i, x in enumerate(symbolic) for d, n in enumerate(x.shape) if isinstance(n, torch.SymInt)
         }
@@ -111,6 +119,8 @@ class Program:
 
     def holds(self, inputs: Sequence[Tensor]) -> bool:
         """Whether it was compiled for inputs of these sizes too. A size of one it was not: that is another program."""
+        if not all(x.is_contiguous() for x in inputs):
+            return False
         sizes = tuple(inputs[i].shape[d] for i, d in self._symbols)
         if sizes not in self._held:
             if len(self._held) == MOST_SIZES:

@@ -14,7 +14,7 @@ import torch
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from rl_lora.frozen_linear import followed
+from rl_lora.native_code import followed
 from rl_lora.policy import Policy
 
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_", "aten::_grouped_mm"}

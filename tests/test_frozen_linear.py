@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rl_lora import few_rows, frozen_linear
+from rl_lora import few_rows, frozen_linear, native_code
 from rl_lora.frozen_linear import MOST_ROWS, FrozenLinear, Operators, _operators, may_pack
 from rl_lora.lora import LoRALinear
 from tests.oracles import tiny_policy
@@ -137,7 +137,7 @@ def test_a_row_of_a_product_does_not_depend_on_its_neighbours(exact: bool, biase
 
 @needs_ours
 def test_older_processors_have_their_own_code(fresh_operators: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(few_rows, "FLAGS", [*few_rows.FLAGS, "-mno-avx512f"])
+    monkeypatch.setattr(native_code, "FLAGS", [*native_code.FLAGS, "-mno-avx512f"])
     found = few_rows.library()
     assert found is not None
     assert found.lanes() == 8
@@ -145,7 +145,7 @@ def test_older_processors_have_their_own_code(fresh_operators: None, monkeypatch
         test_it_is_the_product_whatever_the_number_of_rows(torch.float32, True, *shape)
         test_a_row_of_a_product_does_not_depend_on_its_neighbours(True, False, *shape)
     few_rows.library.cache_clear()
-    monkeypatch.setattr(few_rows, "FLAGS", [*few_rows.FLAGS, "-mno-avx2"])
+    monkeypatch.setattr(native_code, "FLAGS", [*native_code.FLAGS, "-mno-avx2"])
     assert few_rows.library() is None
 
 

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,12 @@ def without_window(mask: Any) -> Any:
     return lambda *args: mask(*args[:-1], None)
 
 
+def without_the_window(attend: Any) -> Any:
+    return lambda self, layer, query, key, value, options: attend(
+        self, layer, query, key, value, replace(options, window=None)
+    )
+
+
 def test_a_window_that_only_the_models_own_mask_knows_of_is_not_shared() -> None:
     """Longer than the self-check's sequences, so that their hidden states could not tell."""
     model = tiny_model("llama")
@@ -130,7 +137,7 @@ def test_a_window_that_only_the_models_own_mask_knows_of_is_not_shared() -> None
         ("llama", Tree, "attend", nothing_but_nan, "packed hidden states differ .* by nan"),
         ("llama", Decode, "attend", nothing_but_nan, "decoded hidden states differ .* by nan"),
         ("gemma3", Tree, "mask", without_window(Tree.mask), "packed hidden states differ"),
-        ("gpt_oss", DecodeLayer, "mask", without_window(DecodeLayer.mask), "decoded hidden states differ"),
+        ("gpt_oss", DecodeLayer, "attend", without_the_window(DecodeLayer.attend), "decoded hidden states differ"),
         ("llama", Decode, "advance", lambda self, n: None, "decoded hidden states differ"),
         ("llama", Tree, "attend", None, "TypeError: 'NoneType' object is not callable"),
     ],

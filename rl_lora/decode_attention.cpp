@@ -1,0 +1,224 @@
+// Attention of the new tokens of a decoding step, in float32: out = softmax(scaling q k^T) v over the keys that each may
+// see. A row and a head are worked on by themselves: what comes out does not depend on a row's neighbours, to the bit.
+//
+// The keys of a query lie in several sources, one behind the other: nodes that rows share, and at last the row's own.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__) && defined(__FMA__)
+constexpr int LANES = 8;
+#else
+#error "written for AVX2 and AVX-512"
+#endif
+
+// WIDTH, of a head, is given when this is compiled.
+constexpr int N = WIDTH / LANES;  // vectors of a head
+static_assert(N > 0 && WIDTH % LANES == 0, "a head is a number of whole vectors");
+constexpr int TOGETHER = N > 8 ? 1 : N > 4 ? 2 : 4;  // heads whose sums have room in registers
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+
+struct Source {
+    const float* key;
+    const float* value;
+    int64_t key_strides[3];  // between nodes, heads, tokens
+    int64_t value_strides[3];
+    const int64_t* node;    // of each row; null: every row has its own
+    const int64_t* length;  // of each row; null: it ends with the query itself
+};
+
+struct Call {
+    const float* query;
+    int64_t query_strides[3];  // between rows, heads, tokens
+    float* out;                // (rows, tokens, heads, WIDTH)
+    const int64_t* at;         // (rows, tokens): which of its row's own tokens each query is
+    int64_t rows, heads, key_heads, tokens;
+    int64_t window;        // keys that a query sees, its own the last; 0: all
+    const float* sinks;    // a logit that takes probability away from every key, of each head; or null
+    int64_t sinks_stride;  // between rows
+};
+
+// e^x for x <= 0: 2^n e^r with |r| <= log(2) / 2, and a polynomial for e^r (Cephes).
+static inline Floats exponential(Floats x) {
+    constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: added, it leaves no bits for what is behind the point
+    const Floats shifted = x * 1.44269504088896341f + ROUND;
+    const Floats n = shifted - ROUND;
+    const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    const Ints power = ((Ints)shifted - (Ints)(Floats{} + ROUND) + 127) << 23;
+    return x < -87.0f ? Floats{} : p * (Floats)power;
+}
+
+// Lanes whose number has the bit STRIDE are b's, the others a's; each is added to the lane that differs in this bit.
+template <int STRIDE>
+static inline Floats fold(Floats a, Floats b) {
+    Ints low, high;
+    for (int i = 0; i < LANES; i++) {
+        low[i] = i & STRIDE ? LANES + i - STRIDE : i;
+        high[i] = i & STRIDE ? LANES + i : i + STRIDE;
+    }
+    return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+}
+
+// Lane i is the sum of all lanes of vector(first + i), for 2 * STRIDE lanes, and again for the next as many.
+template <int STRIDE, class Vector>
+static inline __attribute__((always_inline)) Floats sums(const Vector& vector, int64_t first) {
+    if constexpr (STRIDE == 1)
+        return fold<1>(vector(first), vector(first + 1));
+    else
+        return fold<STRIDE>(sums<STRIDE / 2>(vector, first), sums<STRIDE / 2>(vector, first + STRIDE));
+}
+
+static inline Floats load(const float* at) {
+    Floats x;
+    std::memcpy(&x, at, sizeof x);
+    return x;
+}
+
+static inline void store(float* at, Floats x) { std::memcpy(at, &x, sizeof x); }
+
+// A loop over HEADS heads that read the same keys, one after another for each block of keys, which stay in the cache.
+// softcap: 0, or the bound that scores are brought under.
+template <int HEADS>
+static void attend(const Call& call, const Source* sources, int64_t n_sources, float scaling, float softcap, int64_t row,
+                   int64_t token, int64_t head, std::vector<float>& scores) {
+    const int64_t own = call.at[row * call.tokens + token] + 1, key_head = head / (call.heads / call.key_heads);
+    int64_t n = own;
+    for (int64_t s = 0; s < n_sources; s++)
+        if (sources[s].length) n += sources[s].length[row];
+    const int64_t unseen = call.window ? std::max<int64_t>(0, n - call.window) : 0, room = n + LANES;
+    if (int64_t(scores.size()) < HEADS * room) scores.resize(2 * HEADS * room);
+    float* const begin = scores.data();  // (HEADS, room)
+
+    Floats q[HEADS][N];
+    const float* query =
+        call.query + row * call.query_strides[0] + head * call.query_strides[1] + token * call.query_strides[2];
+    for (int h = 0; h < HEADS; h++)
+#pragma GCC unroll 32
+        for (int i = 0; i < N; i++) q[h][i] = load(query + h * call.query_strides[1] + i * LANES) * scaling;
+    int64_t first = 0;  // position of a source's first key
+    n = 0;
+    for (int64_t s = 0; s < n_sources; s++) {
+        const Source& source = sources[s];
+        const int64_t length = source.length ? source.length[row] : own, node = source.node ? source.node[row] : row;
+        const float* keys = source.key + node * source.key_strides[0] + key_head * source.key_strides[1];
+        const int64_t from = std::max<int64_t>(0, unseen - first), stride = source.key_strides[2];
+        for (int64_t j = from; j < length; j += LANES)
+            for (int h = 0; h < HEADS; h++) {
+                const auto product = [&](int64_t i) __attribute__((always_inline)) {
+                    const float* key = keys + std::min(i, length - 1) * stride;
+                    Floats sum = q[h][0] * load(key);
+#pragma GCC unroll 32
+                    for (int d = 1; d < N; d++) sum += q[h][d] * load(key + d * LANES);
+                    return sum;
+                };
+                store(begin + h * room + n + (j - from), sums<LANES / 2>(product, j));
+            }
+        n += std::max<int64_t>(0, length - from);
+        first += length;
+    }
+
+    float totals[HEADS];
+    for (int h = 0; h < HEADS; h++) {
+        float *const score = begin + h * room, *const end = score + n;
+        if (softcap != 0)
+            for (float* x = score; x < end; x++) *x = softcap * std::tanh(*x / softcap);
+        store(end, Floats{} - INFINITY);  // what is left of the last vector adds nothing
+        const float sink = call.sinks ? call.sinks[row * call.sinks_stride + head + h] : -INFINITY;
+        Floats highest = Floats{} + sink;
+        for (float* x = score; x < end; x += LANES) {
+            const Floats here = load(x);
+            highest = here > highest ? here : highest;
+        }
+        float most = highest[0];
+        for (int i = 1; i < LANES; i++) most = std::max(most, highest[i]);
+        Floats sum = {};
+        for (float* x = score; x < end; x += LANES) {
+            const Floats p = exponential(load(x) - most);
+            sum += p;
+            store(x, p);
+        }
+        totals[h] = exponential(Floats{} + (sink - most))[0];
+        for (int i = 0; i < LANES; i++) totals[h] += sum[i];
+    }
+
+    // Sums of every key, or of every other one where an addition would wait for the one before.
+    constexpr int PARTS = HEADS * N < 8 ? 2 : 1;
+    Floats sum[PARTS][HEADS][N];
+#pragma GCC unroll 2
+    for (int part = 0; part < PARTS; part++)
+#pragma GCC unroll 4
+        for (int h = 0; h < HEADS; h++)
+#pragma GCC unroll 32
+            for (int i = 0; i < N; i++) sum[part][h][i] = Floats{};
+    const auto add = [&](int part, const float* value, const float* p) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+        for (int h = 0; h < HEADS; h++)
+#pragma GCC unroll 32
+            for (int i = 0; i < N; i++) sum[part][h][i] += p[h * room] * load(value + i * LANES);
+    };
+    const float* p = begin;
+    first = 0;
+    for (int64_t s = 0; s < n_sources; s++) {
+        const Source& source = sources[s];
+        const int64_t length = source.length ? source.length[row] : own, node = source.node ? source.node[row] : row;
+        const float* values = source.value + node * source.value_strides[0] + key_head * source.value_strides[1];
+        const int64_t stride = source.value_strides[2];
+        int64_t j = std::max<int64_t>(0, unseen - first);
+        for (; j + PARTS <= length; j += PARTS, p += PARTS) {
+            add(0, values + j * stride, p);
+            if constexpr (PARTS == 2) add(1, values + (j + 1) * stride, p + 1);
+        }
+        for (; j < length; j++, p++) add(0, values + j * stride, p);
+        first += length;
+    }
+    float* out = call.out + ((row * call.tokens + token) * call.heads + head) * WIDTH;
+#pragma GCC unroll 4
+    for (int h = 0; h < HEADS; h++)
+#pragma GCC unroll 32
+        for (int i = 0; i < N; i++) {
+            Floats x = sum[0][h][i];
+            if constexpr (PARTS == 2) x += sum[1][h][i];
+            store(out + h * WIDTH + i * LANES, x / totals[h]);
+        }
+}
+
+using Attend = decltype(&attend<1>);
+
+template <int... HEADS>
+static Attend of_heads(int64_t heads, std::integer_sequence<int, HEADS...>) {
+    static constexpr Attend of[] = {attend<HEADS + 1>...};
+    return of[heads - 1];
+}
+
+extern "C" void attend_all(const Call* call, const Source* sources, int64_t n_sources, double scaling, double softcap) {
+    const int64_t group = call->heads / call->key_heads;
+#pragma omp parallel
+    {
+        std::vector<float> scores;
+        // In an order in which neighbours find the same keys in the cache.
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < call->rows * call->key_heads; task++) {
+            const int64_t row = task % call->rows, key_head = task / call->rows;
+            for (int64_t token = 0; token < call->tokens; token++)
+                for (int64_t i = 0; i < group; i += TOGETHER) {
+                    const Attend run = of_heads(std::min<int64_t>(TOGETHER, group - i),
+                                                std::make_integer_sequence<int, TOGETHER>{});
+                    run(*call, sources, n_sources, scaling, softcap, row, token, key_head * group + i, scores);
+                }
+        }
+    }
+}

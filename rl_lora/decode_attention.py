@@ -1,0 +1,166 @@
+"""Attention of a decoding step's new tokens in C++ of our own (`decode_attention.cpp`), in float32 on a CPU.
+
+torch does it in a dozen operations that pass matrices of a few rows to one another; here a head of a row is done at
+once, without padding, and reads keys and values where they lie.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rl_lora import native_code
+from rl_lora.native_code import OPERATIONS, is_followed
+
+if TYPE_CHECKING:
+    from rl_lora.attention import Options
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+
+
+WIDEST = 256
+"""Of the heads that it is compiled for."""
+
+
+@functools.cache
+def library(width: int) -> ctypes.CDLL | None:
+    """The compiled code for heads of this width; None where it cannot be had, or computes something else."""
+    found = native_code.load(SOURCE, f"-DWIDTH={width}") if width <= WIDEST else None
+    if found is not None:
+        found.attend_all.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_double]
+        found.attend_all.restype = None
+    return found if found is not None and _right(found, width) else None
+
+
+def usable(query: Tensor) -> bool:
+    """Whether `attend` computes this: (..., D) in float32, on a CPU, without gradients."""
+    if query.dtype != torch.float32 or query.device.type != "cpu" or torch.is_grad_enabled():
+        return False
+    return library(query.shape[-1]) is not None
+
+
+def attend(
+    query: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    nodes: Sequence[Tensor],
+    lengths: Sequence[Tensor],
+    at: Tensor,
+    options: Options,
+) -> Tensor:
+    """(R, H, n, D): what n new tokens of every row find in all sources of keys, one behind the other.
+
+    query: (R, H, n, D); keys, values: of each source, (nodes, H_kv, tokens, D); nodes, lengths: int64 (R,) of each
+    but the last, which node a row reads and how many tokens of it; at: int64 (R, n), the place of each new token in the
+    last source, where row i reads node i, up to that token.
+    """
+    run = torch.ops.rl_lora.decode_attention if is_followed() else _attend
+    return run(query, keys, values, nodes, lengths, at, options.scaling, options.window, options.softcap, options.sinks)
+
+
+def _attend(
+    query: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    nodes: Sequence[Tensor],
+    lengths: Sequence[Tensor],
+    at: Tensor,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    found = library(query.shape[-1])
+    assert found is not None
+    return _call(found, query, keys, values, nodes, lengths, at, scaling, window, softcap, sinks)
+
+
+def _call(
+    found: ctypes.CDLL,
+    query: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    nodes: Sequence[Tensor],
+    lengths: Sequence[Tensor],
+    at: Tensor,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    R, H, n, D = query.shape
+    query, keys, values = _dense(query), [_dense(x) for x in keys], [_dense(x) for x in values]
+    at, nodes, lengths = at.contiguous(), [x.contiguous() for x in nodes], [x.contiguous() for x in lengths]
+    out = query.new_empty(R, n, H, D)
+    if sinks is not None:
+        sinks = sinks.float().contiguous()
+    call = array("q", [query.data_ptr(), *query.stride()[:3], out.data_ptr(), at.data_ptr()])
+    call.extend([R, H, keys[0].shape[1], n, window or 0])
+    call.extend([0, 0] if sinks is None else [sinks.data_ptr(), 0 if sinks.dim() == 1 else sinks.stride(0)])
+    sources = array("q")
+    for i, (key, value) in enumerate(zip(keys, values, strict=True)):
+        sources.extend([key.data_ptr(), value.data_ptr(), *key.stride()[:3], *value.stride()[:3]])
+        sources.extend([nodes[i].data_ptr(), lengths[i].data_ptr()] if i < len(nodes) else [0, 0])
+    found.attend_all(call.buffer_info()[0], sources.buffer_info()[0], len(keys), scaling, softcap or 0.0)
+    return out.transpose(1, 2)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Numbers of a head lie side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+OPERATIONS.define(
+    "decode_attention(Tensor query, Tensor[] keys, Tensor[] values, Tensor[] nodes, Tensor[] lengths, Tensor at, "
+    "float scaling, int? window, float? softcap, Tensor? sinks) -> Tensor"
+)
+OPERATIONS.impl("decode_attention", _attend, "CPU")
+torch.library.register_fake(
+    "rl_lora::decode_attention",
+    lambda query, *_: query.new_empty(query.shape[0], *query.shape[2:0:-1], query.shape[3]).transpose(1, 2),
+    lib=OPERATIONS,
+)
+
+
+def _right(found: ctypes.CDLL, D: int) -> bool:
+    """Compared with float64: two sources and a row's own, all that a model may ask for."""
+    g = torch.Generator().manual_seed(0)
+    R, H, n = 3, 14, 2
+    sizes = (2, 5), (3, 19), (R, 40)  # nodes, tokens
+    keys, values = ([torch.randn(count, 2, length, D, generator=g) for count, length in sizes] for _ in range(2))
+    nodes, lengths = (
+        [torch.tensor([0, 1, 1]), torch.tensor([2, 0, 2])],
+        [torch.tensor([5, 0, 3]), torch.tensor([0, 9, 19])],
+    )
+    at, query = torch.tensor([[0, 1], [36, 37], [4, 5]]), torch.randn(R, n, H, D, generator=g).transpose(1, 2)
+    sinks = torch.randn(R, H, generator=g)
+    for window, softcap, sink in ((None, None, None), (4, 2.0, sinks)):
+        out = _call(found, query, keys, values, nodes, lengths, at, 0.3, window, softcap, sink)
+        for row in range(R):
+            shared = [
+                [x[i[row], :, : m[row]] for x, i, m in zip(xs[:-1], nodes, lengths, strict=True)]
+                for xs in (keys, values)
+            ]
+            for token in range(n):
+                own = int(at[row, token]) + 1
+                k, v = (
+                    torch.cat([*part, xs[-1][row, :, :own]], 1)[:, -(window or 0) :].double().repeat_interleave(7, 0)
+                    for part, xs in zip(shared, (keys, values), strict=True)
+                )
+                scores = 0.3 * (k @ query[row, :, token, :, None].double())[..., 0]  # (H, keys)
+                if softcap is not None:
+                    scores = softcap * torch.tanh(scores / softcap)
+                if sink is not None:
+                    scores = torch.cat([scores, sink[row, :, None].double()], -1)
+                p = torch.softmax(scores, -1)[:, : k.shape[1]]
+                error = (out[row, :, token].double() - (p[:, None] @ v)[:, 0]).abs().max()
+                if not error <= 1e-5:
+                    return False
+    return True

@@ -1,0 +1,185 @@
+"""Attention of decoding steps, by torch and in C++, against a dense one in float64; rows are their own, to the bit."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from rl_lora import decode_attention, native_code
+from rl_lora.attention import Options, Sharing
+from rl_lora.decode_layer import DecodeLayer, Shared
+
+needs_ours = pytest.mark.skipif(decode_attention.library(16) is None, reason="GCC, and AVX2 or AVX-512 are not here")
+OPTIONS = [
+    Options(0.3),
+    Options(0.3, window=4),
+    Options(0.5, softcap=2.0),
+    Options(0.2, window=30, softcap=1.5, sinks=torch.tensor([0.3, -1.0, 2.0, 0.0, 0.5, -3.0])),
+]
+
+
+@dataclass
+class Step:
+    """A decoding step of one layer with random numbers, and the rows' own keys and values as the layer reads them."""
+
+    layer: DecodeLayer
+    query: Tensor
+    own: tuple[Tensor, Tensor]
+
+    @classmethod
+    def random(cls, seed: int, n_tokens: int, width: int, heads: int = 6, key_heads: int = 2) -> Step:
+        rng, g = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+        n_prompts, n_trunks = int(rng.integers(2, 5)), int(rng.integers(0, 3))
+        owner = np.sort(rng.integers(0, n_prompts, n_prompts + 4))
+        R = len(owner)
+        levels = [(n_prompts, owner)]
+        if n_trunks:
+            levels.insert(0, (n_trunks, rng.integers(0, n_trunks, n_prompts)[owner]))
+        shared = []
+        for n, of_row in levels:
+            lengths = rng.integers(0, 70, n)
+            key, value = torch.randn(2, n, key_heads, int(lengths.max()) + 3, width, generator=g)
+            lengths_of_rows = torch.from_numpy(lengths[of_row])
+            shared.append(Shared(key, value, lengths_of_rows, Sharing(of_row, n)))
+        at = torch.from_numpy(rng.integers(0, 40, R))[:, None] + torch.arange(n_tokens)
+        W = int(at.max()) + 2
+        buffers = torch.randn(2, R + 2, key_heads, W + 5, width, generator=g)
+        layer = DecodeLayer(buffers[0], buffers[1], at, torch.arange(W), shared, torch.arange(R))
+        query = torch.randn(R, n_tokens, heads, width, generator=g).transpose(1, 2)
+        return cls(layer, query, (buffers[0][:R, :, :W], buffers[1][:R, :, :W]))
+
+    def attend(self, options: Options) -> Tensor:
+        return self.layer.attend(0, self.query, *self.own, options)
+
+    def dense(self, options: Options) -> Tensor:
+        """float64, query by query."""
+        R, H, n, _ = self.query.shape
+        out = torch.zeros_like(self.query, dtype=torch.float64)
+        for row in range(R):
+            parts: tuple[list[Tensor], list[Tensor]] = [], []
+            for shared in self.layer.shared:
+                node, length = int(shared.sharing.owner[row]), int(shared.lengths[row])
+                parts[0].append(shared.key[node, :, :length])
+                parts[1].append(shared.value[node, :, :length])
+            for token in range(n):
+                length = int(self.layer.at[row, token]) + 1
+                k, v = (
+                    torch.cat([*part, own[row, :, :length]], 1).double().repeat_interleave(H // own.shape[1], 0)
+                    for part, own in zip(parts, self.own, strict=True)
+                )
+                if options.window is not None:
+                    k, v = k[:, -options.window :], v[:, -options.window :]
+                scores = torch.einsum("hd,hkd->hk", self.query[row, :, token].double(), k) * options.scaling
+                if options.softcap is not None:
+                    scores = options.softcap * torch.tanh(scores / options.softcap)
+                if options.sinks is not None:
+                    scores = torch.cat([scores, options.sinks[:, None].double()], -1)
+                p = torch.softmax(scores, -1)[:, : k.shape[1]]
+                out[row, :, token] = torch.einsum("hk,hkd->hd", p, v)
+        return out
+
+
+@pytest.fixture(params=["ours", "torch"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "torch":
+        monkeypatch.setattr(decode_attention, "library", lambda width: None)
+    elif decode_attention.library(16) is None:
+        pytest.skip("GCC, and AVX2 or AVX-512 are not here")
+    return request.param
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("n_tokens", [1, 3])
+@pytest.mark.parametrize("seed", range(4))
+def test_it_is_attention(way: str, options: Options, n_tokens: int, seed: int) -> None:
+    for width in (16, 64, 80, 12):
+        step = Step.random(seed, n_tokens, width)
+        with torch.inference_mode():
+            assert decode_attention.usable(step.query) == (way == "ours" and width != 12)
+            out = step.attend(options)
+        torch.testing.assert_close(out.double(), step.dense(options), atol=1e-5, rtol=1e-5)
+
+
+@needs_ours
+@pytest.mark.parametrize(("heads", "key_heads"), [(2, 2), (14, 2), (5, 1)])
+def test_any_number_of_heads_reads_a_head_of_keys(heads: int, key_heads: int) -> None:
+    for width in (32, 128, 256):
+        step = Step.random(heads, 1, width, heads, key_heads)
+        with torch.inference_mode():
+            out = step.attend(Options(width**-0.5))
+        torch.testing.assert_close(out.double(), step.dense(Options(width**-0.5)), atol=1e-5, rtol=1e-5)
+
+
+@needs_ours
+def test_a_row_does_not_depend_on_its_neighbours() -> None:
+    """To the bit: alone, on one thread or many, behind longer buffers."""
+    step, options = Step.random(1, 1, 64), Options(0.125, window=50)
+    before = torch.get_num_threads()
+    with torch.inference_mode():
+        whole = step.attend(options)
+        try:
+            for threads in (1, 3):
+                torch.set_num_threads(threads)
+                assert torch.equal(step.attend(options), whole)
+        finally:
+            torch.set_num_threads(before)
+        for row in range(len(whole)):
+            shared = []
+            for x in step.layer.shared:
+                node = slice(int(x.sharing.owner[row]), int(x.sharing.owner[row]) + 1)
+                shared.append(Shared(x.key[node], x.value[node], x.lengths[[row]], Sharing(np.zeros(1, np.int64), 1)))
+            one = slice(row, row + 1)
+            keys, values = step.layer.keys[one], step.layer.values[one]
+            alone = DecodeLayer(
+                keys, values, step.layer.at[one], step.layer.slots, shared, torch.zeros(1, dtype=torch.int64)
+            )
+            assert torch.equal(alone.attend(0, step.query[one], keys, values, options), whole[one])
+
+
+@needs_ours
+@pytest.mark.parametrize("shift", [0.0, 300.0, -300.0])
+def test_scores_of_any_size_make_probabilities(shift: float) -> None:
+    """Values of one give one back, also where all but one key count for nothing; what is not finite is not hidden."""
+    step = Step.random(2, 1, 16)
+    step.query *= 1 + abs(shift)
+    for values in (*(x.value for x in step.layer.shared), step.own[1]):
+        values.fill_(1)
+    with torch.inference_mode():
+        out = step.attend(Options(1.0 if shift >= 0 else -1.0))
+        torch.testing.assert_close(out, torch.ones_like(out))
+        step.own[0][0] = math.nan
+        out = step.attend(Options(1.0))
+        assert out[0].isnan().all()
+        assert out[1:].isfinite().all()
+
+
+@needs_ours
+def test_older_processors_have_their_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    decode_attention.library.cache_clear()
+    monkeypatch.setattr(native_code, "FLAGS", [*native_code.FLAGS, "-mno-avx512f"])
+    try:
+        step = Step.random(3, 2, 24)  # no whole number of the longer vectors
+        with torch.inference_mode():
+            assert decode_attention.usable(step.query)
+            out = step.attend(OPTIONS[3])
+        torch.testing.assert_close(out.double(), step.dense(OPTIONS[3]), atol=1e-5, rtol=1e-5)
+    finally:
+        decode_attention.library.cache_clear()
+
+
+def test_other_numbers_and_gradients_are_torchs() -> None:
+    query = torch.randn(2, 2, 1, 16)
+    assert not decode_attention.usable(query)  # gradients are on
+    with torch.inference_mode():
+        for x in (
+            query.double(),
+            query.bfloat16(),
+            query.to("meta"),
+            torch.randn(2, 2, 1, 2 * decode_attention.WIDEST),
+        ):
+            assert not decode_attention.usable(x)
