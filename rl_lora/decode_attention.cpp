@@ -1,5 +1,6 @@
 // Attention of the new tokens of a decoding step, in float32: out = softmax(scaling q k^T) v over the keys that each may
-// see. A row and a head are worked on by themselves: what comes out does not depend on a row's neighbours, to the bit.
+// see. A row and a head are worked on by themselves: what comes out does not depend on a row's neighbours, to the bit, nor
+// on which of its keys are shared.
 //
 // The keys of a query lie in several sources, one behind the other: nodes that rows share, and at last the row's own.
 
@@ -178,11 +179,12 @@ static void attend(const Call& call, const Source* sources, int64_t n_sources, f
         const float* values = source.value + node * source.value_strides[0] + key_head * source.value_strides[1];
         const int64_t stride = source.value_strides[2];
         int64_t j = std::max<int64_t>(0, unseen - first);
+        if (PARTS == 2 && j < length && (p - begin) % 2) add(PARTS - 1, values + j++ * stride, p++);
         for (; j + PARTS <= length; j += PARTS, p += PARTS) {
             add(0, values + j * stride, p);
-            if constexpr (PARTS == 2) add(1, values + (j + 1) * stride, p + 1);
+            if (PARTS == 2) add(PARTS - 1, values + (j + 1) * stride, p + 1);
         }
-        for (; j < length; j++, p++) add(0, values + j * stride, p);
+        if (j < length) add(0, values + j * stride, p++);
         first += length;
     }
     float* out = call.out + ((row * call.tokens + token) * call.heads + head) * WIDTH;

@@ -95,8 +95,8 @@ class DecodeLayer:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
         """query: (R, H, n, D); key, value: the rows' own, (R, H_kv, W, D). Returns (R, H, n, D)."""
-        if decode_attention.usable(query):
-            keys, values = [*(s.key for s in self.shared), key], [*(s.value for s in self.shared), value]
+        keys, values = [*(s.key for s in self.shared), key], [*(s.value for s in self.shared), value]
+        if decode_attention.usable(query, keys, values):
             nodes, lengths = [s.sharing.owner for s in self.shared], [s.lengths for s in self.shared]
             return decode_attention.attend(query, keys, values, nodes, lengths, self.at, options)
         sources = [Source(shared.key, shared.value, shared.sharing) for shared in self.shared]

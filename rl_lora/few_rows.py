@@ -32,8 +32,8 @@ def library() -> ctypes.CDLL | None:
 
 
 def pack(weight: Tensor) -> Tensor:
-    """float32 (out, in) -> (panels, in, width): the weights of `width` outputs side by side; bfloat16 where it holds
-    them exactly, in which pairs are `width / 2` outputs apart."""
+    """float32 (out, in) -> (panels, in, width): an input's weights for `width` outputs side by side; in bfloat16 where
+    that holds all of them exactly, and then outputs j and j + width / 2 are neighbours."""
     found = library()
     assert found is not None
     lanes: int = found.lanes()
@@ -51,13 +51,14 @@ def multiply(x: Tensor, packed: Tensor, n_out: int, bias: Tensor | None = None, 
     found = library()
     assert found is not None
     panels, n_in, width = packed.shape
-    if x.dtype != torch.float32 or x.shape[1:] != (n_in,):
-        raise ValueError(f"expected float32 (N, {n_in}), got {x.dtype} {tuple(x.shape)}")
+    if x.dtype != torch.float32 or x.device.type != "cpu" or x.shape[1:] != (n_in,):
+        raise ValueError(f"expected float32 (N, {n_in}) on the CPU, got {x.dtype} {tuple(x.shape)} on {x.device}")
     x = x.contiguous()
     whole = panels * width == n_out
     if bias is not None:
-        bias = (bias if whole else torch.nn.functional.pad(bias, (0, panels * width - n_out))).contiguous()
-    to = out if out is not None and whole and out.stride(1) == 1 else x.new_empty(len(x), panels * width)
+        bias = torch.nn.functional.pad(bias.to(x), (0, panels * width - n_out)).contiguous()
+    direct = out is not None and whole and out.dtype == x.dtype and out.shape == (len(x), n_out) and out.stride(1) == 1
+    to = out if out is not None and direct else x.new_empty(len(x), panels * width)
     run = found.multiply_bfloat16 if packed.dtype == torch.bfloat16 else found.multiply_float32
     run(
         x.data_ptr(),

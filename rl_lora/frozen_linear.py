@@ -40,6 +40,8 @@ class Operators(NamedTuple):
 class FrozenLinear:
     """x W^T + b for a weight (out, in) that is not trained. Where gradients are asked for, torch's own product.
 
+    A weight that is written to is packed anew; what is written through its `.data` is not seen.
+
     Args:
         may_pack: there is memory for a second copy of the weight.
     """
@@ -54,7 +56,7 @@ class FrozenLinear:
         """(N, in) -> (N, out), in `out` where that is given: it may be of another dtype."""
         if self.may_pack and not torch.is_grad_enabled() and 0 < x.shape[0] <= MOST_ROWS:
             operators = _operators(self.weight.dtype)
-            if operators is None:
+            if operators is None or not self.weight.numel() or self.weight.device.type != "cpu":
                 self.may_pack = False
             elif x.shape[0] >= operators.least_rows:
                 if self.packed is None or self._version != self.weight._version:

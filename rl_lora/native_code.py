@@ -25,34 +25,43 @@ OPERATIONS = torch.library.Library("rl_lora", "DEF")
 
 
 def load(source: Path, *more_flags: str) -> ctypes.CDLL | None:
-    """A compiled file of this package; None where it cannot be had."""
-    flags = [*FLAGS, *more_flags]
-    compiler = shutil.which("g++")
-    try:
-        maps, cpu = (Path("/proc", file).read_text() for file in ("self/maps", "cpuinfo"))
-    except OSError:  # no Linux
-        return None
-    # The threads must be torch's own: others would wait beside them, spinning.
-    openmp = next((word for word in maps.split() if Path(word).name.startswith("libgomp")), None)
+    """A C++ file of this package, compiled at the first call on a machine; None, without a word, where it cannot be."""
+    flags, compiler, openmp = [*FLAGS, *more_flags], shutil.which("g++"), _openmp()
     if compiler is None or openmp is None:
         return None
-    kind = [line for line in cpu.splitlines() if line.startswith(("model name", "flags"))][:2]
-    key = hashlib.sha256("\n".join([source.read_text(), compiler, openmp, *flags, *kind]).encode()).hexdigest()[:16]
-    folder = cache_folder() / "compiled"
-    path = folder / f"{source.stem}-{key}.so"
+    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("model name", "flags"))]
+    version = str(Path(compiler).resolve().stat().st_mtime_ns)
+    text = "\n".join([source.read_text(), compiler, version, openmp, *flags, *cpu[:2]])
     try:
-        if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as work:
-                made = Path(work, path.name)
-                subprocess.run([compiler, *flags, source, openmp, "-o", made], check=True, capture_output=True)
-                os.replace(made, path)
+        folder = cache_folder() / "compiled"
+        path = folder / f"{source.stem}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
+        if path.exists():
+            try:
+                return ctypes.CDLL(str(path))
+            except OSError:  # half of one, or another system's: made anew
+                pass
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as work:
+            made = Path(work, path.name)
+            subprocess.run([compiler, *flags, source, openmp, "-o", made], check=True, capture_output=True)
+            os.replace(made, path)
         return ctypes.CDLL(str(path))
-    except (OSError, subprocess.CalledProcessError):  # no room, another processor, a compiler without OpenMP
+    except (OSError, RuntimeError, subprocess.CalledProcessError):  # nowhere to keep it, another kind of processor
         return None
 
 
-_followed = False
+def _openmp() -> str | None:
+    """Where torch's own threads come from, if that is GNU's library: others would wait beside them, spinning."""
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:  # no Linux
+        return None
+    places = {line.split(maxsplit=5)[5] for line in maps.splitlines() if "/libgomp" in line}
+    of_torch = [place for place in places if "/torch/" in place or "/torch.libs/" in place]
+    return min(of_torch or places, default=None)
+
+
+_followed = False  # of all threads: nothing else decodes while a layer is compiled
 
 
 @contextmanager

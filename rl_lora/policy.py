@@ -307,21 +307,27 @@ def _multiplies_bfloat16() -> bool:
 
 @functools.cache
 def seconds_of_product() -> dict[torch.dtype, float]:
-    """A product of the size of a decoding step on this CPU in either dtype, the best of some; 0.1 s to find out.
+    """A product of a decoding step's rows on this CPU in either dtype, the best of some; 0.1 s to find out.
 
     Processors are far from a tie: bfloat16 takes 0.4 of the time where the instructions do twice the work, 1.5 to 1.9
     where they are split into several; the fastest products suffer most from what else runs on a core.
 
-    Of the process's own time, and in turns: what other processes take counts little.
+    What other processes take counts little: it is one thread's own time, as several would wait for one that does not
+    run, and in turns, on matrices that stay in a core's cache.
     """
     sides = {
-        dtype: (torch.ones(128, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype))
+        dtype: (torch.ones(128, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype))
         for dtype in (torch.bfloat16, torch.float32)
     }
     seconds: dict[torch.dtype, list[float]] = {dtype: [] for dtype in sides}
-    for _ in range(24):
-        for dtype, (x, weight) in sides.items():
-            start = time.process_time()
-            torch.nn.functional.linear(x, weight)
-            seconds[dtype].append(time.process_time() - start)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(48):
+            for dtype, (x, weight) in sides.items():
+                start = time.thread_time()
+                torch.nn.functional.linear(x, weight)
+                seconds[dtype].append(time.thread_time() - start)
+    finally:
+        torch.set_num_threads(threads)
     return {dtype: min(times) for dtype, times in seconds.items()}

@@ -20,9 +20,9 @@ from rl_lora.policy import Policy
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_", "aten::_grouped_mm"}
 PACKED = {"rl_lora::frozen_linear", "mkl::_mkl_linear", "mkldnn::_linear_pointwise"}
 """Products with frozen weights (`rl_lora/frozen_linear.py`)."""
-BATCHED = {"aten::bmm", "aten::baddbmm"}
+ATTENDING = {"aten::bmm", "aten::baddbmm", "rl_lora::decode_attention"}
 BASE, ADAPTER, HEAD = "products with the base's weights", "products with the adapter", "products with the head"
-ATTENTION, OTHER, REST = "products of attention", "other operations", "between operations: Python, dispatch"
+ATTENTION, OTHER, REST = "attention, its products at least", "other operations", "between operations: Python, dispatch"
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def breakdown(policy: Policy, work: Callable[[], object]) -> list[Part]:
 
 def kind_of(policy: Policy, operation: str, shapes: Iterable[Any]) -> str:
     """shapes: of the operation's inputs, lists of sizes."""
-    if operation in BATCHED:
+    if operation in ATTENDING:
         return ATTENTION
     matrices = [tuple(shape) for shape in shapes if len(shape) == 2]
     if operation in PACKED:

@@ -53,6 +53,10 @@ class Step:
         query = torch.randn(R, n_tokens, heads, width, generator=g).transpose(1, 2)
         return cls(layer, query, (buffers[0][:R, :, :W], buffers[1][:R, :, :W]))
 
+    def is_ours(self) -> bool:
+        sources = [*((x.key, x.value) for x in self.layer.shared), self.own]
+        return decode_attention.usable(self.query, [x[0] for x in sources], [x[1] for x in sources])
+
     def attend(self, options: Options) -> Tensor:
         return self.layer.attend(0, self.query, *self.own, options)
 
@@ -100,7 +104,7 @@ def test_it_is_attention(way: str, options: Options, n_tokens: int, seed: int) -
     for width in (16, 64, 80, 12):
         step = Step.random(seed, n_tokens, width)
         with torch.inference_mode():
-            assert decode_attention.usable(step.query) == (way == "ours" and width != 12)
+            assert step.is_ours() == (way == "ours" and width != 12)
             out = step.attend(options)
         torch.testing.assert_close(out.double(), step.dense(options), atol=1e-5, rtol=1e-5)
 
@@ -111,6 +115,7 @@ def test_any_number_of_heads_reads_a_head_of_keys(heads: int, key_heads: int) ->
     for width in (32, 128, 256):
         step = Step.random(heads, 1, width, heads, key_heads)
         with torch.inference_mode():
+            assert step.is_ours()
             out = step.attend(Options(width**-0.5))
         torch.testing.assert_close(out.double(), step.dense(Options(width**-0.5)), atol=1e-5, rtol=1e-5)
 
@@ -165,21 +170,58 @@ def test_older_processors_have_their_own_code(monkeypatch: pytest.MonkeyPatch) -
     try:
         step = Step.random(3, 2, 24)  # no whole number of the longer vectors
         with torch.inference_mode():
-            assert decode_attention.usable(step.query)
+            assert step.is_ours()
             out = step.attend(OPTIONS[3])
         torch.testing.assert_close(out.double(), step.dense(OPTIONS[3]), atol=1e-5, rtol=1e-5)
     finally:
         decode_attention.library.cache_clear()
 
 
-def test_other_numbers_and_gradients_are_torchs() -> None:
-    query = torch.randn(2, 2, 1, 16)
-    assert not decode_attention.usable(query)  # gradients are on
+@needs_ours
+def test_what_is_shared_does_not_matter() -> None:
+    """To the bit: keys in one source, or cut in two at any place."""
+    g = torch.Generator().manual_seed(0)
+    key, value = torch.randn(2, 1, 1, 12, 64, generator=g)
+    own = torch.randn(2, 1, 1, 8, 64, generator=g)
+    query, at, row = torch.randn(1, 1, 1, 64, generator=g), torch.tensor([[5]]), torch.zeros(1, dtype=torch.int64)
+
+    def attend(*sources: Shared) -> Tensor:
+        layer = DecodeLayer(own[0], own[1], at, torch.arange(8), sources, row)
+        return layer.attend(0, query, own[0], own[1], Options(0.125))
+
+    def part(start: int, end: int) -> Shared:
+        sharing = Sharing(np.zeros(1, np.int64), 1)
+        return Shared(key[:, :, start:end], value[:, :, start:end], torch.tensor([end - start]), sharing)
+
     with torch.inference_mode():
-        for x in (
-            query.double(),
-            query.bfloat16(),
-            query.to("meta"),
-            torch.randn(2, 2, 1, 2 * decode_attention.WIDEST),
-        ):
-            assert not decode_attention.usable(x)
+        for cut in range(13):
+            assert torch.equal(attend(part(0, cut), part(cut, 12)), attend(part(0, 12)))
+
+
+def test_other_numbers_other_widths_and_gradients_are_torchs() -> None:
+    step = Step.random(0, 1, 16)
+    keys, values = [step.own[0]], [step.own[1]]
+    assert not decode_attention.usable(step.query, keys, values)  # gradients are on
+    wide = [torch.cat([x, x], -1) for x in values]
+    one_head = [x[:, :1] for x in keys]
+    with torch.inference_mode():
+        for other in (torch.float64, torch.bfloat16, torch.device("meta")):
+            assert not decode_attention.usable(step.query.to(other), keys, values)
+            assert not decode_attention.usable(step.query, [x.to(other) for x in keys], values)
+        assert not decode_attention.usable(step.query, keys, wide)
+        assert not decode_attention.usable(step.query, [*keys, *one_head], [*values, *values])
+        assert not decode_attention.usable(step.query[:, :5], keys, values)
+        broad = torch.randn(2, 2, 1, 2 * decode_attention.WIDEST)
+        assert not decode_attention.usable(broad, [broad], [broad])
+
+
+@pytest.mark.parametrize("way", ["ours", "torch"], indirect=True)
+def test_values_of_another_width_than_keys(way: str) -> None:
+    step = Step.random(5, 1, 16)
+    layer = step.layer
+    layer.shared = [x._replace(value=torch.cat([x.value, -x.value], -1)) for x in layer.shared]
+    value = torch.cat([step.own[1], -step.own[1]], -1)
+    with torch.inference_mode():
+        out = layer.attend(0, step.query, step.own[0], value, OPTIONS[1])
+        one = Step.random(5, 1, 16).attend(OPTIONS[1])
+    torch.testing.assert_close(out, torch.cat([one, -one], -1), atol=1e-5, rtol=1e-5)

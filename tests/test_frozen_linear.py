@@ -124,6 +124,8 @@ def test_a_row_of_a_product_does_not_depend_on_its_neighbours(exact: bool, biase
         layer(x, out=wide[:, n_out:])
         assert torch.equal(wide[:, n_out:], whole)
         assert wide[:, :n_out].isnan().all()
+        for dtype in (torch.float64, torch.bfloat16):
+            assert torch.equal(layer(x, out=torch.empty(MOST_ROWS, n_out, dtype=dtype)), whole.to(dtype))
         try:
             for threads, n in ((1, 1), (1, 13), (2, 29), (5, 1), (7, 64), (3, MOST_ROWS)):
                 torch.set_num_threads(threads)
@@ -157,6 +159,20 @@ def test_code_that_cannot_be_kept_is_not_used(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert few_rows.library() is None
     assert _operators(torch.float32) is not None or not torch.backends.mkl.is_available()
+
+
+@needs_ours
+def test_half_a_library_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = native_code.load(few_rows.SOURCE)
+    assert found is not None
+    path = Path(found._name)
+    other = path.with_name("other.so")
+    path.rename(other)  # the loaded one stays as it is
+    path.write_bytes(other.read_bytes()[:1000])
+    again = native_code.load(few_rows.SOURCE)
+    assert again is not None
+    assert path.stat().st_size > 1000
 
 
 @needs_ours
