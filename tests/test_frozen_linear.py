@@ -163,16 +163,18 @@ def test_code_that_cannot_be_kept_is_not_used(
 
 @needs_ours
 def test_half_a_library_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one"))
     found = native_code.load(few_rows.SOURCE)
     assert found is not None
-    path = Path(found._name)
-    other = path.with_name("other.so")
-    path.rename(other)  # the loaded one stays as it is
-    path.write_bytes(other.read_bytes()[:1000])
+    whole = Path(found._name)
+    half = tmp_path / "two" / whole.relative_to(tmp_path / "one")
+    half.parent.mkdir(parents=True)
+    half.write_bytes(whole.read_bytes()[:1000])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "two"))
     again = native_code.load(few_rows.SOURCE)
     assert again is not None
-    assert path.stat().st_size > 1000
+    assert again._name == str(half)
+    assert half.stat().st_size > 1000
 
 
 @needs_ours
