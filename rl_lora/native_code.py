@@ -38,12 +38,14 @@ def load(source: Path, *more_flags: str) -> ctypes.CDLL | None:
         if path.exists():
             try:
                 return ctypes.CDLL(str(path))
-            except OSError:  # half of one, or another system's: made anew
+            except OSError:  # another system's: made anew
                 pass
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as work:
             made = Path(work, path.name)
             subprocess.run([compiler, *flags, source, openmp, "-o", made], check=True, capture_output=True)
+            with made.open("rb") as file:
+                os.fsync(file.fileno())  # half of one, after a loss of power, would not fail to load but crash
             os.replace(made, path)
         return ctypes.CDLL(str(path))
     except (OSError, RuntimeError, subprocess.CalledProcessError):  # nowhere to keep it, another kind of processor
