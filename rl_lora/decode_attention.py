@@ -11,7 +11,7 @@ import functools
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -71,21 +71,10 @@ def attend(
     return run(query, keys, values, nodes, lengths, at, options.scaling, options.window, options.softcap, options.sinks)
 
 
-def _attend(
-    query: Tensor,
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
-    nodes: Sequence[Tensor],
-    lengths: Sequence[Tensor],
-    at: Tensor,
-    scaling: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+def _attend(query: Tensor, *rest: Any) -> Tensor:
     found = library(query.shape[-1])
     assert found is not None
-    return _call(found, query, keys, values, nodes, lengths, at, scaling, window, softcap, sinks)
+    return _call(found, query, *rest)
 
 
 def _call(
