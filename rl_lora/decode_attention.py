@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from rl_lora.attention import Options
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-
-
 WIDEST = 256
 """Of the heads that it is compiled for."""
 
