@@ -84,9 +84,8 @@ def test_two_processes_train_the_adapter_of_one_and_write_one_set_of_files(
                 assert other[name] == pytest.approx(record[name], rel=1e-4, abs=1e-5), name
     weights, others = (load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("one", "two"))
     assert weights.keys() == others.keys()
-    for (
-        name
-    ) in weights:  # a step of AdamW is 0.01 however small the gradient is: rounding shows where it is almost nothing
+    for name in weights:
+        # AdamW steps by 0.01 however small a gradient is: rounding decides where it is almost nothing.
         torch.testing.assert_close(others[name], weights[name], atol=1e-4, rtol=1e-4)
     assert {path.name for path in (tmp_path / "one").iterdir()} == {path.name for path in (tmp_path / "two").iterdir()}
     assert [checkpoint.step for checkpoint in Checkpoints(tmp_path / "two" / "checkpoints", 2).all()] == [1, 2]
