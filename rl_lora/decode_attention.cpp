@@ -6,26 +6,15 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <utility>
 #include <vector>
 
-#if defined(__AVX512F__)
-constexpr int LANES = 16;
-#elif defined(__AVX2__) && defined(__FMA__)
-constexpr int LANES = 8;
-#else
-#error "written for AVX2 and AVX-512"
-#endif
+#include "vectors.h"
 
 // WIDTH, of a head, is given when this is compiled.
 constexpr int N = WIDTH / LANES;  // vectors of a head
 static_assert(N > 0 && WIDTH % LANES == 0, "a head is a number of whole vectors");
 constexpr int TOGETHER = N > 8 ? 1 : N > 4 ? 2 : 4;  // heads whose sums have room in registers
-
-typedef float Floats __attribute__((vector_size(4 * LANES)));
-typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 
 struct Source {
     const float* key;
@@ -47,22 +36,6 @@ struct Call {
     int64_t sinks_stride;  // between rows
 };
 
-// e^x for x <= 0: 2^n e^r with |r| <= log(2) / 2, and a polynomial for e^r (Cephes).
-static inline Floats exponential(Floats x) {
-    constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: added, it leaves no bits for what is behind the point
-    const Floats shifted = x * 1.44269504088896341f + ROUND;
-    const Floats n = shifted - ROUND;
-    const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-    const Ints power = ((Ints)shifted - (Ints)(Floats{} + ROUND) + 127) << 23;
-    return x < -87.0f ? Floats{} : p * (Floats)power;
-}
-
 // Lanes whose number has the bit STRIDE are b's, the others a's; each is added to the lane that differs in this bit.
 template <int STRIDE>
 static inline Floats fold(Floats a, Floats b) {
@@ -82,14 +55,6 @@ static inline __attribute__((always_inline)) Floats sums(const Vector& vector, i
     else
         return fold<STRIDE>(sums<STRIDE / 2>(vector, first), sums<STRIDE / 2>(vector, first + STRIDE));
 }
-
-static inline Floats load(const float* at) {
-    Floats x;
-    std::memcpy(&x, at, sizeof x);
-    return x;
-}
-
-static inline void store(float* at, Floats x) { std::memcpy(at, &x, sizeof x); }
 
 // A loop over HEADS heads that read the same keys, one after another for each block of keys, which stay in the cache.
 // softcap: 0, or the bound that scores are brought under.

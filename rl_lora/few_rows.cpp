@@ -5,35 +5,22 @@
 // whatever the number of rows and threads: a row's result does not depend on its neighbours, to the bit.
 
 #include <algorithm>
-#include <cstdint>
-#include <cstring>
 #include <utility>
 
 #include <omp.h>
 
-#if defined(__AVX512F__)
-constexpr int LANES = 16;
-constexpr int MOST = 14;  // rows of a block: two sums for each, the weights, and one x fill the 32 registers
-#elif defined(__AVX2__) && defined(__FMA__)
-constexpr int LANES = 8;
-constexpr int MOST = 6;  // of 16 registers
-#else
-#error "written for AVX2 and AVX-512"
-#endif
+#include "vectors.h"
 
 constexpr int PANEL = 2 * LANES;  // outputs that are computed together
 constexpr int64_t CHUNK = 768;    // inputs of a panel that stay in the first cache while the blocks of rows go by
 constexpr int64_t TASKS = 4;      // a thread, at least, so that none is left waiting for long
 
-typedef float Floats __attribute__((vector_size(4 * LANES)));
-typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
-
 // One input's weights for a panel. Of bfloat16, a word holds two: output j in its low half, j + LANES in its high half.
 struct Float32 {
     static constexpr int64_t BYTES = 8 * LANES;
     static void read(const char* at, Floats& low, Floats& high) {
-        std::memcpy(&low, at, 4 * LANES);
-        std::memcpy(&high, at + 4 * LANES, 4 * LANES);
+        std::memcpy(&low, at, sizeof low);
+        std::memcpy(&high, at + sizeof low, sizeof high);
     }
 };
 
@@ -41,7 +28,7 @@ struct BFloat16 {
     static constexpr int64_t BYTES = 4 * LANES;
     static void read(const char* at, Floats& low, Floats& high) {
         Words words;
-        std::memcpy(&words, at, 4 * LANES);
+        std::memcpy(&words, at, sizeof words);
         low = (Floats)(words << 16);
         high = (Floats)(words & 0xffff0000u);
     }
@@ -97,10 +84,7 @@ void run(const Block& block) {
         for (int half = 0; half < 2; half++) {
             float* out = block.out + m * block.out_stride + half * LANES;
             const float* before = !block.first ? out : block.bias ? block.bias + half * LANES : nullptr;
-            Floats already = {};
-            if (before) std::memcpy(&already, before, sizeof already);
-            already += sum[m][half];
-            std::memcpy(out, &already, sizeof already);
+            store(out, (before ? load(before) : Floats{}) + sum[m][half]);
         }
 }
 

@@ -31,7 +31,8 @@ def load(source: Path, *more_flags: str) -> ctypes.CDLL | None:
         return None
     cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("model name", "flags"))]
     version = str(Path(compiler).resolve().stat().st_mtime_ns)
-    text = "\n".join([source.read_text(), compiler, version, openmp, *flags, *cpu[:2]])
+    sources = [path.read_text() for path in (source, *sorted(source.parent.glob("*.h")))]
+    text = "\n".join([*sources, compiler, version, openmp, *flags, *cpu[:2]])
     try:
         folder = cache_folder() / "compiled"
         path = folder / f"{source.stem}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"

@@ -142,6 +142,11 @@ class Tree:
         found = ends(self.spans)
         return None if found is None else torch.from_numpy(found).to(self.device)
 
+    @functools.cached_property
+    def table(self) -> Tensor:
+        """int64 (n, 3): the spans."""
+        return torch.tensor(self.spans)
+
     def last(self) -> Tensor:
         """int64: where the last token of every span stands."""
         return torch.tensor([start + length - 1 for start, length, _ in self.spans], device=self.device)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rl_lora import flex
+from rl_lora import cpu_tree_attention, flex
 from rl_lora.attention import Options, Source, attend_backward
 from rl_lora.attention import attend as attend_to_sources
 
@@ -22,6 +22,8 @@ def attend(tree: Tree, layer: int, query: Tensor, key: Tensor, value: Tensor, op
     """query: (1, H, N, D); key, value: (1, H_kv, N, D). Returns (1, H, N, D)."""
     if flex.serves(tree, query, options) and flex.proven(query, key, value, options, own):
         return flex.attend(tree, query, key, value, options)
+    if cpu_tree_attention.serves(tree, query, key, value):
+        return cpu_tree_attention.attend(tree, query, key, value, options)
     return own(tree, query, key, value, options, layer)
 
 

@@ -23,7 +23,7 @@ import envs  # noqa: F401  registers the environments
 from rl_lora import models
 from rl_lora.config import LearnerConfig, ModelConfig
 from rl_lora.learner import Learner
-from scripts.breakdown import breakdown, breakdown_table
+from scripts.breakdown import Part, breakdown, breakdown_table
 from scripts.command import main as command
 from scripts.measurements import Bench, Shape, shape
 from scripts.peer_process import Figures, Peers
@@ -129,24 +129,24 @@ def measure_rollouts(bench: Bench, case: Shape, config: BenchmarkConfig, bandwid
             bench.fresh()
             peak = bench.peak()
             groups, rollout = bench.sample(prompts, case, i)
-            learn = bench.learn(groups)
+            sides = {"rollout": rollout | costs}
+            if case.n > 1:  # a single completion has nothing to be better than
+                sides["learn"] = bench.learn(groups)
             answers = {name: peer.ask(job | {"stop_ids": [], "adapter": None}) for name, peer in peers.items()}
             if i == 0:
                 continue  # warming up
             ours = {
-                name: side | {"share_of_peak": side["flops"] / side["seconds"] / peak}
-                for name, side in (("rollout", rollout | costs), ("learn", learn))
+                name: side | {"share_of_peak": side["flops"] / side["seconds"] / peak} for name, side in sides.items()
             }
             ours["rollout"]["share_of_bandwidth"] = costs["bytes"] / rollout["seconds"] / bandwidth
             for name, answer in (ours | answers).items():
                 rounds.setdefault(name, []).append(answer | {"tokens_per_second": answer["tokens"] / answer["seconds"]})
             rounds.setdefault("peak", []).append({"flops_per_second": peak, "bytes_per_second": bandwidth})
-    where = {}
+    where: dict[str, list[Part]] = {}
     if config.breakdown:
-        where = {
-            "rollout": breakdown(bench.policy, lambda: bench.sample(prompts, case, 0)),
-            "learning": breakdown(bench.policy, lambda: bench.learn(groups)),
-        }
+        where["rollout"] = breakdown(bench.policy, lambda: bench.sample(prompts, case, 0))
+        if case.n > 1:
+            where["learning"] = breakdown(bench.policy, lambda: bench.learn(groups))
     return {"shape": str(case), "rounds": rounds, "breakdown": where}
 
 

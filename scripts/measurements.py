@@ -87,6 +87,7 @@ class Bench:
         active = self.policy.bank.active_experts
         self.n_linear = sum(s.in_features * s.out_features * (active if s.experts else 1) for s in sites)
         self.n_head = self.policy.head.weight.numel()
+        self.learner = Learner(self.policy, LearnerConfig())
 
     def fresh(self) -> None:
         """The adapter as it is before any step."""
@@ -161,18 +162,17 @@ class Bench:
 
     def learn(self, groups: list[Group]) -> Figures:
         """One update; tokens are those that had to be computed, each prompt and each common beginning once."""
-        config = LearnerConfig()
         signal = [(group, torch.tensor([e.reward - 0.5 for e in group.episodes]).numpy()) for group in groups]
         shared = self.policy.not_shared is None
         batches = pack(
             signal,
             denominators={"bench": 1.0},
-            tokens_per_microbatch=config.tokens_per_microbatch,
+            tokens_per_microbatch=self.learner.config.tokens_per_microbatch,
             shared_prefix=shared,
         )
         tokens, targets = sum(b.n_tokens for b in batches), sum(len(b.targets) for b in batches)
         self.meter.start()
-        Learner(self.policy, config).step(groups)
+        self.learner.step(groups)
         # Forward, and backward to the activations only; the head's backward is its product with p in the forward.
         return self.meter.stop() | {
             "tokens": tokens,

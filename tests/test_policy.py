@@ -114,10 +114,6 @@ def nothing_but_nan(self: Any, layer: int, query: Tensor, *_: Any) -> Tensor:
     return torch.full_like(query, torch.nan)
 
 
-def without_window(mask: Any) -> Any:
-    return lambda *args: mask(*args[:-1], None)
-
-
 def without_the_window(attend: Any) -> Any:
     return lambda self, layer, query, key, value, options: attend(
         self, layer, query, key, value, replace(options, window=None)
@@ -136,7 +132,7 @@ def test_a_window_that_only_the_models_own_mask_knows_of_is_not_shared() -> None
     [
         ("llama", Tree, "attend", nothing_but_nan, "packed hidden states differ .* by nan"),
         ("llama", Decode, "attend", nothing_but_nan, "decoded hidden states differ .* by nan"),
-        ("gemma3", Tree, "mask", without_window(Tree.mask), "packed hidden states differ"),
+        ("gemma3", Tree, "attend", without_the_window(Tree.attend), "packed hidden states differ"),
         ("gpt_oss", DecodeLayer, "attend", without_the_window(DecodeLayer.attend), "decoded hidden states differ"),
         ("llama", Decode, "advance", lambda self, n: None, "decoded hidden states differ"),
         ("llama", Tree, "attend", None, "TypeError: 'NoneType' object is not callable"),

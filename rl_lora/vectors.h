@@ -1,0 +1,44 @@
+// What the C++ here has in common: vectors of the width that the processor has, written for AVX2 and AVX-512.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+constexpr int MOST = 14;  // rows of a block: two sums for each, two vectors to multiply, and one x fill the 32 registers
+#elif defined(__AVX2__) && defined(__FMA__)
+constexpr int LANES = 8;
+constexpr int MOST = 6;  // of 16 registers
+#else
+#error "written for AVX2 and AVX-512"
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+
+static inline Floats load(const float* at) {
+    Floats x;
+    std::memcpy(&x, at, sizeof x);
+    return x;
+}
+
+static inline void store(float* at, Floats x) { std::memcpy(at, &x, sizeof x); }
+
+// e^x for x <= 0: 2^n e^r with |r| <= log(2) / 2, and a polynomial for e^r (Cephes).
+static inline Floats exponential(Floats x) {
+    constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: added, it leaves no bits for what is behind the point
+    const Floats shifted = x * 1.44269504088896341f + ROUND;
+    const Floats n = shifted - ROUND;
+    const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    const Ints power = ((Ints)shifted - (Ints)(Floats{} + ROUND) + 127) << 23;
+    return x < -87.0f ? Floats{} : p * (Floats)power;
+}
