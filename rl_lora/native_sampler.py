@@ -26,7 +26,10 @@ from rl_lora.sampler import Completion, Follow, Request
 from rl_lora.tree import Trunk, find_trunks, trunk_of
 
 TURNOVER = 0.2
-"""Share of the rows that must have finished before others take their place: moving costs about as much as a step."""
+"""Share of the rows that must stand still before next turns, or other prompts in their place, are read in."""
+LEAVING = {"cpu": 0.05, "cuda": 0.2}
+"""Share of the rows that must be done with before the others close up: on a CPU that costs less than what a step computes
+for them in vain; a GPU has to record its steps anew."""
 PREFILL_TOKENS = 4096
 """Prompt tokens that are read in at a time."""
 
@@ -183,7 +186,8 @@ class _Run:
     def _compact(self, drawn: Tensor) -> Tensor:
         """Move out rows that are done with; the tokens drawn by those that stay."""
         keep = [i for i, row in enumerate(self.rows) if not row.finished or row in self.turns]
-        if len(keep) == len(self.rows) or not self._idle():
+        least = LEAVING.get(drawn.device.type, LEAVING["cuda"])
+        if len(self.rows) - len(keep) < max(1, least * len(self.rows)):
             return drawn
         self.rows = [self.rows[i] for i in keep]
         self.decode.keep(np.array(keep, np.int64))

@@ -1,4 +1,5 @@
-"""Attention on a tree of spans, forward and backward: padded by depth and in chunks here, or fused (`flex.py`)."""
+"""Attention on a tree of spans, forward and backward: padded by depth and in chunks here, or fused: on a GPU by torch
+(`flex.py`), on a CPU in C++ (`cpu_tree_attention.py`)."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from rl_lora import cpu_tree_attention, native_code, tree_attention
 from rl_lora.attention import Options
 from rl_lora.tree import Tree
+from tests.vectors import VECTORS
 from tests.test_attention import allowed, dense, walk
 
 pytestmark = pytest.mark.skipif(cpu_tree_attention.library() is None, reason="GCC, and AVX2 or AVX-512 are not here")
@@ -142,13 +143,15 @@ def test_scores_of_any_size_make_probabilities(scaling: float) -> None:
     assert all(x.isfinite().all() for x in gradients)
 
 
-def test_older_processors_have_their_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("flag", [flag for _, flag in VECTORS])
+def test_vectors_of_other_processors(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cpu_tree_attention.library.cache_clear()
-    monkeypatch.setattr(native_code, "FLAGS", [*native_code.FLAGS, "-mno-avx512f"])
+    monkeypatch.setattr(native_code, "FLAGS", [*native_code.FLAGS, flag])
     try:
-        tree = long_walk(4)
-        given, options = random(tree, 4), of_heads(OPTIONS[4], 6)
-        assert_same(attend(tree, given, options), attend_exactly(tree, given, options))
+        for seed, width in ((4, 32), (5, 48)):  # a number of whole panels, and not
+            tree = long_walk(seed)
+            given, options = random(tree, seed, width=width), of_heads(OPTIONS[seed - 1], 6)
+            assert_same(attend(tree, given, options), attend_exactly(tree, given, options))
     finally:
         cpu_tree_attention.library.cache_clear()
 

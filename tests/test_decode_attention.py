@@ -13,6 +13,7 @@ from torch import Tensor
 from rl_lora import decode_attention, native_code
 from rl_lora.attention import Options, Sharing
 from rl_lora.decode_layer import DecodeLayer, Shared
+from tests.vectors import VECTORS
 
 needs_ours = pytest.mark.skipif(decode_attention.library(16) is None, reason="GCC, and AVX2 or AVX-512 are not here")
 OPTIONS = [
@@ -164,11 +165,12 @@ def test_scores_of_any_size_make_probabilities(shift: float) -> None:
 
 
 @needs_ours
-def test_older_processors_have_their_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("lanes", "flag"), VECTORS)
+def test_vectors_of_other_processors(lanes: int, flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
     decode_attention.library.cache_clear()
-    monkeypatch.setattr(native_code, "FLAGS", [*native_code.FLAGS, "-mno-avx512f"])
+    monkeypatch.setattr(native_code, "FLAGS", [*native_code.FLAGS, flag])
     try:
-        step = Step.random(3, 2, 24)  # no whole number of the longer vectors
+        step = Step.random(3, 2, 3 * lanes)
         with torch.inference_mode():
             assert step.is_ours()
             out = step.attend(OPTIONS[3])

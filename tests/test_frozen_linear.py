@@ -16,6 +16,7 @@ from rl_lora.frozen_linear import MOST_ROWS, FrozenLinear, Operators, _operators
 from rl_lora.lora import LoRALinear
 from tests.oracles import tiny_policy
 from tests.tiny import tiny_model
+from tests.vectors import VECTORS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 ROWS = [1, 2, 3, 17, 64, 129, MOST_ROWS, MOST_ROWS + 1]
@@ -138,15 +139,21 @@ def test_a_row_of_a_product_does_not_depend_on_its_neighbours(exact: bool, biase
 
 
 @needs_ours
-def test_older_processors_have_their_own_code(fresh_operators: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native_code, "FLAGS", [*native_code.FLAGS, "-mno-avx512f"])
+@pytest.mark.parametrize(("lanes", "flag"), VECTORS)
+def test_vectors_of_other_processors(
+    lanes: int, flag: str, fresh_operators: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native_code, "FLAGS", [*native_code.FLAGS, flag])
     found = few_rows.library()
     assert found is not None
-    assert found.lanes() == 8
+    assert found.lanes() == lanes
     for shape in ((192, 576), (7, 5)):
         test_it_is_the_product_whatever_the_number_of_rows(torch.float32, True, *shape)
         test_a_row_of_a_product_does_not_depend_on_its_neighbours(True, False, *shape)
-    few_rows.library.cache_clear()
+
+
+@needs_ours
+def test_processors_without_such_vectors_do_without(fresh_operators: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native_code, "FLAGS", [*native_code.FLAGS, "-mno-avx2"])
     assert few_rows.library() is None
 
