@@ -28,8 +28,8 @@ from rl_lora.tree import Trunk, find_trunks, trunk_of
 TURNOVER = 0.2
 """Share of the rows that must stand still before next turns, or other prompts in their place, are read in."""
 LEAVING = {"cpu": 0.05, "cuda": 0.2}
-"""Share of the rows that must be done with before the others close up: on a CPU that costs less than what a step computes
-for them in vain; a GPU has to record its steps anew."""
+"""Share of the rows that must be done with before the others close up: on a CPU that costs less than what a step
+computes for them in vain; a GPU has to record its steps anew."""
 PREFILL_TOKENS = 4096
 """Prompt tokens that are read in at a time."""
 

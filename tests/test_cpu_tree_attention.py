@@ -13,8 +13,8 @@ from torch import Tensor
 from rl_lora import cpu_tree_attention, native_code, tree_attention
 from rl_lora.attention import Options
 from rl_lora.tree import Tree
-from tests.vectors import VECTORS
 from tests.test_attention import allowed, dense, walk
+from tests.vectors import VECTORS
 
 pytestmark = pytest.mark.skipif(cpu_tree_attention.library() is None, reason="GCC, and AVX2 or AVX-512 are not here")
 
