@@ -1,15 +1,14 @@
 // Attention of the tokens of a tree to what is before them in their own span and to all ancestors of it, in float32:
 // out = softmax(scaling q k^T) v, and its gradients. Nothing is padded, and what is shared is read where it lies.
 //
-// The queries of a token's heads that share keys are neighbours; PANEL of them are worked on at a time, one in each lane:
-// scores are (keys, PANEL), so that softmax needs no sums across lanes. Everything else is products, all by one function.
+// The queries of a token's heads that share keys are neighbours; PANEL of them are worked on at a time, one in each lane
+// of two vectors, the last of a tree with lanes to spare: scores are (keys, PANEL), so that softmax needs no sums across
+// lanes. Everything else is products, all by one function.
 
 #include <algorithm>
 #include <cmath>
 #include <utility>
 #include <vector>
-
-#include <omp.h>
 
 #include "vectors.h"
 
@@ -101,7 +100,7 @@ struct Call {
     int64_t window;      // keys that a query sees, its own the last; 0: all
     const float* sinks;  // a logit that takes probability away from every key, of each head; or null
     float* out;          // (tokens, heads, value_width)
-    float* log_sum;      // (tokens, heads): of e^score
+    float* softmax;      // (tokens, heads, 2): the highest score, and 1 / sum of e^(score - highest)
 };
 
 struct Gradients {
@@ -193,6 +192,8 @@ struct Work {
 
     int64_t head_of(int64_t row) const { return key_head * walk.group + row % walk.group; }
 
+    float* softmax_of(int64_t row) const { return call.softmax + 2 * (row / walk.group * call.heads + head_of(row)); }
+
     void read(const Matrices& from, int64_t width, float factor, std::vector<float>& rows, std::vector<float>& columns) {
         rows.resize(PANEL * width), columns.resize(PANEL * width);
         for (int64_t r = 0; r < PANEL; r++) {
@@ -251,10 +252,10 @@ struct Work {
         products(call.key, query_columns, call.width, scores);
         if (softcap != 0) {
             slopes.resize(sloping ? scores.size() : 0);
-            for (size_t i = 0; i < scores.size(); i++) {
-                const float capped = std::tanh(scores[i] / softcap);
-                scores[i] = softcap * capped;
-                if (sloping) slopes[i] = 1 - capped * capped;
+            for (size_t i = 0; i < scores.size(); i += LANES) {
+                const Floats capped = tangent(load(&scores[i]) / softcap);
+                store(&scores[i], softcap * capped);
+                if (sloping) store(&slopes[i], 1.0f - capped * capped);
             }
         }
         float* x = scores.data();
@@ -271,7 +272,7 @@ struct Work {
 static void forward(Work& work, float softcap) {
     const Call& call = work.call;
     work.score(softcap, false);
-    float most[PANEL], total[PANEL], factors[PANEL];
+    float most[PANEL], shares[PANEL];
     for (int r = 0; r < PANEL; r++)
         most[r] = call.sinks ? call.sinks[work.head_of(work.panel.first + r)] : -INFINITY;
     for (int half = 0; half < 2; half++) {
@@ -287,14 +288,13 @@ static void forward(Work& work, float softcap) {
             store(x, p);
         }
         store(most + half * LANES, highest);
-        store(total + half * LANES, sum);
-        store(factors + half * LANES, 1.0f / sum);
+        store(shares + half * LANES, 1.0f / sum);
     }
     work.mix(work.scores, call.value, call.value_width);
-    work.write(call.out, call.value_width, factors);
+    work.write(call.out, call.value_width, shares);
     for (int64_t row = work.panel.first; row < work.panel.last; row++) {
-        const int64_t r = row - work.panel.first;
-        call.log_sum[row / work.walk.group * call.heads + work.head_of(row)] = most[r] + std::log(total[r]);
+        float* const to = work.softmax_of(row);
+        to[0] = most[row - work.panel.first], to[1] = shares[row - work.panel.first];
     }
 }
 
@@ -304,18 +304,18 @@ static void backward(Work& work, const Gradients& to, int64_t part, float scalin
     work.score(softcap, true);
     work.read(to.of_out, call.value_width, 1, work.grad, work.grad_columns);
     work.products(call.value, work.grad_columns, call.value_width, of_scores);  // as yet of probabilities
-    float log_sum[PANEL], factors[PANEL];
-    for (int64_t r = 0; r < PANEL; r++) {
-        const int64_t row = std::min(work.panel.first + r, work.panel.last - 1);
-        log_sum[r] = call.log_sum[row / work.walk.group * call.heads + work.head_of(row)];
-        factors[r] = scaling;
+    float most[PANEL] = {}, shares[PANEL] = {}, factors[PANEL];  // lanes without a query have a share of nothing
+    for (int64_t row = work.panel.first; row < work.panel.last; row++) {
+        const float* const from = work.softmax_of(row);
+        most[row - work.panel.first] = from[0], shares[row - work.panel.first] = from[1];
     }
+    std::fill(factors, factors + PANEL, scaling);
     for (int half = 0; half < 2; half++) {
         const int64_t n = work.scores.size(), first = half * LANES;
-        const Floats of_half = load(log_sum + first);
+        const Floats highest = load(most + first), share = load(shares + first);
         Floats mean = {};
         for (int64_t i = first; i < n; i += PANEL) {
-            const Floats p = exponential(load(&work.scores[i]) - of_half);
+            const Floats p = exponential(load(&work.scores[i]) - highest) * share;
             store(&work.scores[i], p);
             mean += p * load(&of_scores[i]);
         }
@@ -338,7 +338,7 @@ extern "C" void attend_forward(const Call* call, double scaling, double softcap)
 #pragma omp parallel
     {
         Work work(walk);
-#pragma omp for schedule(dynamic, 8)
+#pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < n * call->key_heads; task++) {
             work.begin(walk.panels[task % n], task / n, scaling);
             forward(work, softcap);
@@ -346,7 +346,8 @@ extern "C" void attend_forward(const Call* call, double scaling, double softcap)
     }
 }
 
-// Parts of the queries are of about the same work, and each is one thread's: sums come in the same order every time.
+// Parts of the queries are of about the same work, and each, under one head of keys, is one thread's: sums come in the
+// same order every time.
 extern "C" void attend_backward(const Call* call, const Gradients* to, double scaling, double softcap) {
     const Walk walk(*call);
     std::vector<int64_t> done = {0};  // work up to each panel

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import record_function
 
 from rl_lora import native_code
@@ -44,7 +45,12 @@ def library() -> ctypes.CDLL | None:
 
 def serves(tree: Tree, query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether `attend` may be called with these: in float32, on a CPU, behind nothing that was there before."""
-    if any(x.dtype != torch.float32 or x.device.type != "cpu" or x.shape[3] % WIDTHS for x in (query, key, value)):
+    for x in (query, key, value):
+        if x.dtype != torch.float32 or x.device.type != "cpu" or x.shape[3] % WIDTHS:
+            return False
+        if x.shape[0] != 1 or x.shape[2] != tree.n_tokens or x.shape[1] != (query if x is query else key).shape[1]:
+            return False
+    if query.shape[3] != key.shape[3] or query.shape[1] % key.shape[1]:
         return False
     return tree.past is None and tree.end is not None and library() is not None
 
@@ -57,7 +63,7 @@ def attend(tree: Tree, query: Tensor, key: Tensor, value: Tensor, options: Optio
 
 
 class _Attend(torch.autograd.Function):
-    """Keeps queries, keys, values, and the sum of every query's exponentials."""
+    """Keeps queries, keys, values, and two numbers of every query's softmax."""
 
     @staticmethod
     def forward(
@@ -65,29 +71,35 @@ class _Attend(torch.autograd.Function):
     ) -> Tensor:
         query, key, value = (_dense(x) for x in (query, key, value))
         _, H, N, _ = query.shape
-        out, log_sum = query.new_empty(1, N, H, value.shape[3]), query.new_empty(N, H)
-        call = _Call(tree, query, key, value, options, out, log_sum)
+        out, softmax = query.new_empty(1, N, H, value.shape[3]), query.new_empty(N, H, 2)
+        call = _Call(tree, query, key, value, options, out, softmax)
         with record_function(NAME):
             found.attend_forward(call.address, options.scaling, options.softcap or 0.0)
-        ctx.save_for_backward(query, key, value, log_sum)
+        ctx.save_for_backward(query, key, value, softmax)
         ctx.tree, ctx.options, ctx.found = tree, options, found
         return out.transpose(1, 2)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, log_sum = ctx.saved_tensors
+        query, key, value, softmax = ctx.saved_tensors
         grad, (_, H, N, D), (_, H_kv, _, D_v) = _dense(grad), query.shape, value.shape
         threads = torch.get_num_threads()
-        parts = threads // math.gcd(threads, H_kv)  # of the queries: times H_kv, the fewest that all threads share out
+        parts = parts_of(threads, H_kv)
         dquery = query.new_empty(1, N, H, D)
         dkey, dvalue = query.new_zeros(parts, N, H_kv, D), query.new_zeros(parts, N, H_kv, D_v)
-        call = _Call(ctx.tree, query, key, value, ctx.options, None, log_sum)
+        call = _Call(ctx.tree, query, key, value, ctx.options, None, softmax)
         to = array("q", [*_matrices(grad), *(x.data_ptr() for x in (dquery, dkey, dvalue)), parts])
         with record_function(NAME):
             found, options = ctx.found, ctx.options
             found.attend_backward(call.address, to.buffer_info()[0], options.scaling, options.softcap or 0.0)
         dk, dv = (x if parts == 1 else x.sum(0, keepdim=True) for x in (dkey, dvalue))
         return dquery.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), None, None, None
+
+
+def parts_of(threads: int, key_heads: int) -> int:
+    """Parts that queries are split into, so that threads share out parts x heads of keys: the fewest, as each has
+    gradients of keys of its own, that keep threads busy for nine tenths of the time."""
+    return next(n for n in range(1, threads + 1) if 1.1 * n * key_heads >= threads * -(-n * key_heads // threads))
 
 
 class _Call:
@@ -101,16 +113,17 @@ class _Call:
         value: Tensor,
         options: Options,
         out: Tensor | None,
-        log_sum: Tensor,
+        softmax: Tensor,
     ):
         assert tree.end is not None
         spans, end, positions = tree.table, tree.end, tree.positions[0].contiguous()
         sinks = None if options.sinks is None else options.sinks.float().contiguous()
-        self._alive = (query, key, value, out, log_sum, spans, end, positions, sinks)
+        self._alive = (query, key, value, out, softmax, spans, end, positions, sinks)
+        window = min(options.window or 0, tree.n_tokens)
         fields = [*_matrices(query), *_matrices(key), *_matrices(value)]
         fields += [spans.data_ptr(), len(spans), end.data_ptr(), positions.data_ptr()]
-        fields += [query.shape[2], query.shape[1], key.shape[1], query.shape[3], value.shape[3], options.window or 0]
-        fields += [0 if x is None else x.data_ptr() for x in (sinks, out, log_sum)]
+        fields += [query.shape[2], query.shape[1], key.shape[1], query.shape[3], value.shape[3], window]
+        fields += [0 if x is None else x.data_ptr() for x in (sinks, out, softmax)]
         self._fields = array("q", fields)
         self.address = self._fields.buffer_info()[0]
 
@@ -140,7 +153,8 @@ def _right(found: ctypes.CDLL) -> bool:
     for window, softcap, sink in ((None, None, None), (7, 2.0, sinks)):
         seen = (j <= i) & (i < tree.end) & (position[:, None] - position < (window or N))
         results = []
-        with torch.inference_mode(False), torch.enable_grad():
+        # Whoever counts or drops what a pass keeps for its backward pass does not mean what is kept here.
+        with torch.inference_mode(False), torch.enable_grad(), saved_tensors_hooks(lambda x: x, lambda x: x):
             for dtype in (torch.float32, torch.float64):
                 given = query, key, value = tuple(x.to(dtype, copy=True).requires_grad_() for x in (q, k, v))
                 if dtype == torch.float64:

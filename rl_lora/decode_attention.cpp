@@ -101,7 +101,7 @@ static void attend(const Call& call, const Source* sources, int64_t n_sources, f
     for (int h = 0; h < HEADS; h++) {
         float *const score = begin + h * room, *const end = score + n;
         if (softcap != 0)
-            for (float* x = score; x < end; x++) *x = softcap * std::tanh(*x / softcap);
+            for (float* x = score; x < end; x += LANES) store(x, softcap * tangent(load(x) / softcap));
         store(end, Floats{} - INFINITY);  // what is left of the last vector adds nothing
         const float sink = call.sinks ? call.sinks[row * call.sinks_stride + head + h] : -INFINITY;
         Floats highest = Floats{} + sink;

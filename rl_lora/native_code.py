@@ -1,7 +1,7 @@
 """C++ of our own, for what CPUs are slow at otherwise: compiled once for a machine, and loaded.
 
-Wherever it cannot be had, without GCC or on another system, torch does the work. What a library computes is an
-operation of torch's too, so that its tracer, compiler and profiler can see it: see `followed`.
+Wherever it cannot be had, without GCC or on another system, torch does the work. What a library computes in a
+decoding step is an operation of torch's too, so that its tracer, compiler and profiler can see it: see `followed`.
 """
 
 from __future__ import annotations

@@ -42,3 +42,8 @@ static inline Floats exponential(Floats x) {
     const Ints power = ((Ints)shifted - (Ints)(Floats{} + ROUND) + 127) << 23;
     return x < -87.0f ? Floats{} : p * (Floats)power;
 }
+
+static inline Floats tangent(Floats x) {  // hyperbolic
+    const Floats e = exponential(x < 0.0f ? 2.0f * x : -2.0f * x), t = (1.0f - e) / (1.0f + e);
+    return x < 0.0f ? -t : t;
+}
