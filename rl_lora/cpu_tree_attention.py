@@ -21,6 +21,7 @@ from torch.profiler import record_function
 
 from rl_lora import native_code
 from rl_lora.attention import Options
+from rl_lora.native_code import dense
 
 if TYPE_CHECKING:
     from rl_lora.tree import Tree
@@ -69,7 +70,7 @@ class _Attend(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, tree: Tree, options: Options, found: ctypes.CDLL
     ) -> Tensor:
-        query, key, value = (_dense(x) for x in (query, key, value))
+        query, key, value = (dense(x) for x in (query, key, value))
         _, H, N, _ = query.shape
         out, softmax = query.new_empty(1, N, H, value.shape[3]), query.new_empty(N, H, 2)
         call = _Call(tree, query, key, value, options, out, softmax)
@@ -82,7 +83,7 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, softmax = ctx.saved_tensors
-        grad, (_, H, N, D), (_, H_kv, _, D_v) = _dense(grad), query.shape, value.shape
+        grad, (_, H, N, D), (_, H_kv, _, D_v) = dense(grad), query.shape, value.shape
         threads = torch.get_num_threads()
         parts = parts_of(threads, H_kv)
         dquery = query.new_empty(1, N, H, D)
@@ -131,11 +132,6 @@ class _Call:
 def _matrices(x: Tensor) -> Sequence[int]:
     """(1, h, N, D) as `Matrices` there."""
     return x.data_ptr(), x.stride(1), x.stride(2)
-
-
-def _dense(x: Tensor) -> Tensor:
-    """Numbers of a head lie side by side."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _right(found: ctypes.CDLL) -> bool:

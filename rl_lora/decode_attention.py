@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rl_lora import native_code
-from rl_lora.native_code import OPERATIONS, is_followed
+from rl_lora.native_code import OPERATIONS, dense, is_followed
 
 if TYPE_CHECKING:
     from rl_lora.attention import Options
@@ -89,7 +89,7 @@ def _call(
     sinks: Tensor | None,
 ) -> Tensor:
     R, H, n, D = query.shape
-    query, keys, values = _dense(query), [_dense(x) for x in keys], [_dense(x) for x in values]
+    query, keys, values = dense(query), [dense(x) for x in keys], [dense(x) for x in values]
     at, nodes, lengths = at.contiguous(), [x.contiguous() for x in nodes], [x.contiguous() for x in lengths]
     out = query.new_empty(R, n, H, D)
     if sinks is not None:
@@ -103,11 +103,6 @@ def _call(
         sources.extend([nodes[i].data_ptr(), lengths[i].data_ptr()] if i < len(nodes) else [0, 0])
     found.attend_all(call.buffer_info()[0], sources.buffer_info()[0], len(keys), scaling, softcap or 0.0)
     return out.transpose(1, 2)
-
-
-def _dense(x: Tensor) -> Tensor:
-    """Numbers of a head lie side by side."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 OPERATIONS.define(

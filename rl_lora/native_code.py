@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from rl_lora.cache import cache_folder
 
@@ -80,3 +81,8 @@ def followed() -> Iterator[None]:
 
 def is_followed() -> bool:
     return _followed
+
+
+def dense(x: Tensor) -> Tensor:
+    """The same with the numbers of its last dimension side by side, as it is read there."""
+    return x if x.stride(-1) == 1 else x.contiguous()

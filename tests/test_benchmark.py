@@ -19,7 +19,7 @@ from tests.tiny import tiny_folder
 def test_every_figure_is_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = BenchmarkConfig(
         model=ModelConfig(name=str(tiny_folder(tmp_path, "llama")), dtype="float32"),
-        rollouts=["3x2x4"],
+        rollouts=["3x2x4", "2x1x3"],
         steps=["2x3x5"],
         rounds=2,
         breakdown=True,
@@ -29,7 +29,9 @@ def test_every_figure_is_printed_and_written(tmp_path: Path, capsys: pytest.Capt
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["config"]["rounds"] == 2
     assert figures["machine"]["dtype"] == "torch.float32"
-    (rollouts,) = figures["rollouts"]
+    rollouts, alone = figures["rollouts"]
+    assert set(alone["rounds"]) == {"rollout", "peak"}, "a single completion has nothing to learn from"
+    assert set(alone["breakdown"]) == {"rollout"}
     assert rollouts["shape"] == "3x2x4"
     for side, tokens in (("rollout", 3 * 2 * 4), ("learn", None)):
         assert len(rollouts["rounds"][side]) == 2
