@@ -49,9 +49,9 @@ def serves(tree: Tree, query: Tensor, key: Tensor, value: Tensor) -> bool:
     for x in (query, key, value):
         if x.dtype != torch.float32 or x.device.type != "cpu" or x.shape[3] % WIDTHS:
             return False
-        if x.shape[0] != 1 or x.shape[2] != tree.n_tokens or x.shape[1] != (query if x is query else key).shape[1]:
+        if x.shape[0] != 1 or x.shape[2] != tree.n_tokens:
             return False
-    if query.shape[3] != key.shape[3] or query.shape[1] % key.shape[1]:
+    if query.shape[3] != key.shape[3] or key.shape[1] != value.shape[1] or query.shape[1] % key.shape[1]:
         return False
     return tree.past is None and tree.end is not None and library() is not None
 
