@@ -31,19 +31,15 @@ def random_spans(rng: np.random.Generator, n: int) -> list[tuple[int, int, int]]
 
 
 def allowed(tree: Tree, window: int | None) -> Tensor:
-    """bool (N, N), token by token: own span up to here, and all ancestors."""
-    N = tree.n_tokens
-    span_of = np.concatenate([np.full(length, i) for i, (_, length, _) in enumerate(tree.spans)])
-    mask = torch.zeros(N, N, dtype=torch.bool)
-    for i in range(N):
-        line, span = set(), span_of[i]
-        while span >= 0:
-            line.add(span)
-            span = tree.spans[span][2]
-        for j in range(i + 1):
-            near = window is None or int(tree.positions[0, i] - tree.positions[0, j]) < window
-            mask[i, j] = span_of[j] in line and near
-    return mask
+    """bool (N, N): own span up to here, and all ancestors."""
+    in_line = np.eye(len(tree.spans), dtype=bool)  # whether a span is the other, or behind it
+    for i, (_, _, parent) in enumerate(tree.spans):
+        if parent >= 0:
+            in_line[i] |= in_line[parent]
+    span_of = np.repeat(np.arange(len(tree.spans)), [length for _, length, _ in tree.spans])
+    mask = torch.from_numpy(in_line[span_of[:, None], span_of]).tril()
+    position = tree.positions[0]
+    return mask if window is None else mask & (position[:, None] - position < window)
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, options: Options) -> Tensor:
