@@ -12,8 +12,6 @@
 
 #include "vectors.h"
 
-constexpr int PANEL = 2 * LANES;
-
 // out[m][c] (+)= sum over k of x[m * row + k * step] * w[k * w_stride + c]
 struct Product {
     const float* x;

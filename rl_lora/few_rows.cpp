@@ -11,7 +11,6 @@
 
 #include "vectors.h"
 
-constexpr int PANEL = 2 * LANES;  // outputs that are computed together
 constexpr int64_t CHUNK = 768;    // inputs of a panel that stay in the first cache while the blocks of rows go by
 constexpr int64_t TASKS = 4;      // a thread, at least, so that none is left waiting for long
 

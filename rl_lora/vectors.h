@@ -14,6 +14,7 @@ constexpr int MOST = 6;  // of 16 registers
 #else
 #error "written for AVX2 and AVX-512"
 #endif
+constexpr int PANEL = 2 * LANES;  // numbers of a row that are computed together: of a product's outputs, or of queries
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));

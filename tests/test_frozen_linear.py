@@ -184,6 +184,22 @@ def test_what_is_no_library_is_made_anew(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @needs_ours
+@pytest.mark.parametrize("changed", ["few_rows.cpp", "vectors.h"])
+def test_what_has_changed_is_compiled_anew(changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name in ("few_rows.cpp", "vectors.h"):
+        (tmp_path / name).write_text(few_rows.SOURCE.with_name(name).read_text())
+    before, same = (native_code.load(tmp_path / "few_rows.cpp") for _ in range(2))
+    with (tmp_path / changed).open("a") as file:
+        file.write("// another comment\n")
+    after = native_code.load(tmp_path / "few_rows.cpp")
+    assert before is not None
+    assert same is not None
+    assert after is not None
+    assert before._name == same._name != after._name
+
+
+@needs_ours
 def test_what_does_not_fit_a_weight_is_refused() -> None:
     packed = few_rows.pack(torch.randn(4, 5))
     for x in (torch.randn(3, 6), torch.randn(3, 5).double(), torch.randn(5)):
