@@ -523,3 +523,25 @@ def test_a_recording_that_computes_something_else_is_not_used() -> None:
     sampler.recorder = Recorder(lambda step, tokens: lambda tokens: step(tokens) * 1.1)
     with pytest.warns(UserWarning, match="hidden states differ"):
         assert sampler.generate(requests) == expected
+
+
+def test_few_rows_are_computed_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, rows that have ended leave before they are a twentieth of the batch."""
+    policy = tiny_policy("llama", ["a"])
+    policy.chat.stop_ids = frozenset()
+    computed: list[int] = []
+    hidden = policy.hidden
+
+    def watched(tokens: Tensor, adapters: Sequence[str | None], layout: Any = None, *rest: Any, **more: Any) -> Tensor:
+        if isinstance(layout, Decode):
+            computed.append(len(tokens))
+        return hidden(tokens, adapters, layout, *rest, **more)
+
+    monkeypatch.setattr(policy, "hidden", watched)
+    limits = range(1, 61)
+    NativeSampler(policy).generate([Request(prompt(9), max_tokens=n, adapter="a") for n in limits])
+    running = [sum(n > step for n in limits) for step in range(1, max(limits))]
+    assert len(computed) == len(running)
+    for rows, needed in zip(computed, running, strict=True):
+        assert needed <= rows < needed + max(1, 0.05 * rows)
+    assert any(rows > needed for rows, needed in zip(computed, running, strict=True)), "moving has a price too"
