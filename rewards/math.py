@@ -21,8 +21,9 @@ from numbers import Integral
 from typing import Any
 
 from rewards import math_workers
+from rewards.math_dress import clean
 from rewards.math_extraction import boxed, extract, methods_of
-from rewards.math_numbers import Quantity, clean, quantity
+from rewards.math_numbers import Quantity, quantity
 from rewards.math_text import base_numeral, canonical, choice, chosen, nothing, ratio, same_ratio, words
 from rewards.score import Score, Unscorable
 

@@ -2,7 +2,7 @@ r"""Is an answer the reference? Takes both apart (lists, tuples, intervals, sets
 the pieces as values, and asks Math-Verify about what is left (sums, integrals, inequalities in several variables).
 
 Runs inside the worker processes only: it imports mpmath, sympy and the LaTeX parser. Both texts are already cleaned
-(`math_numbers.clean`) and within the caps of length and nesting.
+(`math_dress.clean`) and within the caps of length and nesting.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
+from rewards.math_dress import clean
 from rewards.math_expression import TooLarge, Tree, Undefined, Unreadable, read, same_value
-from rewards.math_numbers import clean, quantity, split_unit, units_conflict
+from rewards.math_numbers import quantity
 from rewards.math_text import base_numeral, canonical
+from rewards.math_units import split_unit, units_conflict
 
 EQUAL, DIFFERENT, UNREADABLE = "equal", "different", "unreadable reference"
 MAX_ITEMS = 64

@@ -27,8 +27,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rewards import Outcome, RewardError, Score, Unscorable, math_match, math_workers, resolve, score, verify
+from rewards.math_dress import clean
 from rewards.math_extraction import FLEXIBLE, METHODS, STRICT, extract
-from rewards.math_numbers import clean, quantity
+from rewards.math_numbers import quantity
 
 ROOT = Path(__file__).parent.parent
 MARKS = {"=": Outcome.CORRECT, "!": Outcome.WRONG, "0": Outcome.NO_ANSWER}
