@@ -79,7 +79,12 @@ class TextEnv(gym.Env[str, str]):
         """Begin the episode of `seed`, or of a seed drawn from `np_random`. No options are known."""
         super().reset(seed=seed)
         problem_seed = int(self.np_random.integers(2**31)) if seed is None else seed
-        observation, info = self.start(problem_seed)
+        started = self.start(problem_seed)
+        if not isinstance(started, tuple | list) or len(started) != 2 or not isinstance(started[1], Mapping):
+            raise ValueError(
+                f"{self.name}, seed {problem_seed}: start() must return (observation, info), got {started!r:.200}"
+            )
+        observation, info = started
         return observation, {"seed": problem_seed, **info}
 
     @abstractmethod

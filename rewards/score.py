@@ -36,8 +36,14 @@ class Score:
 
     def __post_init__(self) -> None:
         for name, number in {"value": self.value, **self.parts}.items():
-            if not math.isfinite(number):
+            try:
+                finite = math.isfinite(number)
+            except (TypeError, ValueError, OverflowError) as error:  # None, a text, a tensor of two
+                raise ValueError(f"a score must be a finite number, got {name} = {number!r:.200}") from error
+            if not finite:
                 raise ValueError(f"a score must be finite, got {name} = {number}")
+        if self.success not in (None, True, False):  # "False" is true to Python
+            raise ValueError(f"success must be True, False or None, got {self.success!r:.200}")
 
 
 RewardFunction = Callable[[str, Any], float | Score]

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import gymnasium as gym
-
 from rl_lora.chat import Chat
 from rl_lora.config import RolloutConfig
-from rl_lora.rollout import MakeEnv, env_id
+from rl_lora.contract import Env, begin, env_id
+from rl_lora.rollout import MakeEnv
 from rl_lora.types import Episode, Group, Stop, Turn
 
 
@@ -30,7 +29,7 @@ class Demonstrations:
     ):
         self.make_env, self.chat, self.config = make_env, chat, config
         self.context_length, self.versions = context_length, versions
-        self._env: gym.Env[str, str] | None = None
+        self._env: Env | None = None
 
     def collect(
         self,
@@ -60,15 +59,15 @@ class Demonstrations:
         if self._env is None:
             self._env = self.make_env()
         name = env_id(self._env)
-        observation, info = self._env.reset(seed=seed)
-        text = info.get("demonstration")
+        start = begin(self._env, seed)
+        text = start.info.get("demonstration")
         if not isinstance(text, str) or not text.strip():
             raise ValueError(
                 f"{name}, seed {seed}, shows no solution to learn from: its reset() must give a text as "
                 f"info['demonstration'], got {text!r} (rl_lora/Prompts-v0 makes one of the columns of its file: "
                 "--env.kwargs.demonstration '{solution}')"
             )
-        prompt_ids = tuple(self.chat.start(observation, self.config.system_prompt))
+        prompt_ids = tuple(self.chat.start(start.observation, self.config.system_prompt))
         reply_ids = tuple(self.chat.reply(text))
         if len(prompt_ids) + len(reply_ids) > self.context_length:
             raise ValueError(
@@ -77,5 +76,5 @@ class Demonstrations:
             )
         turn = Turn(prompt_ids, reply_ids, (0.0,) * len(reply_ids), Stop.END, text)
         version = self.versions(adapter) if adapter is not None else 0
-        episode = Episode(name, seed, (turn,), 1.0, Stop.END, adapter, version, observations=(observation,))
+        episode = Episode(name, seed, (turn,), 1.0, Stop.END, adapter, version, observations=(start.observation,))
         return Group(name, seed, adapter, (episode,))

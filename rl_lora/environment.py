@@ -11,7 +11,8 @@ from typing import Any
 import gymnasium as gym
 
 from rl_lora.config import EnvConfig
-from rl_lora.rollout import MakeEnv, first_observation
+from rl_lora.contract import begin
+from rl_lora.rollout import MakeEnv
 
 UNSPLIT_OFFSET = 3 * 10**9
 """First held-out seed where an environment has no split of its own: far from the seeds of training."""
@@ -68,7 +69,7 @@ def held_out(config: EnvConfig, env_kwargs: dict[str, Any] | None, episodes: int
     for seed in range(start, start + TRIES * episodes):
         if len(seed_of) == episodes:
             break
-        seed_of.setdefault(first_observation(env, seed), seed)
+        seed_of.setdefault(begin(env, seed).observation, seed)
     hidden = len(seed_of) == 1 and n_problems is None
     env.close()
     return make, list(range(start, start + episodes)) if hidden else list(seed_of.values())

@@ -27,6 +27,7 @@ from rl_lora.adapter import Adapter
 from rl_lora.adapter_io import load_adapter
 from rl_lora.candidates import BASE, differences, is_unfinished, named, stand_ins, step_of
 from rl_lora.config import EvaluateConfig
+from rl_lora.contract import begin, env_id
 from rl_lora.environment import held_out
 from rl_lora.evaluation import compared, pairs, row
 from rl_lora.evaluation_table import show
@@ -35,7 +36,7 @@ from rl_lora.native_sampler import NativeSampler
 from rl_lora.page import evaluation_page, write
 from rl_lora.policy import Policy
 from rl_lora.preflight import check_model, check_prompts
-from rl_lora.rollout import MakeEnv, Plays, RolloutWorker, env_id
+from rl_lora.rollout import MakeEnv, Plays, RolloutWorker
 from rl_lora.samples import Key, SampleStore, content_hash, sample_of
 from rl_lora.trainer import no_accelerator
 
@@ -201,13 +202,13 @@ def problems_of(make_env: MakeEnv, seeds: Sequence[int]) -> list[Problem]:
     env = make_env()
     problems = []
     for seed in seeds:
-        observation, info = env.reset(seed=seed)
-        reference = info.get("reference")
+        start = begin(env, seed)
+        reference = start.info.get("reference")
         try:
             json.dumps(reference)
         except TypeError:
             reference = str(reference)
-        problems.append(Problem(seed, reference, content_hash(env_id(env), seed, observation, reference)))
+        problems.append(Problem(seed, reference, content_hash(env_id(env), seed, start.observation, reference)))
     env.close()
     return problems
 

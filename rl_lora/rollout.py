@@ -14,14 +14,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import gymnasium as gym
-
 from rl_lora.chat import Chat
 from rl_lora.config import EpisodeConfig
+from rl_lora.contract import Env, Outcome, advance, begin, env_id
 from rl_lora.sampler import Completion, Request, Sampler
 from rl_lora.types import Episode, Group, Stop, Turn
 
-MakeEnv = Callable[[], gym.Env[str, str]]
+MakeEnv = Callable[[], Env]
 
 
 class Plays(NamedTuple):
@@ -37,7 +36,7 @@ class Plays(NamedTuple):
 class _Play:
     """One episode in the making."""
 
-    env: gym.Env[str, str]
+    env: Env
     env_id: str
     seed: int
     adapter: str | None
@@ -70,19 +69,6 @@ class _Play:
         )
 
 
-def first_observation(env: gym.Env[str, str], seed: int) -> str:
-    """The problem of a seed. Raises ValueError unless it is text."""
-    observation, _ = env.reset(seed=seed)
-    if not isinstance(observation, str):
-        raise ValueError(f"{env_id(env)} gives {type(observation).__name__} observations; a text environment gives str")
-    return observation
-
-
-def env_id(env: gym.Env[str, str]) -> str:
-    """How records and messages call an environment."""
-    return env.spec.id if env.spec else type(env.unwrapped).__name__
-
-
 class RolloutWorker:
     """Environments x sampler -> groups.
 
@@ -103,7 +89,7 @@ class RolloutWorker:
     ):
         self.make_env, self.sampler, self.chat, self.config = make_env, sampler, chat, config
         self.context_length, self.versions = context_length, versions
-        self._envs: list[gym.Env[str, str]] = []
+        self._envs: list[Env] = []
 
     def collect(
         self,
@@ -177,8 +163,8 @@ class RolloutWorker:
             self._envs.append(self.make_env())
         return list(self._reset(self._envs[0], seed, None, 0).prompt_ids)
 
-    def _reset(self, env: gym.Env[str, str], seed: int, adapter: str | None, k: int) -> _Play:
-        observation, name = first_observation(env, seed), env_id(env)
+    def _reset(self, env: Env, seed: int, adapter: str | None, k: int) -> _Play:
+        observation, name = begin(env, seed).observation, env_id(env)
         version = self.versions(adapter) if adapter is not None else 0
         play = _Play(env, name, seed, adapter, version, k)
         play.observations.append(observation)
@@ -195,26 +181,24 @@ class RolloutWorker:
     def _step(self, play: _Play, reply: Completion) -> None:
         text = self.chat.decode(reply.token_ids)
         play.turns.append(Turn(play.prompt_ids, reply.token_ids, reply.logprobs, reply.stop, text))
-        result = play.env.step(text)
-        if not isinstance(result, tuple) or len(result) != 5:
-            raise ValueError(
-                f"{play.env_id}: step() must return (observation, reward, terminated, truncated, info), got {result!r}"
-            )
-        observation, reward, terminated, truncated, info = result
-        play.reward += float(reward)
-        play.success = bool(info["is_success"]) if "is_success" in info else play.success
-        play.answer = str(info["answer"]) if info.get("answer") is not None else play.answer
-        for name, value in info.get("reward_parts", {}).items():
-            play.parts[name] = play.parts.get(name, 0.0) + float(value)
-        if info.get("unscorable"):
+        self._take(play, reply, advance(play.env, play.seed, text))
+
+    def _take(self, play: _Play, reply: Completion, outcome: Outcome) -> None:
+        """Write down what came of a reply, and what is asked next, if anything is."""
+        play.reward += outcome.reward
+        play.success = outcome.success if outcome.success is not None else play.success
+        play.answer = outcome.answer if outcome.answer is not None else play.answer
+        for name, value in outcome.reward_parts.items():
+            play.parts[name] = play.parts.get(name, 0.0) + value
+        if outcome.unscorable is not None:
             play.stop = Stop.UNSCORABLE
-        elif terminated:
+        elif outcome.terminated:
             play.stop = Stop.END
-        elif truncated or len(play.turns) >= self.config.max_turns:
+        elif outcome.truncated or len(play.turns) >= self.config.max_turns:
             play.stop = Stop.LENGTH
         else:
-            play.observations.append(observation)
-            play.prompt_ids = tuple(self.chat.extend(play.prompt_ids, reply.token_ids, observation))
+            play.observations.append(outcome.observation)
+            play.prompt_ids = tuple(self.chat.extend(play.prompt_ids, reply.token_ids, outcome.observation))
             if len(play.prompt_ids) + self.config.max_tokens > self.context_length:
                 play.stop = Stop.LENGTH  # the conversation has outgrown the model
 

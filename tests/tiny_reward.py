@@ -34,3 +34,12 @@ def voting(completion: str, reference: Any = None) -> Score:
     if not completion:
         return Score(0.0, success=False)
     return Score(0.5, {"long": float(len(completion) > 2)}, ord(completion[0]) % 2 == 0, str(ord(completion[0]) % 5))
+
+
+def keyed(completion: str, reference: Any) -> float:
+    """The commonest slip there is."""
+    answers: dict[str, float] = {}
+    return answers["answer"]
+
+
+RAISES = 'return answers["answer"]'

@@ -1,0 +1,230 @@
+"""What the trainer asks of an environment: `reset` and `step` are called here, and what they return is checked.
+
+Whatever goes wrong in a user's code becomes a `TaskError`, which names the environment, the seed and the reply, and
+shows the user's own part of the traceback.
+"""
+
+from __future__ import annotations
+
+import math
+import sysconfig
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, SupportsFloat
+
+import gymnasium as gym
+
+Env = gym.Env[str, str]
+
+MAX_SHOWN = 200
+"""Characters of a value or a reply that a message shows."""
+MAX_FRAMES = 6
+"""Lines of code that a message shows."""
+
+
+class TaskError(ValueError):
+    """An environment or its reward function failed on one episode, or returned what it may not.
+
+    `reason` is the short form that failed episodes are counted by; the message is the whole story. `stops`: the run
+    cannot go on without this episode.
+    """
+
+    def __init__(self, message: str, reason: str, stops: bool = False):
+        super().__init__(message)
+        self.reason, self.stops = reason, stops
+
+
+@dataclass(frozen=True)
+class Start:
+    """What `reset` gave: the problem, and what the environment says of it."""
+
+    observation: str
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What `step` gave. `success` and `answer` are None where the environment says nothing of them; `unscorable` is the
+    reason why it could not judge, or None."""
+
+    observation: str
+    reward: float
+    terminated: bool
+    truncated: bool
+    success: bool | None = None
+    answer: str | None = None
+    reward_parts: Mapping[str, float] = field(default_factory=dict)
+    unscorable: str | None = None
+
+
+def env_id(env: Env) -> str:
+    """How records and messages call an environment."""
+    return env.spec.id if env.spec else type(env.unwrapped).__name__
+
+
+def begin(env: Env, seed: int) -> Start:
+    """Reset an environment to the problem of a seed. Raises TaskError."""
+    where = f"{env_id(env)}, seed {seed}"
+    try:
+        result = env.reset(seed=seed)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit among them: it would end the run as if it were finished
+        raise raised(error, where, "reset()") from error
+    try:
+        return read_reset(result)
+    except ValueError as error:
+        joint = " " if str(error).startswith("gives ") else f", seed {seed}: "
+        raise TaskError(f"{env_id(env)}{joint}{error}", str(error)) from None
+
+
+def advance(env: Env, seed: int, reply: str) -> Outcome:
+    """Give a reply to an environment. Raises TaskError."""
+    where = f"{env_id(env)}, seed {seed}"
+    try:
+        result = env.step(reply)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise raised(error, where, "step()", reply) from error
+    try:
+        return read_step(result)
+    except ValueError as error:
+        raise TaskError(f"{where}: {error}; the reply was {shown(reply)}", str(error)) from None
+
+
+def read_reset(result: Any) -> Start:
+    """The result of `reset` as a record. Raises ValueError unless it is (text, mapping)."""
+    if not isinstance(result, tuple | list) or len(result) != 2:
+        raise ValueError(f"reset() must return (observation, info), got {shown(result)}")
+    observation, info = result
+    _check_text(observation)
+    return Start(observation, _mapping(info, "the info of reset()"))
+
+
+def read_step(result: Any) -> Outcome:
+    """The result of `step` as a record.
+
+    Rewards and reward parts are finite numbers, of Python, NumPy or torch. Verdicts are bools, or 0 and 1.
+
+    Raises:
+        ValueError: anything is something else; the message says what, and the value.
+    """
+    if not isinstance(result, tuple | list) or len(result) != 5:
+        raise ValueError(f"step() must return (observation, reward, terminated, truncated, info), got {shown(result)}")
+    observation, reward, terminated, truncated, info = result
+    info = _mapping(info, "the info of step()")
+    success, answer, unscorable = (info.get(name) for name in ("is_success", "answer", "unscorable"))
+    parts = _mapping(info.get("reward_parts", {}), "info['reward_parts']")
+    ended = {name: truth(value, name) for name, value in (("terminated", terminated), ("truncated", truncated))}
+    if not (any(ended.values()) or unscorable):
+        _check_text(observation)  # of an episode that is over, nobody reads it
+    return Outcome(
+        observation if isinstance(observation, str) else "",
+        number(reward, "the reward"),
+        **ended,
+        success=None if success is None else truth(success, "info['is_success']"),
+        answer=None if answer is None else str(answer),
+        reward_parts={str(name): number(value, f"the reward part {name!r}") for name, value in parts.items()},
+        unscorable=_reason(unscorable),
+    )
+
+
+def number(value: Any, what: str) -> float:
+    """A finite number as a float. Raises ValueError, with `what` it is and the value, for anything else."""
+    plain = _plain(value)
+    try:
+        if not isinstance(plain, SupportsFloat) or isinstance(plain, complex):
+            raise TypeError
+        result = float(plain)
+    except (TypeError, ValueError, OverflowError):
+        result = math.nan
+    if not math.isfinite(result):
+        raise ValueError(f"{what} must be a finite number, got {shown(value)}")
+    return result
+
+
+def truth(value: Any, what: str) -> bool:
+    """A bool, of Python, NumPy or torch, or 0 or 1. Raises ValueError for anything else: "False" is true to Python."""
+    plain = _plain(value)
+    if not isinstance(plain, bool | int | float) or plain not in (0, 1):
+        raise ValueError(f"{what} must be True or False, got {shown(value)}")
+    return bool(plain)
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it, shortened."""
+    try:
+        text = repr(value)
+    except Exception as error:
+        text = f"<{type(value).__name__}, whose repr() raises {type(error).__name__}>"
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}... ({len(text)} characters)"
+
+
+def raised(error: BaseException, where: str, what: str, reply: str | None = None) -> TaskError:
+    """What an environment or a reward function raised, with the user's own part of the traceback."""
+    said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    named = isinstance(error, ValueError) and str(error).startswith(where)  # by the environment: of a reward function
+    reason = str(error).removeprefix(where).lstrip(": ") if named else f"{what} raised {said}"
+    lines = [f"{where}: {reason}"]
+    if reply is not None:
+        lines.append(f"  the reply was {shown(reply)}")
+    lines += traceback.format_list(own_frames(error))
+    return TaskError("\n".join(line.rstrip("\n") for line in lines), reason, stops=isinstance(error, SystemExit))
+
+
+def own_frames(error: BaseException) -> list[traceback.FrameSummary]:
+    """The frames of a traceback that are a user's, neither of this package nor of an installed library, and the last
+    one, where it happened; of the first exception in a chain of causes that has such. Where all are of libraries, the
+    last ones outside this package."""
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__) is not None and cause not in chain:
+        chain.append(cause)
+    frames: list[traceback.FrameSummary] = []
+    for link in chain:
+        frames = [frame for frame in traceback.extract_tb(link.__traceback__) if not _is_under(frame, OURS)]
+        if own := [frame for frame in frames if not _is_under(frame, LIBRARIES)]:
+            return [*own[-MAX_FRAMES:], *(frames[-1:] if frames[-1] is not own[-1] else [])]
+    return frames[-MAX_FRAMES:]
+
+
+_ROOT = Path(__file__).resolve().parents[1]
+OURS = tuple(_ROOT / name for name in ("rl_lora", "envs", "rewards", "scripts"))
+LIBRARIES = tuple({Path(sysconfig.get_path(kind)).resolve() for kind in ("stdlib", "purelib", "platlib")})
+
+
+def _is_under(frame: traceback.FrameSummary, folders: tuple[Path, ...]) -> bool:
+    path = Path(frame.filename).resolve()
+    return frame.filename.startswith("<frozen") or any(path.is_relative_to(folder) for folder in folders)
+
+
+def _plain(value: Any) -> Any:
+    """A scalar of NumPy or torch as Python's own; anything else as it is."""
+    item = getattr(value, "item", None)
+    if not callable(item):
+        return value
+    try:
+        return item()
+    except Exception:  # more than one element
+        return None
+
+
+def _check_text(observation: Any) -> None:
+    if not isinstance(observation, str):
+        kind = type(observation).__name__
+        raise ValueError(f"gives {kind} observations; a text environment gives str, got {shown(observation)}")
+
+
+def _mapping(value: Any, what: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{what} must be a dict, got {shown(value)}")
+    return value
+
+
+def _reason(unscorable: Any) -> str | None:
+    """Why an episode could not be judged, if it could not."""
+    if not unscorable:
+        return None
+    return "the environment gave no reason" if unscorable is True else str(unscorable)
