@@ -1,7 +1,8 @@
 """Adapters on disk: PEFT directories (`adapter_config.json`, `adapter_model.safetensors`), without importing `peft`.
 
 What is read goes by the tensors: every one of them must find its place, and a setting that would change the result and
-is not understood is an error. Left out on purpose: pickles (`adapter_model.bin`) and every kind but plain LoRA.
+is not understood is an error (`adapter_config.py`). Left out on purpose: pickles (`adapter_model.bin`) and every kind
+but plain LoRA.
 """
 
 from __future__ import annotations
@@ -17,23 +18,20 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from rl_lora.adapter import Adapter, Site
+from rl_lora.adapter_config import read_config, resolve, shown
 from rl_lora.lora import AdapterBank
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 KEY = re.compile(re.escape(PREFIX) + r"(?P<path>.+?)(?P<nesting>(\.base_layer)*)\.(?P<factor>lora_[AB])\.weight")
-PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
-"""PEFT's other `init_lora_weights` (pissa, olora, corda, loftq, ...) also change the base's weights."""
-UNDERSTOOD = """
-    alpha_pattern auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config exclude_modules
-    fan_in_fan_out inference_mode init_lora_weights layers_pattern layers_to_transform loftq_config lora_alpha
-    lora_dropout lora_ga_config megatron_core peft_type peft_version qalora_group_size r rank_pattern revision
-    runtime_config target_modules target_parameters task_type use_rslora""".split()  # noqa: SIM905
-"""Fields that are read here, or change nothing: they steer initialization, training, or which layers PEFT picks."""
+MAX_KEY = 1000
+"""Characters of a tensor's name."""
+DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+"""What weights can be of, as safetensors calls it: numbers that stand for themselves, without a scale beside them."""
 FOREIGN = {"lora_embedding": "an adapter on embeddings", "lora_magnitude": "DoRA", ".bias": "a trained bias"}
 
 Levels = Mapping[int, tuple[str, str]]
@@ -75,12 +73,12 @@ def load_adapter(folder: str | Path, bank: AdapterBank, name: str | None = None)
         ValueError: what `check_adapter` finds, or the adapter does not fit the bank's model; says which tensor.
     """
     folder = Path(folder)
-    config, modules = _read(folder)
-    tensors, weights = load_file(folder / WEIGHTS), dict[str, tuple[Tensor, ...]]()
+    config, modules, tensors = _read(folder)
+    weights = dict[str, tuple[Tensor, ...]]()
     for path, levels in modules.items():
         for site, depth in _sites_of(path, levels, config, bank):
             weights[site.name] = tuple(_unflatten(site, tensors[key], key) for key in levels[depth])
-    ranks = {site: _resolve(config.get("rank_pattern"), site, config["r"]) for site in weights}
+    ranks, alphas = _patterns(config, list(weights), folder)
     for site_name, (A, B) in weights.items():
         if {A.shape[-2], B.shape[-1]} != {ranks[site_name]}:
             found = f"A has rank {A.shape[-2]} and B rank {B.shape[-1]}, but {CONFIG} says {ranks[site_name]}"
@@ -91,7 +89,7 @@ def load_adapter(folder: str | Path, bank: AdapterBank, name: str | None = None)
         rank=config["r"],
         alpha=config["lora_alpha"],
         ranks=ranks,
-        alphas={site: _resolve(config.get("alpha_pattern"), site, config["lora_alpha"]) for site in ranks},
+        alphas=alphas,
         rslora=bool(config.get("use_rslora")),
         device=bank.device,
     )
@@ -111,50 +109,53 @@ def check_adapter(folder: str | Path) -> dict[str, Any]:
     return _read(Path(folder))[0]
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Levels]]:
-    """Configuration, and the keys of the tensors by module path; both checked, no tensor read yet."""
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Levels], dict[str, Tensor]]:
+    """Configuration, the keys of the tensors by module path, and the tensors in float32; all of it checked."""
     if not folder.is_dir():
         raise ValueError(f"no adapter folder at {folder}")
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             hint = "; save it again with a current peft, pickles are not read" if any(folder.glob("*.bin")) else ""
             raise ValueError(f"{folder} is not a PEFT adapter folder: {name} is missing{hint}")
+    config = read_config(folder / CONFIG)
+    file = folder / WEIGHTS
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{folder / CONFIG} is not valid JSON: {error}") from error
-    _check_config(config, folder / CONFIG)
-    try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS} cannot be read: {error}") from error
-    return config, _pair(shapes, folder / WEIGHTS)
+        with safe_open(file, framework="pt") as opened:
+            slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
+            modules = _pair({key: tuple(x.get_shape()) for key, x in slices.items()}, file)
+            _patterns(config, list(modules), folder)
+            for key, x in slices.items():
+                if (dtype := x.get_dtype()) not in DTYPES:
+                    raise ValueError(f"{file}: {key} is of type {dtype}; LoRA weights are floating-point numbers")
+            tensors = {key: opened.get_tensor(key).float() for key in slices}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} cannot be read: {shown(str(error))}") from error
+    for key, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{file}: {key} holds values that are not finite in float32; take an earlier checkpoint")
+    return config, modules, tensors
 
 
-def _check_config(config: Any, file: Path) -> None:
-    kind = config.get("peft_type") if isinstance(config, dict) else config
-    if kind != "LORA":
-        raise ValueError(f"{file}: peft_type is {kind!r}; only LORA adapters are supported")
-    if (init := config.get("init_lora_weights", True)) not in PLAIN_INITS:
-        raise ValueError(f"{file}: init_lora_weights={init!r} changes the base; convert it to plain LoRA with peft")
-    for field, value in config.items():
-        if field not in UNDERSTOOD and value and value != "none":
-            raise ValueError(f"{file}: {field}={value!r} is not supported; train the adapter as plain LoRA, without it")
-    ranks = {"r": config.get("r"), **(config.get("rank_pattern") or {})}
-    alphas = {"lora_alpha": config.get("lora_alpha"), **(config.get("alpha_pattern") or {})}
-    for field, value in [*ranks.items(), *alphas.items()]:
-        if not isinstance(value, int | float) or not value > 0:
-            raise ValueError(f"{file}: {field} must be a number > 0, got {value!r}")
+def _patterns(config: Mapping[str, Any], names: list[str], folder: Path) -> tuple[dict[str, int], dict[str, float]]:
+    """Rank and alpha of every name."""
+    file, targets = folder / CONFIG, tuple(f".{name}" for name in config.get("target_parameters") or [])
+    # PEFT matches with the path of what it targets: a module, or a parameter of it.
+    paths = [f"{name}.weight" if f".{name}.weight".endswith(targets) else name for name in names]
+    ranks, alphas = (
+        resolve(config.get(field), paths, config[default], file, field)
+        for field, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
+    )
+    return dict(zip(names, ranks, strict=True)), dict(zip(names, alphas, strict=True))
 
 
 def _pair(shapes: Mapping[str, tuple[int, ...]], file: Path) -> dict[str, Levels]:
     """Every key must be one of a pair, A and B of one module at one depth."""
     found: dict[str, dict[int, tuple[str, str]]] = {}
     for key, shape in shapes.items():
-        if (match := KEY.fullmatch(key)) is None:
+        if len(key) > MAX_KEY or (match := KEY.fullmatch(key)) is None:
             kind = next((kind for mark, kind in FOREIGN.items() if mark in key), "unknown")
-            raise ValueError(f"{file}: {key} is {kind}; only PEFT's LoRA weights of linear layers and experts are read")
+            only = "only PEFT's LoRA weights of linear layers and experts are read"
+            raise ValueError(f"{file}: {shown(key)} is {kind}; {only}")
         if len(shape) != 2 or 0 in shape:
             raise ValueError(f"{file}: {key} has shape {shape}, expected two dimensions; was a sharded model saved?")
         stem = key.removesuffix(f"{match['factor']}.weight")
@@ -201,11 +202,6 @@ def _unflatten(site: Site, tensor: Tensor, key: str) -> Tensor:
     if not site.experts:
         return tensor
     return tensor.reshape(experts, -1, features) if is_A else tensor.reshape(features, -1, experts).permute(2, 0, 1)
-
-
-def _resolve(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that matches the name or a dotted end of it."""
-    return next((v for pattern, v in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", name)), default)
 
 
 def _tensors(adapter: Adapter) -> dict[str, Tensor]:

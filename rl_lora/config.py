@@ -259,7 +259,7 @@ def validate(config: TrainConfig) -> None:
         ("steps", c.steps, c.steps >= 1, ">= 1"),
         ("seed", c.seed, 0 <= c.seed < 3000, "in 0 ... 2999"),
         ("adapter.rank", c.adapter.rank, c.adapter.rank >= 1, ">= 1"),
-        ("adapter.alpha", c.adapter.alpha, c.adapter.alpha > 0, "> 0"),
+        ("adapter.alpha", c.adapter.alpha, 0 < c.adapter.alpha < math.inf, "> 0 and finite"),
         ("rollout.prompts_per_step", c.rollout.prompts_per_step, c.rollout.prompts_per_step >= 1, ">= 1"),
         ("rollout.group_size", c.rollout.group_size, c.rollout.group_size >= 1, ">= 1"),
         ("rollout.max_replaced", c.rollout.max_replaced, c.rollout.max_replaced >= 0, ">= 0"),
