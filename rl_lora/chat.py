@@ -6,18 +6,21 @@ the new message. Nothing that was sampled is tokenized again, so keys, values an
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-REPLY = "\x02reply\x03"
-"""Stands for the model's reply while the template around it is rendered."""
+from rl_lora.template import REPLY, ChatTemplate
 
 
 class Chat:
     """How one model's conversations are written.
+
+    What the chat template writes behind a reply ends a reply too, beside what tokenizer and model say, and is what a
+    demonstration ends with. A warning says where that is no token, and where the template begins no reply.
 
     Args:
         stop_tokens: further tokens that end a reply, each a single token of the vocabulary, e.g. a newline for a base
@@ -36,30 +39,70 @@ class Chat:
         self.tokenizer = tokenizer
         self.template_kwargs = dict(template_kwargs or {})
         self.has_template = tokenizer.chat_template is not None
+        self._template = ChatTemplate(tokenizer, self.template_kwargs)
         stop_ids = {tokenizer.eos_token_id}
         ends = getattr(generation_config, "eos_token_id", None)
         stop_ids |= set(ends) if isinstance(ends, list) else {ends}
-        before: dict[int, str] = {}
-        pieces: list[str] = []
+        self._exact_ids: set[int] = stop_ids - {None}
+        self._before: dict[int, str] = {}
+        self._units = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+        """Tokens that no text is broken into but their own."""
         for text in stop_tokens:
-            ids = tokenizer.encode(text, add_special_tokens=False)
+            ids = self._encode(text)
             if len(ids) != 1:
                 raise ValueError(f"stop token {text!r} is {len(ids)} tokens of this model ({ids}); it must be one")
-            stop_ids.add(ids[0])
-            if ids[0] not in tokenizer.all_special_ids:
-                pieces = pieces or [str(tokenizer.decode([i])) for i in range(len(tokenizer))]
-                before |= {i: piece.partition(text)[0] for i, piece in enumerate(pieces) if text in piece}
-        self._exact_ids = stop_ids - {None}
-        self._before = before
-        self.stop_ids = frozenset(self._exact_ids | before.keys())
+            self._stop_at(ids[0], text)
+        self._end: list[int] = []
+        """What a demonstration ends with, in tokens: the last of them is one that ends a reply."""
+        self._shows_replies = False
+        if self.has_template:
+            self._read_template(warn=not stop_tokens)
+        self.stop_ids = frozenset(self._exact_ids | self._before.keys())
+
+    def _stop_at(self, token: int, text: str) -> None:
+        """End replies at a token, and at all that contain its text unless it is a unit."""
+        self._exact_ids.add(token)
+        if token not in self._units:
+            pieces = [str(self.tokenizer.decode([i])) for i in range(len(self.tokenizer))]
+            self._before |= {i: piece.partition(text)[0] for i, piece in enumerate(pieces) if text in piece}
+
+    def _read_template(self, *, warn: bool) -> None:
+        """What ends a reply in the chat template's own conversations, and what begins one."""
+        try:
+            end, beginning = self._template.end, self._template.without_prompt
+        except ValueError:
+            return  # it renders no replies; what it refuses of what is asked of it is said then
+        self._shows_replies = True
+        if beginning:
+            warnings.warn(
+                "the model's chat template has no generation prompt: rendered with and without one, a conversation is "
+                f"the same text, and the model has to write {beginning!r} itself before it replies; give the tokenizer "
+                "a template that ends with it where add_generation_prompt is set",
+                stacklevel=4,
+            )
+        ids, text = self._encode(end), end.strip()
+        token = next((i for i in ids if i in self._units or i in self._exact_ids), None)
+        if token is not None:
+            self._end = ids[: ids.index(token) + 1]
+            self._exact_ids.add(token)
+        elif len(alone := self._encode(text)) == 1:
+            self._end = alone
+            self._stop_at(alone[0], text)
+        elif text and warn:
+            warnings.warn(
+                f"the model's chat template ends a reply with {text!r}, which is {len(alone)} tokens of this model: "
+                "replies do not stop there, and demonstrations do not end with it; name a single token that ends a "
+                "reply in --model.stop_tokens",
+                stacklevel=4,
+            )
 
     def start(self, observation: str, system_prompt: str | None = None) -> list[int]:
-        """The prompt of the first turn."""
+        """The prompt of the first turn. Raises ValueError if the chat template refuses it, or leaves something out."""
         messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
         messages.append({"role": "user", "content": observation})
         if not self.has_template:
             return self.tokenizer.encode("\n\n".join(message["content"] for message in messages))
-        return self._encode(self._render(messages))
+        return self._encode(self._template.render(messages))
 
     def extend(self, prompt_ids: Sequence[int], completion_ids: Sequence[int], observation: str) -> list[int]:
         """The prompt of the next turn: everything so far, to the token, and the environment's next observation."""
@@ -69,45 +112,42 @@ class Chat:
                 {"role": "assistant", "content": REPLY},
                 {"role": "user", "content": observation},
             ]
-            _, found, end = self._render(messages).partition(REPLY)
-            if not found:
-                raise ValueError("the model's chat template leaves replies out: it cannot hold a conversation of turns")
-            behind = self._encode(end)
+            behind = self._encode(self._template.render(messages).partition(REPLY)[2])
         else:
             behind = self._encode(f"\n{observation}\n")
-        if completion_ids and behind and completion_ids[-1] == behind[0]:
-            behind = behind[1:]  # the model wrote the end of its turn itself
+        if completion_ids and completion_ids[-1] in behind[: len(self._end) or 1]:
+            behind = behind[behind.index(completion_ids[-1]) + 1 :]  # the model wrote the end of its turn itself
         return [*prompt_ids, *completion_ids, *behind]
 
     def reply(self, text: str) -> list[int]:
-        """A reply that was written elsewhere, as the model would have written it: with the token that ends a turn."""
+        """A reply that was written elsewhere, as the model would have written it: with the token that ends a turn.
+
+        Where the prompt opens a thought, it is closed first; where a reply has a channel, it is named.
+
+        Raises:
+            ValueError: no token ends a reply, or the prompt opens what cannot be told how to end.
+        """
+        end = self._end or self._written_end()
+        return [*self._encode(self._template.opening.before(text) if self._shows_replies else text), *end]
+
+    def _written_end(self) -> list[int]:
+        """What ends a demonstration where the chat template does not say: the beginning of the next turn, if the model
+        names that as its end, else the tokenizer's end."""
+        if self._shows_replies:
+            with suppress(ValueError):
+                ends = [i for i in self._encode(self._template.next_turn) if i in self._units]
+                if ends and ends[0] in self._exact_ids:
+                    return ends[:1]
         end = self.tokenizer.eos_token_id
-        if self.has_template:
-            messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": REPLY}]
-            behind = self._encode(self._render(messages, prompt=False).partition(REPLY)[2])
-            end = behind[0] if behind else end
-        if end not in self._exact_ids:
-            end = min(self._exact_ids, default=None)
-        if end is None:
+        if end is None and (end := min(self._exact_ids, default=None)) is None:
             raise ValueError("this tokenizer has no token that ends a reply; name one in model.stop_tokens")
-        return [*self._encode(text), end]
+        return [end]
 
     def decode(self, completion_ids: Sequence[int]) -> str:
         """The text of a reply, its stop token apart."""
         ids = list(completion_ids)
         kept = self._before.get(ids.pop(), "") if ids and ids[-1] in self.stop_ids else ""
         return str(self.tokenizer.decode(ids)) + kept
-
-    def _render(self, messages: list[dict[str, str]], *, prompt: bool = True) -> str:
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=prompt, **self.template_kwargs
-                )
-            )
-        except TemplateError as error:
-            roles = ", ".join(message["role"] for message in messages)
-            raise ValueError(f"the model's chat template refuses a conversation of {roles}: {error}") from error
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)

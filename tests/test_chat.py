@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
@@ -135,6 +137,233 @@ def test_a_template_that_refuses_a_role_says_so() -> None:
     assert chat.start("hello")
     with pytest.raises(ValueError, match=r"refuses a conversation of system, user: System role not supported"):
         chat.start("hello", "Be brief.")
+
+
+# What a chat template writes, and what it leaves out
+
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+START = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+MARKS = ("<|im_start|>", "<|im_end|>")
+HARMONY = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}<|start|>assistant<|channel|>final<|message|>{{ m.content }}"
+    "{% if loop.last and not add_generation_prompt %}<|return|>{% else %}<|end|>{% endif %}"
+    "{% else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+HARMONY_MARKS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>")
+PARTS = (
+    "{% for m in messages %}<|{{ m.role }}|>{% for part in m.content %}{{ part.text }}{% endfor %}<eos>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def tokenizer_with(template: Any, marks: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+    """Marks are special tokens, from id 258 on."""
+    tokenizer = tiny_tokenizer(False)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(marks)})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def taught(chat: Chat, solution: str) -> str:
+    return str(chat.tokenizer.decode([*chat.start("2?"), *chat.reply(solution)]))
+
+
+def test_what_the_template_writes_behind_a_reply_ends_it_and_is_what_a_demonstration_ends_with() -> None:
+    """A base model's tokenizer names another end."""
+    chat = Chat(tokenizer_with(CHATML + START, MARKS), GenerationConfig(eos_token_id=EOS_ID))
+    assert chat.stop_ids == {EOS_ID, 259}
+    assert chat.reply("4") == [*chat.tokenizer.encode("4"), 259]
+    assert chat.decode([*chat.tokenizer.encode("4"), 259]) == "4"
+
+
+@pytest.mark.parametrize(
+    ("end", "token", "written"),
+    [
+        (" <eos>", EOS, "4 <eos>"),  # as Llama 2 writes it
+        ("</answer><eos>\n", EOS, "4</answer><eos>"),
+        ("<|a|><|b|>", "<|a|>", "4<|a|>"),
+        ("\n\n<|b|>", "<|b|>", "4\n\n<|b|>"),
+        ("~", "~", "4~"),  # a token of the vocabulary, and no special one
+        ("", EOS, "4<eos>"),
+        ("\n", EOS, "4<eos>"),
+    ],
+)
+def test_the_end_of_a_reply_is_found_in_what_the_template_writes(
+    end: str, token: str, written: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    chat = Chat(tokenizer_with(f"{{% for m in messages %}}{{{{ m.content }}}}{end}{{% endfor %}}", ("<|a|>", "<|b|>")))
+    assert chat.stop_ids == {EOS_ID, *chat.tokenizer.encode(token)}
+    assert chat.tokenizer.decode(chat.reply("4")) == written
+    assert not [w for w in recwarn if "--model.stop_tokens" in str(w.message)]
+
+
+def test_a_template_end_that_is_no_token_is_named_in_a_warning() -> None:
+    tokenizer = tokenizer_with(CHATML + START)
+    with pytest.warns(UserWarning, match=r"'<\|im_end\|>', which is 10 tokens .* --model\.stop_tokens"):
+        chat = Chat(tokenizer)
+    assert chat.stop_ids == {EOS_ID}
+    assert chat.tokenizer.decode(chat.reply("4")) == "4<eos>"
+
+
+def test_an_ordinary_end_of_the_template_ends_replies_inside_other_tokens_too() -> None:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {char: i for i, char in enumerate([*alphabet, "4~"])}
+    core = Tokenizer(BPE(vocab=vocab, merges=[("4", "~")]))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(False, use_regex=False), decoders.ByteLevel()
+    template = "{% for m in messages %}{{ m.content }}~\n{% endfor %}"
+    chat = Chat(PreTrainedTokenizerFast(tokenizer_object=core, chat_template=template))
+    assert chat.stop_ids == {vocab["~"], vocab["4~"]}
+    assert chat.decode(chat.tokenizer.encode("34~")) == "34"
+
+
+def test_where_the_template_writes_nothing_behind_a_reply_the_models_own_end_stays() -> None:
+    """As GLM's does: there the model's end is what the next turn begins with."""
+    template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+    tokenizer = tokenizer_with(template + "{% if add_generation_prompt %}<|assistant|>{% endif %}", ("<|user|>",))
+    assert Chat(tokenizer).stop_ids == {EOS_ID}
+    assert Chat(tokenizer).reply("4")[-1] == EOS_ID
+    chat = Chat(tokenizer, GenerationConfig(eos_token_id=[EOS_ID, 258]))
+    assert chat.reply("4")[-1] == 258
+
+
+def test_a_template_that_reads_parts_gets_parts() -> None:
+    chat = Chat(tokenizer_with(PARTS))
+    assert (
+        chat.tokenizer.decode(chat.start("2?", "Be brief.")) == "<|system|>Be brief.<eos><|user|>2?<eos><|assistant|>"
+    )
+    assert taught(chat, "4") == "<|user|>2?<eos><|assistant|>4<eos>"
+    behind = chat.extend([1], [2, EOS_ID], "more")[3:]
+    assert chat.tokenizer.decode(behind) == "<|user|>more<eos><|assistant|>"
+    only_users = CHATML.replace("{{ m.content }}", "{{ m.content[0].text if m.role == 'user' else m.content }}")
+    mixed = Chat(tokenizer_with(only_users + START, MARKS))
+    assert str(mixed.tokenizer.decode(mixed.start("2?", "Be brief."))).count("2?<|im_end|>") == 1
+    assert taught(mixed, "4").endswith("assistant\n4<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for m in messages %}{{ m.role }}{% endfor %}", "leaves the question out"),
+        ("{% for m in messages %}{{ m.content[:30] }}{% endfor %}", "changes or cuts the user message 'How many"),
+        ("{% for m in messages %}{{ m.text }}{% endfor %}", "leaves the question out"),
+    ],
+)
+def test_a_template_that_loses_the_question_is_refused(template: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Chat(tokenizer_with(template)).start("How many are two and two, and how many three?")
+
+
+def test_a_template_that_only_dresses_messages_is_fine() -> None:
+    for dress in ("m.content | trim", "m.content | tojson", "m.content | e", "m.content | replace('\n', ' ')"):
+        chat = Chat(tokenizer_with(f"{{% for m in messages %}}{{{{ {dress} }}}}<eos>{{% endfor %}}"))
+        assert chat.start(' Is "2 < 3"\n true? ', "Yes & no, à propos.\n")
+
+
+def test_a_system_prompt_that_the_template_ignores_is_refused() -> None:
+    template = "{% for m in messages if m.role != 'system' %}{{ m.content }}<eos>{% endfor %}"
+    for reads in (template, template.replace("m.content", "m.content[0].text")):
+        chat = Chat(tokenizer_with(reads))
+        assert chat.tokenizer.decode(chat.start("2?")) == "2?<eos>"
+        with pytest.raises(ValueError, match=r"leaves the system prompt out: .*rollout\.system_prompt"):
+            chat.start("2?", "Be brief.")
+
+
+def test_a_thought_that_the_prompt_opens_is_closed_before_a_solution() -> None:
+    opens = CHATML + START.replace("\n{% endif", "\n<think>\n{% endif")
+    chat = Chat(tokenizer_with(opens, MARKS))
+    turn = "<|im_start|>user\n2?<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    assert chat.tokenizer.decode(chat.start("2?")) == turn  # what is sampled is not touched
+    assert taught(chat, "4") == f"{turn}\n</think>\n\n4<|im_end|>"
+    assert taught(chat, "<think>\nTwo.\n</think>\n\n4") == f"{turn}Two.\n</think>\n\n4<|im_end|>"
+    square = Chat(tokenizer_with(opens.replace("<think>", "[THINK]"), MARKS))
+    assert taught(square, "4").endswith("[THINK]\n\n[/THINK]\n\n4<|im_end|>")
+
+
+def test_a_thought_is_closed_as_the_template_itself_closes_it() -> None:
+    body = CHATML.replace(
+        "{{ m.content }}", "{% if m.reasoning_content %}<t>{{ m.reasoning_content }}</t>!{% endif %}{{ m.content }}"
+    )
+    chat = Chat(tokenizer_with(body + START.replace("\n{% endif", "\n<t>{% endif"), MARKS))
+    assert taught(chat, "4").endswith("assistant\n<t></t>!4<|im_end|>")
+
+
+def test_an_empty_thought_that_a_whole_turn_begins_with_is_taught_too() -> None:
+    thought = "{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}"
+    chat = Chat(tokenizer_with(CHATML.replace("{{ m.content }}", thought) + START, MARKS))
+    assert taught(chat, "4").endswith("assistant\n<think>\n\n</think>\n\n4<|im_end|>")
+    assert taught(chat, "<think>\nTwo.\n</think>\n\n4").endswith("assistant\n<think>\nTwo.\n</think>\n\n4<|im_end|>")
+    empty = START.replace("\n{% endif", "\n<think>\n\n</think>\n\n{% endif")
+    closed = Chat(tokenizer_with(CHATML + empty, MARKS))
+    assert taught(closed, "4").endswith("assistant\n<think>\n\n</think>\n\n4<|im_end|>")
+
+
+def test_a_demonstration_stands_in_the_channel_of_replies() -> None:
+    chat = Chat(tokenizer_with(HARMONY, HARMONY_MARKS))
+    assert taught(chat, "4") == (
+        "<|start|>user<|message|>2?<|end|><|start|>assistant<|channel|>final<|message|>4<|return|>"
+    )
+    assert chat.stop_ids == {EOS_ID, 262}  # <|end|> ends every message, a thought too
+
+
+@pytest.mark.parametrize(
+    ("template", "marks"),
+    [
+        (CHATML + START.replace("\n{% endif", "\n<|begin_of_thought|>{% endif"), MARKS),
+        (HARMONY.replace("assistant{% endif", "assistant<|channel|>analysis<|message|>{% endif"), HARMONY_MARKS),
+    ],
+)
+def test_a_demonstration_is_refused_behind_a_thought_whose_end_is_unknown(
+    template: str, marks: tuple[str, ...]
+) -> None:
+    chat = Chat(tokenizer_with(template, marks))
+    assert chat.start("2?")
+    with pytest.raises(ValueError, match=r"begins a reply with .* set --model\.template_kwargs"):
+        chat.reply("4")
+
+
+def test_a_template_without_a_generation_prompt_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match=r"no generation prompt.*has to write '<\|im_start\|>assistant' itself"):
+        chat = Chat(tokenizer_with(CHATML, MARKS))
+    assert taught(chat, "4").endswith("<|im_start|>assistant\n4<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+        "{% else %} {{ m.content }}<eos>{% endif %}{% endfor %}",
+        CHATML + "<|im_start|>assistant\n",
+        CHATML + START,
+    ],
+)
+def test_a_template_whose_replies_begin_right_behind_the_prompt_is_not(
+    template: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    Chat(tokenizer_with(template, MARKS))
+    assert not list(recwarn)
+
+
+@pytest.mark.parametrize(
+    ("template", "error"),
+    [
+        ({"tool_use": CHATML, "rag": CHATML}, "multiple chat templates"),
+        ("{% if tools|length %}{% endif %}" + CHATML, "has no len"),
+        ("{{ date_string.year }}" + CHATML, "undefined"),
+        ("{{ strftime_now(7) }}" + CHATML, ""),
+        ("{{ 1 // 0 }}", "zero"),
+        ("{% endfor %}", "endfor"),
+    ],
+)
+def test_whatever_a_template_raises_is_said_as_its_refusal(template: Any, error: str) -> None:
+    chat = Chat(tokenizer_with(template))
+    with pytest.raises(ValueError, match=rf"the model's chat template refuses a conversation of user: .*{error}"):
+        chat.start("hello")
+
+
+def test_a_variant_of_the_template_can_be_named() -> None:
+    chat = Chat(tokenizer_with({"rag": CHATML + START}, MARKS), template_kwargs={"chat_template": "rag"})
+    assert taught(chat, "4").endswith("assistant\n4<|im_end|>")
 
 
 @pytest.fixture(scope="module")
