@@ -178,6 +178,10 @@ class LogConfig:
     """Any of accelerate's: tensorboard, wandb, mlflow, comet_ml, aim, clearml, trackio, ..."""
     samples_every: int = 5
     """Steps between tables of sampled completions on the terminal; 0 shows none."""
+    samples_per_step: int = 32
+    """Sampled episodes of each step that are written to samples/ and shown in report.html, in whole groups; 0: none."""
+    samples_mib: float = 100.0
+    """MiB that samples/ may take. Beyond it, steps between others are removed, so that those left are spread evenly."""
 
 
 @dataclass
@@ -332,6 +336,8 @@ def validate(config: TrainConfig) -> None:
         ("checkpoint.every", c.checkpoint.every, c.checkpoint.every >= 1, ">= 1"),
         ("checkpoint.keep", c.checkpoint.keep, c.checkpoint.keep >= 1, ">= 1"),
         ("log.samples_every", c.log.samples_every, c.log.samples_every >= 0, ">= 0"),
+        ("log.samples_per_step", c.log.samples_per_step, c.log.samples_per_step >= 0, ">= 0"),
+        ("log.samples_mib", c.log.samples_mib, c.log.samples_mib >= 0, ">= 0 (MiB)"),
     ]
     wrong = [f"{name} must be {rule}, got {value}" for name, value, holds, rule in rules if not holds]
     if c.learner.objective == "likelihood":

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from rl_lora.collapse import most_common_reply
 from rl_lora.estimates import (
     Interval,
     clustered,
@@ -83,12 +84,15 @@ def summarize(samples: Sequence[Sample]) -> Record:
     accuracy_low, accuracy_high, where there are verdicts: 95 %, Wilson's for one sample a problem, else clustered.
     format: mean of the reward's part of that name, or else the share of samples with an answer that could be read; None
     where there is neither.
+    same_reply: the share of the most common reply; None for few or equal problems (`collapse.most_common_reply`).
     """
     scored = [sample for sample in samples if not sample["unscorable"]]
     record = summarize_samples(scored, len(samples) - len(scored))
     record["episodes"] = len(scored)
     answered = mean([float(sample["answer"] is not None) for sample in scored]) if has_answers(samples) else None
     record["format"] = record.get("parts/format", answered)
+    common = most_common_reply(samples)
+    record["same_reply"] = None if common is None else common[1]
     if record["accuracy"] is not None:
         verdicts = list(_verdicts(samples).values())
         low, high = _interval([sum(v) for v in verdicts], [len(v) for v in verdicts])
@@ -145,6 +149,12 @@ def pairs(rows: Sequence[Sequence[Sample]], n: int, seed: int = 0) -> list[list[
         matrix[i][j] = {"difference": float(d.mean()), "low": low, "high": high, "p": p}
         matrix[j][i] = {"difference": float(-d.mean()), "low": -high, "high": -low, "p": p}
     return matrix
+
+
+def change(before: Sequence[Sample], after: Sequence[Sample]) -> Record | None:
+    """What training changed on the same problems, one sample each: an entry of `pairs`, after minus before; None where
+    there are no verdicts."""
+    return pairs([after, before], n=1)[0][1]
 
 
 def compared(pair: Record | None) -> Record | None:

@@ -26,6 +26,7 @@ from rich.text import Text
 from rl_lora.adapter import Adapter
 from rl_lora.adapter_io import load_adapter
 from rl_lora.candidates import BASE, differences, is_unfinished, named, stand_ins, step_of
+from rl_lora.collapse import reply_warning
 from rl_lora.config import EvaluateConfig
 from rl_lora.contract import begin, env_id
 from rl_lora.environment import held_out
@@ -161,6 +162,8 @@ def evaluate(config: EvaluateConfig) -> Record:
         partial.replace(out / "results.json")
     write(evaluation_page(results, itertools.chain(*rows)), out / "report.html")
     show(console, results)
+    for warning in results["warnings"]:
+        console.print(warning, style="yellow", markup=False)
     console.print(savings(config, results, len(problems), decoding), markup=False)
     console.print(
         f"results  {out / 'results.json'}\nsamples  {out / 'samples.jsonl'}\nreport   {out / 'report.html'}",
@@ -326,7 +329,11 @@ def results_of(config: EvaluateConfig, folders: dict[str, Path], rows: Sequence[
         if against is not None:
             versus["against"] = compared(matrix[i][against])
         records.append({**place, **row(samples, ks), **versus})
-    return {"kind": "evaluation", "config": asdict(config), "k": ks, "rows": records, "pairs": matrix}
+    base, *others = rows
+    said = ((name, reply_warning(samples, base)) for name, samples in zip(folders, others, strict=True))
+    warnings = [f"{name}: {warning}" for name, warning in said if warning]
+    figures = {"k": ks, "rows": records, "pairs": matrix, "warnings": warnings}
+    return {"kind": "evaluation", "config": asdict(config), **figures}
 
 
 def savings(config: EvaluateConfig, results: Record, n_problems: int, decoding: Decoding) -> str:

@@ -55,7 +55,10 @@ def evaluation_page(results: dict[str, Any], samples: Iterable[dict[str, Any]]) 
         matrix=(matrix := _matrix(names, results.get("pairs"))),
         n_pairs=(n_pairs := sum(pair is not None for line in matrix for pair in line) // 2),
         by_chance=f"{0.05 * n_pairs:.0f}" if n_pairs > 10 else f"{0.05 * n_pairs:.1f}",
+        warnings=results.get("warnings") or [],
         browser=browser(samples, names, pair=[best["name"], base["name"]] if best and base else []),
+        sampled=[],
+        changed=[],
         config=flat(config | {"hashes": results.get("hashes") or {}}),
     )
 

@@ -30,12 +30,15 @@ from rich.text import Text
 
 from rl_lora.adapter import Adapter
 from rl_lora.checkpoint import Checkpoints
+from rl_lora.collapse import reply_warning, run_warnings
 from rl_lora.config import EvaluateConfig, TrainConfig, flatten
-from rl_lora.evaluation import Evaluation
+from rl_lora.evaluation import Evaluation, change
 from rl_lora.metrics import MetricsFile, Record
-from rl_lora.page import write
+from rl_lora.page import lines, write
 from rl_lora.policy import Policy
+from rl_lora.samples import Sample
 from rl_lora.training_page import training_page
+from rl_lora.training_samples import rewind_samples
 from rl_lora.types import Group
 
 N_TRANSCRIPTS = 3
@@ -158,6 +161,8 @@ class RunReport:
         path = self._evals(step)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(sample) + "\n" for sample in evaluation.samples()))
+        if step and (warning := reply_warning(evaluation.samples(), self._held_out(0))):
+            self.console.print(f"[yellow]{escape(warning)}[/]")
 
     def samples(self, step: int, groups: Sequence[Group]) -> None:
         """A table of sampled completions: of the first groups, the best and the worst episode."""
@@ -172,7 +177,8 @@ class RunReport:
         self.console.print(table)
 
     def rewind(self, step: int) -> None:
-        """Forget the evaluations after `step`."""
+        """Forget the evaluations and the sampled episodes after `step`."""
+        rewind_samples(self.run_dir, step)
         for path in self.run_dir.glob("evals/step-*.jsonl"):
             if int(path.stem.removeprefix("step-")) > step or step == 0:
                 path.unlink()
@@ -181,18 +187,21 @@ class RunReport:
         """Write summary.json, reward.png and report.html."""
         evals, train = metrics.read("eval"), metrics.read("train")
         best, adapter = checkpoints.best(), str(self.run_dir / "adapter")
+        before, after = (self._held_out(evals[i]["step"]) if evals else [] for i in (0, -1))
         summary: dict[str, Any] = {
             "steps": config.steps,
             "before": evals[0] if evals else None,
             "after": evals[-1] if evals else None,
             "reward_first": train[0]["reward"],
             "reward_last": train[-1]["reward"],
+            "change": change(before, after) if len(evals) > 1 else None,
+            "warnings": run_warnings(before, after, train),
             "learned": any(record["tokens_learned"] for record in train),
             "seconds": sum(value for r in evals + train for name, value in r.items() if name.startswith("seconds/")),
             "adapter": adapter,
             "best_checkpoint": str(best.folder) if best else None,
             "best_score": best.state["score"] if best else None,
-            "transcripts": self._newly_solved(evals),
+            "transcripts": newly_solved(before, after),
             "next": shlex.join([_python(), "scripts/evaluate.py", *_flags(config), "--adapters", adapter]),
         }
         plot_rewards(train, evals, self.run_dir / "reward.png")
@@ -214,6 +223,9 @@ class RunReport:
         if summary["after"]:
             out(f"  before  {held_out_line(summary['before'])}")
             out(f"  after   {held_out_line(summary['after'])}")
+        if gain := summary.get("change"):
+            ends = f"{100 * gain['low']:+.1f} to {100 * gain['high']:+.1f}"
+            out(f"  change  {100 * gain['difference']:+.1f} points (95 %: {ends}), paired by problem")
         first, last = (_number(summary[f"reward_{when}"], ".3f") for when in ("first", "last"))
         out(f"  mean reward of sampled episodes: {first} in the first step, {last} in the last")
         if not summary["learned"]:
@@ -222,6 +234,8 @@ class RunReport:
                 "look at the samples, raise rollout.max_tokens where replies are cut off, raise rollout.group_size, or "
                 "reward partial success"
             )
+        for warning in summary.get("warnings", []):
+            out(f"[yellow]{escape(warning)}[/]")
         if summary["transcripts"]:
             out("\n[bold]solved now and not before[/]")
         for transcript in summary["transcripts"]:
@@ -244,22 +258,23 @@ class RunReport:
     def _evals(self, step: int) -> Path:
         return self.run_dir / "evals" / f"step-{step:06d}.jsonl"
 
-    def _newly_solved(self, evals: Sequence[Record]) -> list[dict[str, str]]:
-        if not evals:
-            return []
-        before, after = (
-            {sample["seed"]: sample for sample in map(json.loads, self._evals(step).read_text().splitlines())}
-            for step in (evals[0]["step"], evals[-1]["step"])
-        )
-        solved = [seed for seed in after if seed in before and after[seed]["success"] and not before[seed]["success"]]
-        return [
-            {
-                "problem": after[seed]["observations"][0],
-                "before": " / ".join(before[seed]["completions"]),
-                "after": " / ".join(after[seed]["completions"]),
-            }
-            for seed in solved[:N_TRANSCRIPTS]
-        ]
+    def _held_out(self, step: int) -> list[Sample]:
+        """The held-out samples of an evaluation; none where there was no such evaluation."""
+        return list(lines(self._evals(step)))
+
+
+def newly_solved(before: Sequence[Sample], after: Sequence[Sample]) -> list[dict[str, str]]:
+    """Held-out problems that are solved now and were not before, with both replies; the first few."""
+    earlier = {sample["seed"]: sample for sample in before}
+    solved = [s for s in after if s["seed"] in earlier and s["success"] and not earlier[s["seed"]]["success"]]
+    return [
+        {
+            "problem": sample["observations"][0],
+            "before": " / ".join(earlier[sample["seed"]]["completions"]),
+            "after": " / ".join(sample["completions"]),
+        }
+        for sample in solved[:N_TRANSCRIPTS]
+    ]
 
 
 def held_out_line(record: Record) -> str:
@@ -276,14 +291,18 @@ def held_out_line(record: Record) -> str:
 
 
 def plot_rewards(train: Sequence[Record], evals: Sequence[Record], path: Path) -> None:
-    """Mean reward of the sampled episodes, and held-out accuracy with its 95 % interval, over steps."""
+    """Mean reward of the sampled episodes, and held-out accuracy with its 95 % interval, over steps.
+
+    Colours as on the run's page: what is held out is blue, what was sampled in training orange.
+    """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     points = [(record["step"], record["reward"]) for record in train if record["reward"] is not None]
     if points:
-        axes.plot(*zip(*points, strict=True), color="tab:blue", alpha=0.8, label="reward, sampled in training")
+        axes.plot(*zip(*points, strict=True), color="tab:orange", alpha=0.8, label="reward, sampled in training")
     checked = [record for record in evals if record["accuracy"] is not None]
     if checked:
         accuracy = [record["accuracy"] for record in checked]
@@ -291,9 +310,10 @@ def plot_rewards(train: Sequence[Record], evals: Sequence[Record], path: Path) -
         high = [max(0.0, record.get("accuracy_high", record["accuracy"]) - record["accuracy"]) for record in checked]
         steps = [record["step"] for record in checked]
         axes.errorbar(
-            steps, accuracy, [low, high], fmt="o-", color="tab:orange", capsize=3, label="accuracy, held out (95 %)"
+            steps, accuracy, [low, high], fmt="o-", color="tab:blue", capsize=3, label="accuracy, held out (95 %)"
         )
     axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
     axes.grid(alpha=0.3)
     if points or checked:

@@ -34,6 +34,7 @@ from rl_lora.preflight import preflight
 from rl_lora.report import RunReport
 from rl_lora.rollout import RolloutWorker
 from rl_lora.shaping import shaped
+from rl_lora.training_samples import write_samples
 from rl_lora.types import Group
 
 ADAPTER = "policy"
@@ -161,7 +162,7 @@ class Trainer:
                 with seconds("learn"):
                     updates = self.learner.step(groups, self.report.learning)
                 self.step += 1
-                self.log(with_speed(record | summarize_updates(updates), seconds.seconds), groups)
+                self.log(with_speed(record | summarize_updates(updates), seconds.seconds), everything)
                 self.evaluate_if_due()
                 self.checkpoint_if_due()
         self._close()
@@ -260,6 +261,9 @@ class Trainer:
             every = self.config.log.samples_every
             if every and (self.step % every == 0 or self.step == 1):
                 self.report.samples(self.step, groups)
+            write_samples(
+                self.run_dir, self.step, groups, self.config.log.samples_per_step, self.config.log.samples_mib
+            )
         self._track(record, "train")
 
     def _track(self, record: Record, kind: str) -> None:

@@ -5,14 +5,39 @@ Everything is read from the run's folder; `page.py` makes the page of it.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
+from rl_lora.collapse import run_warnings
+from rl_lora.config import TrainConfig
+from rl_lora.evaluation import change
 from rl_lora.metrics import MetricsFile, Record
-from rl_lora.page import Chart, browser, duration, facts, figure, flat, lines, point, render
+from rl_lora.page import Chart, browser, duration, facts, figure, flat, lines, p_value, point, points, render, signed
+from rl_lora.samples import Sample
+from rl_lora.training_samples import read_samples, stored_steps
+
+HELD_OUT, SAMPLED, LEARNED, FURTHER = range(4)
+"""Numbers of page.css's colours: what is held out, what was sampled in training, what the learner did; and the first of
+those for lines beside another one of the same meaning."""
+SAMPLED_FIELDS = {
+    "reward",
+    "accuracy",
+    "truncated",
+    "unscorable",
+    "tokens_per_episode",
+    "tokens_per_episode_max",
+    "groups_without_signal",
+    "groups_solved",
+    "seconds/rollout",
+    "rollout_tokens_per_second",
+}
+MAX_SAMPLED_CHARS = 4_000_000
+"""Text of training samples on a page; of more, fewer steps are shown."""
 
 
 class Drawn(NamedTuple):
@@ -113,11 +138,8 @@ def training_page(run_dir: str | Path) -> str:
     charts = {title: [_chart(d, train, evals) for d in section] for title, section in drawn.items()}
     ends = {f"step {record['step']}": record for record in (evals[0], evals[-1])} if evals else {}
     names = list(ends)
-    samples = (
-        sample | {"adapter": name}
-        for name in names
-        for sample in lines(run_dir / "evals" / f"step-{ends[name]['step']:06d}.jsonl")
-    )
+    held = {name: list(lines(run_dir / "evals" / f"step-{ends[name]['step']:06d}.jsonl")) for name in names}
+    before, after = (held[names[0]], held[names[-1]]) if len(names) > 1 else ([], [])
     seconds = sum(value for r in train + evals for name, value in r.items() if name.startswith("seconds/"))
     return render(
         kind="Training run, not finished" if running else "Training run",
@@ -126,9 +148,11 @@ def training_page(run_dir: str | Path) -> str:
             ("task", (config.get("env") or {}).get("id")),
             ("model", (config.get("model") or {}).get("name")),
             ("steps", f"{step} of {steps}" if running else step),
+            *_settings(config),
             ("time", duration(seconds)),
         ),
-        headline=_headline(train, evals),
+        headline=[*_headline(train, evals), *_difference(before, after)],
+        warnings=run_warnings(before, after, train),
         sections=[
             {"title": title, "charts": kept}
             for title, section in charts.items()
@@ -136,7 +160,14 @@ def training_page(run_dir: str | Path) -> str:
         ],
         table=None,
         matrix=None,
-        browser=browser(samples, names, names[::-1] if len(names) > 1 else [], _change),
+        browser=browser(
+            (sample | {"adapter": name} for name in names for sample in held[name]),
+            names,
+            names[::-1] if len(names) > 1 else [],
+            _change,
+        ),
+        sampled=_sampled(run_dir),
+        changed=_changed(config),
         config=flat(config),
     )
 
@@ -148,17 +179,72 @@ def _parts(names: Sequence[str]) -> list[Drawn]:
     return [Drawn("Parts of the reward", "number", fields, "As sampled, before they are weighed.")]
 
 
+def _settings(config: dict[str, Any]) -> list[tuple[str, Any]]:
+    """The settings that a reader asks for first."""
+    learner, rollout, adapter = (config.get(name) or {} for name in ("learner", "rollout", "adapter"))
+    problems, episodes = rollout.get("prompts_per_step"), rollout.get("group_size")
+    return [
+        ("a step", f"{problems} problems x {episodes} episodes" if problems and episodes else None),
+        ("rank", adapter.get("rank")),
+        ("objective", learner.get("objective")),
+        ("learning rate", f"{learner['learning_rate']:g}" if "learning_rate" in learner else None),
+        ("seed", config.get("seed")),
+    ]
+
+
+def _changed(config: dict[str, Any]) -> list[tuple[str, str]]:
+    """The settings that are not the defaults, where the run was played apart."""
+    defaults = dict(flat(json.loads(json.dumps(dataclasses.asdict(TrainConfig())))))
+    return [
+        (name, value)
+        for name, value in flat(config)
+        if name not in ("run_dir", "resume") and defaults.get(name) != value
+    ]
+
+
+def _difference(before: Sequence[Sample], after: Sequence[Sample]) -> list[dict[str, str]]:
+    """The headline's figure for what training changed: held-out accuracy, paired by problem."""
+    gain = change(before, after)
+    if gain is None:
+        return []
+    interval = f"95 %: {points(gain['low'], gain['high'])}"
+    return [
+        {
+            "label": "difference, paired by problem",
+            "value": f"{signed(gain['difference'])} points",
+            "detail": ", ".join(filter(None, [interval, p_value(gain["p"])])),
+        }
+    ]
+
+
+def _sampled(run_dir: Path) -> list[dict[str, Any]]:
+    """Episodes as they were sampled in training, by step and problem; of many, steps that are spread evenly."""
+    steps = stored_steps(run_dir)
+    by_step = {step: read_samples(run_dir, step) for step in steps}
+    size = {step: sum(len(text) for s in samples for text in s["completions"]) for step, samples in by_step.items()}
+    while len(steps) > 2 and sum(size[step] for step in steps) > MAX_SAMPLED_CHARS:
+        steps = sorted({*steps[::-2], steps[0]})
+    return [{"step": step, "problems": browser(by_step[step], ["policy"])["problems"]} for step in steps]
+
+
 def _chart(drawn: Drawn, train: Sequence[Record], evals: Sequence[Record]) -> Chart:
     """Lines without any number are left out, and those of what never happened."""
-    series = []
+    series: list[dict[str, Any]] = []
     for name, path in drawn.lines.items():
         kind, _, field = path.partition("/")
         points = [point(record["step"], record, field) for record in (train if kind == "train" else evals)]
         known = [value for _, value, *_ in points if value is not None]
         if any(known) or (known and field not in ("clip_fraction", "unscorable")):
-            series.append({"name": name, "points": points})
+            series.append({"name": name, "points": points, "color": _color(path, [line["color"] for line in series])})
     chart = {"title": drawn.title, "note": drawn.note, "unit": drawn.unit}
     return chart | {"kind": "line", "x": "step", "series": series, "reference": None}
+
+
+def _color(path: str, taken: Sequence[int]) -> int:
+    """The colour of what a line means, the same on every chart; a free one where another line has that meaning."""
+    kind, _, field = path.partition("/")
+    meant = HELD_OUT if kind == "eval" else SAMPLED if field in SAMPLED_FIELDS else LEARNED
+    return meant if meant not in taken and not field.startswith("parts/") else FURTHER + len(taken)
 
 
 def _change(problem: dict[str, Any]) -> int:

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # also when the package i
 
 import yaml
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from rl_lora.metrics import MetricsFile, Record
 from scripts.command import main as command
@@ -121,6 +121,7 @@ def draw(curves: list[Curve]) -> Figure:
             label=curve.folder.name,
         )
     axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("accuracy, held out (95 %)")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))

@@ -53,7 +53,7 @@ TRAIN = """
     step_norm A_norm B_norm
     seconds/rollout seconds/learn rollout_tokens_per_second learn_tokens_per_second
 """.split()  # noqa: SIM905
-EVAL = ["episodes", "accuracy_low", "accuracy_high", "format", "seconds/evaluate"]
+EVAL = ["episodes", "accuracy_low", "accuracy_high", "format", "same_reply", "seconds/evaluate"]
 
 
 @pytest.fixture(scope="module")
@@ -101,14 +101,15 @@ def adapter_hash(run_dir: Path) -> str:
     return hashlib.sha256((run_dir / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
-def evals(run_dir: Path) -> dict[str, str]:
-    return {path.name: path.read_text() for path in (run_dir / "evals").iterdir()}
+def evals(run_dir: Path, folder: str = "evals") -> dict[str, str]:
+    return {path.name: path.read_text() for path in (run_dir / folder).iterdir()}
 
 
 def assert_same_run(run_dir: Path, other: Path) -> None:
     assert without_times(run_dir) == without_times(other)
     assert adapter_hash(run_dir) == adapter_hash(other)
     assert evals(run_dir) == evals(other)
+    assert evals(run_dir, "samples") == evals(other, "samples")
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, config: TrainConfig, method: str, step: int) -> None:
@@ -136,6 +137,7 @@ def test_a_run_leaves_its_config_metrics_checkpoints_adapter_evaluations_curve_a
             "checkpoints",
             "adapter",
             "evals",
+            "samples",
             "reward.png",
             "report.html",
             "summary.json",
@@ -147,6 +149,8 @@ def test_a_run_leaves_its_config_metrics_checkpoints_adapter_evaluations_curve_a
     assert [checkpoint.step for checkpoint in Checkpoints(whole / "checkpoints", 2).all()] == [2, 4]
     assert sorted(evals(whole)) == [f"step-{step:06d}.jsonl" for step in (0, 2, 4)]
     assert all(len(text.splitlines()) == 6 for text in evals(whole).values())
+    assert sorted(evals(whole, "samples")) == [f"step-{step:06d}.jsonl" for step in (1, 2, 3, 4)]
+    assert all(len(text.splitlines()) == 4 * 3 for text in evals(whole, "samples").values())
     config = yaml.safe_load((whole / "config.yaml").read_text())
     assert (config["adapter"]["rank"], config["learner"]["betas"], config["steps"]) == (2, [0.9, 0.95], 4)
     assert not list(whole.rglob("*partial*"))

@@ -1,7 +1,8 @@
 "use strict";
 /* Charts as inline SVG, drawn at the width they have and drawn again when it changes.
 
-   A chart is {title, note, kind, unit, x, series: [{name, points: [[x, y, low, high], ...]}], reference}.
+   A chart is {title, note, kind, unit, x, series: [{name, points: [[x, y, low, high], ...], color}], reference}.
+   color is the number of a colour of page.css, by default the series' place.
    kind "line": x is a number ("step", or "k" on a logarithmic axis); reference is {name, point} or null.
    kind "rows": one point a series, one line a row; reference is the index of a series or null.
    Numbers may be null. All text is set as text, never as markup. */
@@ -74,11 +75,11 @@ class Tooltip {
     figure.append(this.box);
   }
 
-  /** Lines of {text, series (an index, or null)} beside (x, y) of the figure. */
+  /** Lines of {text, series (the class of its colour, or null)} beside (x, y) of the figure. */
   show(x, y, heading, lines) {
     const shown = lines.slice(0, 9).map(({ text, series }) => {
       const row = el("p");
-      if (series !== null) row.append(el("i", { className: `s${series % 8}` }));
+      if (series !== null) row.append(el("i", { className: series }));
       row.append(el("span", {}, text));
       return row;
     });
@@ -114,8 +115,9 @@ function explore(surface, n, nearest, show, hide) {
   });
 }
 
-function seriesClass(i) {
-  return `series s${i % 8} dash${Math.floor(i / 8) % 3}`;
+/** The colour of a line: its own where it means something, else one for its place. */
+function colorClass(line, i) {
+  return `s${(line.color ?? i) % 8}`;
 }
 
 function drawLines(figure, chart, tooltip) {
@@ -147,14 +149,13 @@ function drawLines(figure, chart, tooltip) {
     if (isNumber(y)) root.append(svg("line", { class: "reference", x1: left, x2: right, y1: Y(y), y2: Y(y) }));
   }
   const groups = lines.map(({ points }, i) => {
-    const group = svg("g", { class: seriesClass(i) });
+    const group = svg("g", { class: `series ${colorClass(lines[i], i)} dash${Math.floor(i / 8) % 3}` });
     const between = points.filter(([, , low, high]) => isNumber(low) && isNumber(high));
     if (lines.length <= 3 && between.length && points.length > 30) {
       const edge = between.map(([x, , , high]) => `${X(x)},${Y(high)}`).concat(between.toReversed().map(([x, , low]) => `${X(x)},${Y(low)}`));
       group.append(svg("path", { class: "band", d: `M${edge.join("L")}Z` }));
     } else if (lines.length <= 3) {
-      const shift = (i - (lines.length - 1) / 2) * 5; // intervals at the same x stand beside each other
-      const whisker = ([x, , low, high]) => `M${X(x) + shift},${Y(low)}V${Y(high)}m-3,0h6M${X(x) + shift - 3},${Y(low)}h6`;
+      const whisker = ([x, , low, high]) => `M${X(x)},${Y(low)}V${Y(high)}m-3,0h6M${X(x) - 3},${Y(low)}h6`;
       group.append(svg("path", { class: "whiskers", d: between.map(whisker).join("") }));
     }
     group.append(svg("path", { class: "line", d: `M${points.map(([x, y]) => `${X(x)},${Y(y)}`).join("L")}` }));
@@ -173,7 +174,7 @@ function drawLines(figure, chart, tooltip) {
   const show = (i) => {
     const here = at.flatMap((points, series) => (points.has(xs[i]) ? [{ point: points.get(xs[i]), series }] : []));
     here.sort((a, b) => b.point[1] - a.point[1]);
-    const rows = here.map(({ point, series }) => ({ series, text: `${lines.length > 1 || chart.reference ? `${lines[series].name}  ` : ""}${formatPoint(point, chart.unit)}` }));
+    const rows = here.map(({ point, series }) => ({ series: colorClass(lines[series], series), text: `${lines.length > 1 || chart.reference ? `${lines[series].name}  ` : ""}${formatPoint(point, chart.unit)}` }));
     if (chart.reference) rows.push({ series: null, text: `${chart.reference.name}  ${formatPoint(chart.reference.point, chart.unit)}` });
     for (const [name, value] of Object.entries({ x1: X(xs[i]), x2: X(xs[i]), visibility: "visible" })) guide.setAttribute(name, value);
     tooltip.show(X(xs[i]), root.getBoundingClientRect().top - figure.getBoundingClientRect().top + 4, `${chart.x} ${format(xs[i])}`, rows);
@@ -189,8 +190,8 @@ function drawLines(figure, chart, tooltip) {
 function legend(chart, lines, groups) {
   const box = el("div", { className: "legend" });
   if (lines.length > 1) {
-    lines.forEach(({ name }, i) => {
-      const entry = el("button", { type: "button" }, el("i", { className: `s${i % 8}` }), name);
+    lines.forEach((line, i) => {
+      const entry = el("button", { type: "button" }, el("i", { className: colorClass(line, i) }), line.name);
       entry.classList.add(`dash${Math.floor(i / 8) % 3}`);
       const only = (on) => groups.forEach((group, k) => group.classList.toggle("faded", on && k !== i));
       for (const event of ["pointerenter", "focus"]) entry.addEventListener(event, () => only(true));

@@ -1,8 +1,9 @@
 
 /* The tables, and the browser of samples: {rows: [names], pair: [row, row] or [], problems: [{number, seed, prompt,
-   reference, samples: {row: [{texts, reward, success, ...}]}}]}. What a model wrote is only ever set as text. */
+   reference, samples: {row: [{texts, reward, success, ...}]}}]}; then the episodes that were sampled in training, by
+   step: [{step, problems}], one row each. What a model wrote is only ever set as text. */
 
-const PROBLEMS_A_PAGE = 20, ANSWERS_SHOWN = 8, REPLIES_SHOWN = 2;
+const PROBLEMS_A_PAGE = 20, ANSWERS_SHOWN = 8, REPLIES_SHOWN = 2, EPISODES_SHOWN = 4;
 
 const page = JSON.parse(document.getElementById("data").textContent);
 document.querySelectorAll("figure.chart").forEach((figure, i) => draw(figure, page.charts[i]));
@@ -57,7 +58,8 @@ if (pairs) {
 /* ---- verdicts ---- */
 
 const { rows, problems, pair } = page.browser;
-const judged = problems.some((problem) => Object.values(problem.samples).some((list) => list.some((sample) => isNumber(sample.success) || typeof sample.success === "boolean")));
+const everything = [...problems, ...page.sampled.flatMap((step) => step.problems)];
+const judged = everything.some((problem) => Object.values(problem.samples).some((list) => list.some((sample) => isNumber(sample.success) || typeof sample.success === "boolean")));
 
 /** What a sample counts: its verdict, or its reward where the environment gives none; null where it was not scored. */
 function score(sample) {
@@ -95,6 +97,8 @@ function verdict(samples) {
 }
 
 /* ---- one problem ---- */
+
+const others = (n) => `${n} other ${n === 1 ? "reply" : "replies"}`;
 
 function text(className, content) {
   return content === "" ? el("p", { className: "empty" }, "empty") : el("pre", { className }, content);
@@ -146,7 +150,7 @@ function answer(names, samples, other) {
   const replies = [...distinct.values()].sort((a, b) => b.times - a.times).map(({ sample, times }) => reply(sample, times, several, several ? undefined : other));
   const box = el("div", { className: "replies" }, ...replies.slice(0, REPLIES_SHOWN));
   if (replies.length > REPLIES_SHOWN) {
-    box.append(el("details", {}, el("summary", {}, `${replies.length - REPLIES_SHOWN} other replies`), el("div", { className: "replies" }, ...replies.slice(REPLIES_SHOWN))));
+    box.append(el("details", {}, el("summary", {}, others(replies.length - REPLIES_SHOWN)), el("div", { className: "replies" }, ...replies.slice(REPLIES_SHOWN))));
   }
   return el("li", { className: kind }, who, box);
 }
@@ -166,6 +170,28 @@ function answers(problem, pinned) {
   const list = el("ul", { className: "answers" }, ...items.slice(0, ANSWERS_SHOWN));
   const rest = items.slice(ANSWERS_SHOWN);
   return rest.length ? [list, el("details", { className: "more" }, el("summary", {}, `${rest.length} other answers`), el("ul", { className: "answers" }, ...rest))] : [list];
+}
+
+/** The episodes of one problem that were sampled in a training step, the best rewarded first. */
+function group(problem) {
+  const distinct = new Map();
+  for (const sample of problem.samples[0]) {
+    const key = JSON.stringify([sample.texts, sample.reward]);
+    distinct.set(key, { sample, times: (distinct.get(key)?.times ?? 0) + 1 });
+  }
+  const reward = ({ sample }) => sample.reward ?? -Infinity;
+  const replies = [...distinct.values()].sort((a, b) => reward(b) - reward(a)).map(({ sample, times }) => reply(sample, times, true));
+  const shown = replies.length > EPISODES_SHOWN ? [...replies.slice(0, EPISODES_SHOWN - 1), replies.at(-1)] : replies;
+  const [kind, words] = verdict(problem.samples[0]);
+  const rewards = problem.samples[0].map((sample) => sample.reward).filter(isNumber);
+  const equal = new Set(rewards).size < 2 ? ["all rewards equal: nothing to learn"] : [];
+  const who = el("div", { className: "who" }, el("b", {}, `${problem.samples[0].length} episodes`), el("span", { className: "verdict" }, [words, ...equal].join(" · ")));
+  const box = el("div", { className: "replies" }, ...shown);
+  if (shown.length < replies.length) {
+    box.append(el("details", {}, el("summary", {}, others(replies.length - shown.length)), el("div", { className: "replies" }, ...replies.slice(EPISODES_SHOWN - 1, -1))));
+  }
+  const header = el("header", {}, el("h3", {}, `Problem ${problem.number}`), el("span", {}, `seed ${problem.seed}`));
+  return el("article", { className: "problem" }, header, text("said", problem.prompt), el("ul", { className: "answers" }, el("li", { className: kind }, who, box)));
 }
 
 function article(problem, pinned) {
@@ -264,3 +290,23 @@ class Browser {
 
 const filters = document.querySelector("form.filters");
 const browser = filters ? new Browser(filters) : null;
+
+/* ---- episodes of training, step by step ---- */
+
+const training = document.querySelector("#sampled form");
+if (training) {
+  const { step, previous, next } = training.elements;
+  step.append(...page.sampled.map((entry, i) => el("option", { value: i }, String(entry.step))));
+  const show = (i) => {
+    const { problems } = page.sampled[(step.value = clamp(i, 0, page.sampled.length - 1))];
+    const n = problems.reduce((sum, problem) => sum + problem.samples[0].length, 0);
+    document.querySelector("#sampled .count").textContent = `${n} episodes of ${problems.length} problems, as they were sampled`;
+    document.querySelector("#sampled .groups").replaceChildren(...problems.map(group));
+    [previous.disabled, next.disabled] = [step.selectedIndex === 0, step.selectedIndex === page.sampled.length - 1];
+  };
+  training.addEventListener("submit", (event) => event.preventDefault());
+  step.addEventListener("change", () => show(Number(step.value)));
+  previous.addEventListener("click", () => show(step.selectedIndex - 1));
+  next.addEventListener("click", () => show(step.selectedIndex + 1));
+  show(page.sampled.length - 1);
+}
