@@ -1,21 +1,29 @@
-"""Reward functions: pure functions `(completion, reference) -> float | Score`.
+"""Reward functions: `(completion, reference) -> float | Score`, or whatever else their parameters' names say.
 
-They know neither tokens nor tensors nor environments. `resolve` leads from a configuration to a function.
+They know neither tensors nor environments. `resolve` leads from a configuration to a function, `signature.py` says what
+one may take, and `Judge` calls it.
 """
 
+from rewards.background import Calls
 from rewards.code import code_of
 from rewards.combine import Part, WeightedSum
 from rewards.format import format_match
+from rewards.judging import Judge, score
 from rewards.length import length_reward
 from rewards.math import Outcome, Verdict, math_match, verify
 from rewards.numeric import numeric_match
 from rewards.registry import BUILTINS, RewardSpec, resolve
-from rewards.score import RewardError, RewardFunction, Score, Unscorable, name_of, score
+from rewards.score import Case, Messages, Reply, RewardError, RewardFunction, Score, Unscorable, name_of
 
 __all__ = [
     "BUILTINS",
+    "Calls",
+    "Case",
+    "Judge",
+    "Messages",
     "Outcome",
     "Part",
+    "Reply",
     "RewardError",
     "RewardFunction",
     "RewardSpec",

@@ -8,7 +8,7 @@ import inspect
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rewards.combine import Part, WeightedSum
@@ -16,7 +16,8 @@ from rewards.format import format_match
 from rewards.length import length_reward
 from rewards.math import math_match
 from rewards.numeric import numeric_match
-from rewards.score import RewardFunction
+from rewards.score import RewardFunction, name_of
+from rewards.signature import read
 
 BUILTINS: dict[str, RewardFunction] = {
     "format": format_match,
@@ -25,7 +26,7 @@ BUILTINS: dict[str, RewardFunction] = {
     "numeric": numeric_match,
 }
 
-RewardSpec = str | Mapping[str, Any] | RewardFunction
+RewardSpec = str | Mapping[str, Any] | Sequence[Any] | RewardFunction
 
 
 def resolve(spec: RewardSpec) -> RewardFunction:
@@ -42,7 +43,9 @@ def resolve(spec: RewardSpec) -> RewardFunction:
             format: {weight: 0.1, pattern: '-?\\d+'}
             my_rewards:politeness: 0        # a metric
 
-    - a function `(completion, reference) -> float | Score`, as it is.
+      In Python a name may be any text, with a function as its value, or as the option `function`;
+    - a list of names and functions: their sum, of weight 1 each;
+    - a function, as it is: `rewards.signature` says what it may take.
 
     Raises:
         ValueError: a name, option or weight that cannot be; the message says what there is.
@@ -53,17 +56,32 @@ def resolve(spec: RewardSpec) -> RewardFunction:
         if not spec:
             raise ValueError("a reward needs at least one part, got an empty mapping")
         return WeightedSum(tuple(_part(name, setting) for name, setting in spec.items()))
+    if isinstance(spec, list | tuple) and spec:
+        return WeightedSum(tuple(_part(*item) for item in _numbered(spec)))
     if callable(spec):
-        return _with_options(getattr(spec, "__name__", repr(spec)), spec, {})
-    raise ValueError(f"a reward must be a name, 'module:function', a mapping or a function, got {spec!r}")
+        return _with_options(name_of(spec), spec, {})
+    raise ValueError(f"a reward must be a name, 'module:function', a mapping, a list or a function, got {spec!r}")
+
+
+def _numbered(spec: Sequence[Any]) -> list[tuple[str, Any]]:
+    """The parts of a list under names of their own: those of two equal ones get a number."""
+    names = [one if isinstance(one, str) else name_of(one).rpartition(".")[2] for one in spec]
+    unique = [
+        name if names.count(name) == 1 else f"{name}-{names[: i + 1].count(name)}" for i, name in enumerate(names)
+    ]
+    return [(name, resolve(one)) for name, one in zip(unique, spec, strict=True)]
 
 
 def _part(name: str, setting: Any) -> Part:
+    if callable(setting):
+        setting = {"function": setting}
     options = dict(setting) if isinstance(setting, Mapping) else {"weight": setting}
-    weight = options.pop("weight", 1.0)
+    weight, function = options.pop("weight", 1.0), options.pop("function", None)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
         raise ValueError(f"the weight of reward {name!r} must be a finite number, got {weight!r}")
-    return Part(name, _named(name, options), float(weight))
+    if function is None:
+        return Part(name, _named(name, options), float(weight))
+    return Part(name, _with_options(name, resolve(function), options), float(weight))
 
 
 def _named(name: str, options: dict[str, Any]) -> RewardFunction:
@@ -101,16 +119,21 @@ def _imported(name: str) -> RewardFunction:
 
 
 def _with_options(name: str, function: RewardFunction, options: dict[str, Any]) -> RewardFunction:
+    """The function with its options bound. Raises ValueError unless it takes them."""
+    if isinstance(function, WeightedSum):
+        if options:
+            raise ValueError(f"reward {name!r} is a sum, and takes no options, got {options}")
+        return function
     try:
-        signature = inspect.signature(function)
-    except ValueError:  # some C functions have none
-        signature = None
-    if signature is not None:
-        try:
-            signature.bind("", None, **options)
-        except TypeError as error:
-            called = ", ".join(["completion", "reference", *(f"{key}=..." for key in options)])
-            raise ValueError(
-                f"reward {name!r} cannot be called with ({called}): {error}; its parameters are {signature}"
-            ) from error
-    return functools.partial(function, **options) if options else function
+        parameters = dict(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # some C functions have none
+        parameters = {}
+    kinds = [parameter.kind for parameter in parameters.values()]
+    if parameters and inspect.Parameter.VAR_KEYWORD not in kinds and (wrong := options.keys() - parameters.keys()):
+        raise ValueError(
+            f"reward {name!r} does not take {', '.join(map(repr, sorted(wrong)))}; its parameters are "
+            f"{inspect.signature(function)}"
+        )
+    function = functools.partial(function, **options) if options else function
+    read(function, name, None)
+    return function

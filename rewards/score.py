@@ -1,4 +1,4 @@
-"""What a reward function returns, and how one is called.
+"""What a reward function returns, and what it may know: a problem, and replies to it.
 
 A verifier that could not judge raises `Unscorable`; that is another thing than a wrong answer, and never becomes 0.
 """
@@ -7,13 +7,22 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, SupportsFloat
+
+RewardFunction = Callable[..., Any]
+"""See `rewards.signature`: its parameters say what it is called with."""
+Messages = list[dict[str, Any]]
+"""A conversation: [{"role": "user", "content": "..."}, ...]."""
 
 
 class Unscorable(Exception):
     """The verifier could not judge (it timed out, its worker died). The episode is left out, never scored 0."""
+
+
+class NotApplicable(Unscorable):
+    """A batch function returned None for a completion: in a sum, the others decide alone."""
 
 
 class RewardError(ValueError):
@@ -46,31 +55,42 @@ class Score:
             raise ValueError(f"success must be True, False or None, got {self.success!r:.200}")
 
 
-RewardFunction = Callable[[str, Any], float | Score]
+@dataclass(frozen=True)
+class Case:
+    """What a reward function may know of a problem. `prompt` is what was asked: a text, or messages; `record` is the
+    row of the data that the problem was made of."""
+
+    reference: Any = None
+    prompt: str | Messages = ""
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A completion, and its tokens where they are known."""
+
+    text: str
+    token_ids: tuple[int, ...] | None = None
 
 
 def name_of(reward: RewardFunction) -> str:
-    """How error messages call a reward function: module and name where it has them."""
+    """How error messages call a reward function: module and name, of an object those of its class."""
     if isinstance(reward, functools.partial):
         return name_of(reward.func)
     name = getattr(reward, "__qualname__", None)
-    return f"{getattr(reward, '__module__', '?')}.{name}" if name else repr(reward)
+    return f"{getattr(reward, '__module__', '?')}.{name}" if name else name_of(type(reward))
 
 
-def score(reward: RewardFunction, completion: str, reference: Any, name: str | None = None) -> Score:
-    """Call `reward` and make a `Score` of what it returns.
-
-    Raises Unscorable as the function did, and RewardError, naming the function, for anything else that went wrong.
-    """
-    name = name or name_of(reward)
-    try:
-        result = reward(completion, reference)
-    except (Unscorable, RewardError):
-        raise
-    except Exception as error:
-        raise RewardError(f"the reward function {name} raised {type(error).__name__}: {error}") from error
+def as_score(result: Any, name: str) -> Score:
+    """What the reward function `name` returned for one completion, as a Score. Raises RewardError if it is neither a
+    Score nor a finite number."""
     if isinstance(result, Score):
         return result
+    if result is None:
+        raise RewardError(
+            f"the reward function {name} must return a number or a Score, got None; a function that cannot judge "
+            "a completion raises rewards.Unscorable"
+        )
     if not isinstance(result, SupportsFloat):
         raise RewardError(f"the reward function {name} must return a number or a Score, got {result!r}")
     try:

@@ -288,7 +288,7 @@ def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "LIMIT = 5\n"
         "def same(completion, reference): return float(completion == reference)\n"
         "def scaled(completion, reference, *, by=1.0): return by\n"
-        "def one(completion): return 1.0\n"
+        "def none(): return 1.0\n"
         "def lost(completion, reference): raise Unscorable('timed out')\n"
     )
     monkeypatch.chdir(tmp_path)
@@ -317,9 +317,9 @@ def test_a_callable_is_taken_as_it_is() -> None:
         (":same", "'module:function'"),
         ("OWN:", "'module:function'"),
         ("no_such_module_here:f", "cannot import 'no_such_module_here'"),
-        ("OWN:sane", "nothing called 'sane'; functions: lost, one, same, scaled"),
+        ("OWN:sane", "nothing called 'sane'; functions: lost, none, same, scaled"),
         ("OWN:LIMIT", "no function, but a int, called 'LIMIT'"),
-        ("OWN:one", r"cannot be called with \(completion, reference\)"),
+        ("OWN:none", r"cannot be called with \(completion, reference\)"),
         ({"OWN:scaled": {"buy": 2}}, r"'buy'.*by=1.0"),
         ({}, "at least one part"),
         ({"numeric": "much"}, "weight of reward 'numeric' must be a finite number, got 'much'"),
@@ -332,7 +332,8 @@ def test_a_callable_is_taken_as_it_is() -> None:
         ({"length": {"target": 9, "limit": 3}}, "target < limit"),
         ({"length": {"target": "far"}}, "'length'"),
         ({5: 1.0}, "no reward is called 5"),
-        (["numeric"], "must be a name, 'module:function', a mapping or a function"),
+        ([], "must be a name, 'module:function', a mapping, a list or a function"),
+        (["numerc"], "no reward is called 'numerc'"),
         (None, "must be a name"),
     ],
 )

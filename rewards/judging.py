@@ -1,0 +1,146 @@
+"""Calling reward functions: all replies to one problem, with one function or a sum of them."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from rewards.background import AtOnce, Calls, in_loop
+from rewards.combine import WeightedSum
+from rewards.score import (
+    Case,
+    NotApplicable,
+    Reply,
+    RewardError,
+    RewardFunction,
+    Score,
+    Unscorable,
+    as_score,
+    name_of,
+)
+from rewards.signature import Signature, read
+
+Verdicts = list[Score | Unscorable]
+"""One for each reply."""
+
+
+class Judge:
+    """A reward function, or a sum of them, ready to be called on problems whose data have these columns (None: they are
+    looked at in each problem). Raises ValueError where a function wants a column that is not there."""
+
+    def __init__(self, reward: RewardFunction, columns: Sequence[str] | None = None, name: str | None = None):
+        self.reward, self.name = reward, name or name_of(reward)
+        self.parts = (
+            [Judge(p.function, columns, p.name) for p in reward.parts] if isinstance(reward, WeightedSum) else []
+        )
+        self._read = functools.lru_cache(maxsize=16)(self._signature)
+        self._columns = None if columns is None else tuple(sorted(columns))
+        if not self.parts:
+            self._read(self._columns)
+
+    def _signature(self, columns: tuple[str, ...] | None) -> Signature:
+        return read(self.reward, self.name, columns)
+
+    @property
+    def leaves(self) -> list[Judge]:
+        """The functions that are called."""
+        return [leaf for part in self.parts for leaf in part.leaves] if self.parts else [self]
+
+    @property
+    def signatures(self) -> list[Signature]:
+        return [leaf._read(leaf._columns) for leaf in self.leaves]
+
+    def start(self, case: Case, replies: Sequence[Reply], calls: Calls | None = None) -> Callable[[], Verdicts]:
+        """Begin to judge replies to one problem; what is returned waits for the verdicts.
+
+        The latter raises RewardError, naming the function, for whatever went wrong but `Unscorable`.
+        """
+        calls = calls or AtOnce()
+        if self.parts:
+            assert isinstance(self.reward, WeightedSum)
+            started = [part.start(case, replies, calls) for part in self.parts]
+            combine = self.reward.combine
+            return lambda: [combine(scores) for scores in zip(*(result() for result in started), strict=True)]
+        signature = self._read(tuple(sorted(case.record)) if self._columns is None else self._columns)
+        batches = [replies] if signature.batch else [[reply] for reply in replies]
+        results = [self._start(signature, case, batch, calls) for batch in batches]
+        return lambda: [verdict for result in results for verdict in result()]
+
+    def _start(
+        self, signature: Signature, case: Case, replies: Sequence[Reply], calls: Calls
+    ) -> Callable[[], Verdicts]:
+        metrics: dict[str, float] = {}
+        logs = {"log_metric": metrics.__setitem__, "log_extra": lambda column, values: None}
+        key = _function(self.reward)
+        ours = str(getattr(key, "__module__", "")).partition(".")[0] == __package__
+
+        def call() -> Any:
+            value = signature.call(self.reward, case, replies, logs)
+            return in_loop(value, calls.limit) if inspect.isawaitable(value) else value
+
+        started = self._guarded(lambda: calls.start(None if ours else id(key), call))
+
+        def result() -> Verdicts:
+            if isinstance(started, Unscorable):
+                return [started] * len(replies)
+            value = self._guarded(started)
+            if isinstance(value, Unscorable):
+                return [value] * len(replies)
+            if not signature.batch:
+                return [as_score(value, self.name)]
+            return [self._verdict(each, metrics) for each in self._listed(value, len(replies))]
+
+        return result
+
+    def _guarded(self, call: Callable[[], Any]) -> Any:
+        """What a call returns, or the Unscorable that it raised."""
+        try:
+            return call()
+        except Unscorable as reason:
+            return reason
+        except RewardError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise RewardError(f"the reward function {self.name} raised {type(error).__name__}: {error}") from error
+
+    def _listed(self, value: Any, n: int) -> list[Any]:
+        """The list that a batch function returned."""
+        values = value.tolist() if hasattr(value, "tolist") else value  # of numpy, of torch
+        if not isinstance(values, list | tuple):
+            raise RewardError(
+                f"the reward function {self.name} takes a batch, so it must return a list of numbers or Scores, got "
+                f"{value!r}"
+            )
+        if len(values) != n:
+            raise RewardError(f"the reward function {self.name} returned {len(values)} rewards for {n} completions")
+        return list(values)
+
+    def _verdict(self, value: Any, metrics: dict[str, float]) -> Score | Unscorable:
+        if value is None:
+            return NotApplicable(f"the reward function {self.name} returned None: not applicable")
+        if isinstance(value, Unscorable):
+            return value
+        score = as_score(value, self.name)
+        return replace(score, parts={**score.parts, **{k: as_score(v, self.name).value for k, v in metrics.items()}})
+
+
+def _function(reward: RewardFunction) -> Any:
+    while isinstance(reward, functools.partial):
+        reward = reward.func
+    return reward
+
+
+def score(
+    reward: RewardFunction, completion: str, reference: Any = None, name: str | None = None, **case: Any
+) -> Score:
+    """Call `reward` on one completion, and make a `Score` of what it returns. `case`: `prompt` and `record`.
+
+    Raises Unscorable as the function did, and RewardError, naming the function, for anything else that went wrong.
+    """
+    (verdict,) = Judge(reward, None, name).start(Case(reference, **case), [Reply(completion)])()
+    if isinstance(verdict, Unscorable):
+        raise verdict
+    return verdict
