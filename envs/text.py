@@ -13,14 +13,27 @@ import copy
 import difflib
 import re
 from abc import abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from rewards import RewardError, RewardFunction, RewardSpec, Unscorable, code_of, resolve, score
+from rewards import (
+    Calls,
+    Case,
+    Judge,
+    Messages,
+    Reply,
+    RewardError,
+    RewardFunction,
+    RewardSpec,
+    Score,
+    Unscorable,
+    code_of,
+    resolve,
+)
 
 MAX_LENGTH = 2**20
 _SAMPLE_LENGTH = 64
@@ -98,27 +111,60 @@ class TextEnv(gym.Env[str, str]):
         raise NotImplementedError
 
 
-class Problem(NamedTuple):
-    """What is asked, and what the reward function compares the answer with."""
-
+class _Problem(NamedTuple):
     question: str
     reference: Any
     demonstration: str | None = None
-    """A reply that solves it."""
+
+
+class Problem(_Problem):
+    """What is asked, what the reward function compares the answer with, and a reply that solves it, where there is one.
+
+    Apart from these three, `messages` is the question as a conversation, where it is one (`question` shows it as a
+    text); `record` the row of the data that it was made of, whose columns reward functions may ask for by name; `place`
+    where that row stands, such as a file and a line.
+    """
+
+    messages: Messages | None
+    record: Mapping[str, Any] | None
+    place: str
+
+    def __new__(
+        cls,
+        question: str,
+        reference: Any,
+        demonstration: str | None = None,
+        *,
+        messages: Messages | None = None,
+        record: Mapping[str, Any] | None = None,
+        place: str = "",
+    ) -> Problem:
+        self = super().__new__(cls, question, reference, demonstration)
+        self.messages, self.record, self.place = messages, record, place
+        return self
+
+    def _replace(self, **changes: Any) -> Problem:
+        return Problem(**{**self._asdict(), **vars(self), **changes})
 
 
 class SingleTurnEnv(TextEnv):
     """Question -> answer -> reward. A subclass writes `problem(seed)`.
 
-    `reset` puts the reference into `info["reference"]`, and a reply that solves the problem, where there is one, into
-    `info["demonstration"]`; `step` always terminates, with an empty last observation.
+    `reset` puts the reference into `info["reference"]`, a reply that solves the problem, where there is one, into
+    `info["demonstration"]`, and a question that is a conversation into `info["messages"]`; `step` always terminates,
+    with an empty last observation.
     """
+
+    one_reply = True
+    """An episode ends with its first reply: nothing has to wait for `step`."""
 
     def __init__(self, reward: RewardSpec) -> None:
         super().__init__()
         self.reward: RewardFunction = resolve(reward)
+        self.judge = Judge(self.reward)
         self._problem: Problem | None = None
         self._seed: int | None = None
+        self._ahead: tuple[str, Callable[[], Score | Unscorable]] | None = None
 
     @property
     def code(self) -> str:
@@ -131,19 +177,49 @@ class SingleTurnEnv(TextEnv):
         raise NotImplementedError
 
     def start(self, seed: int) -> tuple[str, dict[str, Any]]:
-        question, reference, demonstration = self.problem(seed)
-        self._problem = Problem(question, copy.deepcopy(reference))  # info may be kept, and changed, by its reader
-        self._seed = seed
+        problem = self.problem(seed)
+        # info may be kept, and changed, by its reader
+        self._problem = problem._replace(reference=copy.deepcopy(problem.reference))
+        self._seed, self._ahead = seed, None
         info = {"reference": self._problem.reference}
-        return question, info if demonstration is None else {**info, "demonstration": demonstration}
+        if problem.demonstration is not None:
+            info["demonstration"] = problem.demonstration
+        if problem.messages is not None:
+            info["messages"] = copy.deepcopy(problem.messages)
+        self.judge.check(problem.record or {})
+        return problem.question, info
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         """Score the answer and end the episode. Raises RewardError if the reward function fails."""
         if self._problem is None:
             raise gym.error.ResetNeeded(f"{self.name}: an episode is one answer long; call reset() before step()")
-        problem, self._problem = self._problem, None
-        reward, info = judge(self.reward, action, problem.reference, f"{self.name}, seed {self._seed}")
+        where = f"{self.name}, seed {self._seed}"
+        if not isinstance(action, str):
+            raise ValueError(f"{where}: an action must be a str, got {action!r}")
+        if self._ahead is None or self._ahead[0] != action:
+            self.judge_ahead([(self, action, None)])
+        assert self._ahead is not None
+        (_, verdict), self._ahead, self._problem = self._ahead, None, None
+        reward, info = _reported(verdict, where)
         return "", reward, True, False, info
+
+    @property
+    def judges_groups(self) -> bool:
+        """Whether its reward function wants all replies to a problem at once."""
+        return any(signature.batch for signature in self.judge.signatures)
+
+    def judge_ahead(
+        self, replies: Sequence[tuple[SingleTurnEnv, str, Sequence[int] | None]], calls: Calls | None = None
+    ) -> None:
+        """Begin to judge replies to this problem, each given to a copy of this environment, with its tokens where they
+        are known; `step` of the copies, with the same reply, then only waits for the verdict."""
+        assert self._problem is not None
+        problem = self._problem
+        prompt = problem.question if problem.messages is None else problem.messages
+        judged = [Reply(text, None if ids is None else tuple(ids)) for _, text, ids in replies]
+        verdicts = self.judge.start(Case(problem.reference, prompt, problem.record or {}), judged, calls)
+        for i, (env, text, _) in enumerate(replies):
+            env._ahead = text, lambda i=i: verdicts()[i]
 
 
 def judge(reward: RewardFunction, completion: str, reference: Any, where: str) -> tuple[float, dict[str, Any]]:
@@ -156,12 +232,17 @@ def judge(reward: RewardFunction, completion: str, reference: Any, where: str) -
     """
     if not isinstance(completion, str):
         raise ValueError(f"{where}: an action must be a str, got {completion!r}")
+    verdicts = Judge(reward).start(Case(reference), [Reply(completion)])
+    return _reported(lambda: verdicts()[0], where)
+
+
+def _reported(verdict: Callable[[], Score | Unscorable], where: str) -> tuple[float, dict[str, Any]]:
     try:
-        result = score(reward, completion, reference)
-    except Unscorable as reason:
-        return 0.0, {"unscorable": str(reason) or "the reward function gave no reason", "reward_parts": {}}
+        result = verdict()
     except RewardError as error:
         raise RewardError(f"{where}: {error}") from error
+    if isinstance(result, Unscorable):
+        return 0.0, {"unscorable": str(result) or "the reward function gave no reason", "reward_parts": {}}
     info: dict[str, Any] = {"reward_parts": {name: float(value) for name, value in result.parts.items()}}
     if result.success is not None:
         info["is_success"] = bool(result.success)

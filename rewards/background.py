@@ -10,9 +10,6 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from typing import Any, Protocol
 
-Result = Callable[[], Any]
-"""Waits for what was started: returns what it returned, or raises what it raised."""
-
 
 class Calls(Protocol):
     """Whoever starts calls, such as a rollout that decodes on meanwhile."""
@@ -20,9 +17,9 @@ class Calls(Protocol):
     limit: int
     """How many may run at a time."""
 
-    def start(self, key: object, call: Callable[[], Any]) -> Result:
-        """Start a call; its result may be a `Future`. Calls of one `key` are alike: those of a key that is known to
-        wait may run in threads. None: never in another thread."""
+    def start(self, key: object, call: Callable[[], Any]) -> Future[Any]:
+        """Start a call; where it returns a Future, that one's result is meant. Calls of one `key` are alike: those of a
+        key that is known to wait may run in threads. None: never in another thread."""
         ...
 
 
@@ -31,11 +28,14 @@ class AtOnce:
 
     limit = 1
 
-    def start(self, key: object, call: Callable[[], Any]) -> Result:
-        value = call()
-        if isinstance(value, Future):
-            value = value.result()
-        return lambda: value
+    def start(self, key: object, call: Callable[[], Any]) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            value = call()
+            future.set_result(value.result() if isinstance(value, Future) else value)
+        except (Exception, SystemExit) as error:
+            future.set_exception(error)
+        return future
 
 
 def in_loop(awaitable: Awaitable[Any], limit: int) -> Future[Any]:

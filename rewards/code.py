@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
@@ -16,14 +18,11 @@ from typing import Any
 from rewards.combine import WeightedSum
 from rewards.score import RewardFunction, name_of
 
-PLAIN = (bool, int, float, str, bytes, type(None), list, tuple, dict, set, frozenset)
-
 
 def code_of(reward: RewardFunction) -> str:
     """The source of the function's module, or of all modules of `rewards` for a function of this package; of a sum,
     those of its parts. Where the module has no source, as in a REPL, the function's own, or else its bytecode. And what
-    it was made with: the options of a `partial`, the plain values of a closure, a lambda's own source, the plain
-    attributes of an object."""
+    it was made with: the options of a `partial`, the plain values of a closure, the plain attributes of an object."""
     if isinstance(reward, WeightedSum):
         return "\n".join(code_of(part.function) for part in reward.parts)
     if isinstance(reward, functools.partial):
@@ -46,14 +45,21 @@ def _own(reward: RewardFunction, has_module: bool) -> str:
         return f"{name} {_plain(vars(reward) if hasattr(reward, '__dict__') else {})}"
     held = _plain(inspect.getclosurevars(reward).nonlocals) if reward.__closure__ else ""
     try:
-        own = "" if has_module and "<lambda>" not in name else inspect.getsource(reward)
+        own = "" if has_module else inspect.getsource(reward)
     except (OSError, TypeError):
         own = str(_bytecode(reward.__code__))
+    if has_module and "<lambda>" in name:
+        own = str(_bytecode(reward.__code__))  # several may stand in one line
     return " ".join(text for text in (own, held) if text) or name
 
 
 def _plain(values: Mapping[Any, Any]) -> str:
-    return repr(sorted((str(k), repr(v)) for k, v in values.items() if isinstance(v, PLAIN))) if values else ""
+    """Those that are numbers, texts, lists and mappings: others have no form that is the same in every process."""
+    texts = []
+    for name, value in sorted(values.items(), key=lambda item: str(item[0])):
+        with suppress(TypeError, ValueError):
+            texts.append(f"{name}={json.dumps(value, sort_keys=True)}")
+    return ", ".join(texts)
 
 
 def _bytecode(code: CodeType) -> tuple[Any, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +31,7 @@ class Judge:
     """A reward function, or a sum of them, ready to be called on problems whose data have these columns (None: they are
     looked at in each problem). Raises ValueError where a function wants a column that is not there."""
 
-    def __init__(self, reward: RewardFunction, columns: Sequence[str] | None = None, name: str | None = None):
+    def __init__(self, reward: RewardFunction, columns: Collection[str] | None = None, name: str | None = None):
         self.reward, self.name = reward, name or name_of(reward)
         self.parts = (
             [Judge(p.function, columns, p.name) for p in reward.parts] if isinstance(reward, WeightedSum) else []
@@ -42,7 +42,18 @@ class Judge:
             self._read(self._columns)
 
     def _signature(self, columns: tuple[str, ...] | None) -> Signature:
-        return read(self.reward, self.name, columns)
+        return read(self.reward, self.name, () if self._ours else columns)
+
+    @property
+    def _ours(self) -> bool:
+        """Whether this is a function of this package: no column of the data is meant for its options."""
+        return str(getattr(_function(self.reward), "__module__", "")).partition(".")[0] == __package__
+
+    def check(self, columns: Collection[str]) -> None:
+        """Raises ValueError where a function wants a column that is not among these."""
+        if self._columns is None:
+            for leaf in self.leaves:
+                leaf._read(tuple(sorted(columns)))
 
     @property
     def leaves(self) -> list[Judge]:
@@ -54,10 +65,8 @@ class Judge:
         return [leaf._read(leaf._columns) for leaf in self.leaves]
 
     def start(self, case: Case, replies: Sequence[Reply], calls: Calls | None = None) -> Callable[[], Verdicts]:
-        """Begin to judge replies to one problem; what is returned waits for the verdicts.
-
-        The latter raises RewardError, naming the function, for whatever went wrong but `Unscorable`.
-        """
+        """Begin to judge replies to one problem; what is returned waits for the verdicts, each time that it is called,
+        and raises RewardError, naming the function, for whatever went wrong but `Unscorable`."""
         calls = calls or AtOnce()
         if self.parts:
             assert isinstance(self.reward, WeightedSum)
@@ -74,19 +83,15 @@ class Judge:
     ) -> Callable[[], Verdicts]:
         metrics: dict[str, float] = {}
         logs = {"log_metric": metrics.__setitem__, "log_extra": lambda column, values: None}
-        key = _function(self.reward)
-        ours = str(getattr(key, "__module__", "")).partition(".")[0] == __package__
 
         def call() -> Any:
             value = signature.call(self.reward, case, replies, logs)
             return in_loop(value, calls.limit) if inspect.isawaitable(value) else value
 
-        started = self._guarded(lambda: calls.start(None if ours else id(key), call))
+        future = calls.start(None if self._ours else id(_function(self.reward)), call)
 
         def result() -> Verdicts:
-            if isinstance(started, Unscorable):
-                return [started] * len(replies)
-            value = self._guarded(started)
+            value = self._guarded(future.result)
             if isinstance(value, Unscorable):
                 return [value] * len(replies)
             if not signature.batch:

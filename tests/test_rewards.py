@@ -376,7 +376,7 @@ def test_a_score_is_finite(parts: dict[str, float]) -> None:
 def test_numbers_of_other_libraries_are_numbers() -> None:
     numpy = pytest.importorskip("numpy")
     for returned in (numpy.float32(0.5), numpy.array(0.5), Fraction(1, 2), Decimal("0.5")):
-        assert score(lambda c, r, x=returned: x, "", None).value == 0.5  # type: ignore[misc]
+        assert score(lambda c, r, x=returned: x, "", None).value == 0.5
     assert score(lambda c, r: True, "", None).value == 1.0
 
 
