@@ -7,20 +7,19 @@ but plain LoRA.
 
 from __future__ import annotations
 
+import glob
 import json
-import os
 import re
-import shutil
-import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
+from rl_lora import files
 from rl_lora.adapter import Adapter, Site
 from rl_lora.adapter_config import read_config, resolve, shown
 from rl_lora.lora import AdapterBank
@@ -45,22 +44,15 @@ def save_adapter(adapter: Adapter, folder: str | Path, base_model: str, *, overw
 
     Raises:
         ValueError: the folder exists, and `overwrite` is not set or it holds no adapter.
+        FileError: the disk is full, or the folder cannot be written to.
     """
     folder = Path(folder)
     if folder.exists() and not (overwrite and (folder / CONFIG).is_file()):
         raise ValueError(f"{folder} already exists; choose another, or replace an adapter folder with overwrite=True")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft, old = (folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.{mark}") for mark in ("new", "old"))
-    draft.mkdir()
-    try:
-        save_file(_tensors(adapter), draft / WEIGHTS, metadata={"format": "pt"})
-        (draft / CONFIG).write_text(json.dumps(_config(adapter, base_model), indent=2) + "\n", encoding="utf-8")
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(draft, folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+    files.clear_left_overs(folder.parent, glob.escape(folder.name))
+    with files.new_folder(folder) as draft:
+        files.write_bytes(draft / WEIGHTS, save(_tensors(adapter), metadata={"format": "pt"}))
+        files.write_text(draft / CONFIG, json.dumps(_config(adapter, base_model), indent=2) + "\n")
     return folder
 
 

@@ -5,17 +5,14 @@ Nothing is loaded here; what can be known to be wrong with a folder is found.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from rl_lora.adapter_io import check_adapter
-from rl_lora.checkpoint import PATTERN, Checkpoints
+from rl_lora.checkpoint import PATTERN, Checkpoints, check_whole
 from rl_lora.config import EvaluateConfig
+from rl_lora.files import read_json, read_yaml
 
 BASE = "base"
 """What the row of the bare base is called."""
@@ -25,7 +22,8 @@ def adapter_in(folder: Path) -> Path:
     """The adapter that a run folder, a checkpoint or an adapter folder stands for."""
     if (folder / "adapter").is_dir():
         return folder / "adapter"
-    latest = Checkpoints(folder / "checkpoints", 1).latest()
+    checkpoints = Checkpoints(folder / "checkpoints", 1)
+    latest = checkpoints.latest() or next(reversed(checkpoints.all()), None)  # a damaged one is named by `differences`
     return latest.adapter if latest else folder
 
 
@@ -63,11 +61,14 @@ def step_of(adapter: Path) -> int | None:
     if match := PATTERN.fullmatch(folder.name):
         return int(match[1])
     summary = folder / "summary.json"  # written after the adapter of a run that is finished
-    return int(json.loads(summary.read_text())["steps"]) if adapter != folder and summary.is_file() else None
+    if adapter == folder or not summary.is_file():
+        return None
+    return int(read_json(summary, "the run writes it again with --resume true").get("steps", 0)) or None
 
 
 def differences(folder: Path, config: EvaluateConfig) -> Iterator[str]:
     """Where an adapter comes from something else than it is evaluated on. Raises ValueError if it cannot be read."""
+    check_whole(folder)
     base = check_adapter(folder).get("base_model_name_or_path")
     if base not in (None, "", config.model.name):
         yield f"{folder} was made for {base}, and is evaluated on {config.model.name}"
@@ -80,7 +81,7 @@ def other_task(folder: Path, config: EvaluateConfig) -> str:
     record = next((parent / "config.yaml" for parent in folder.parents if (parent / "config.yaml").is_file()), None)
     if record is None:
         return ""
-    run: dict[str, Any] = yaml.safe_load(record.read_text())
+    run = read_yaml(record, "put it back from a copy, or remove it")
     mine = {"env": asdict(config.env), "max_tokens": config.max_tokens, "system_prompt": config.system_prompt}
     trained = {"env": run["env"], **{name: run["rollout"][name] for name in ("max_tokens", "system_prompt")}}
     return ", ".join(f"{name} {value}" for name, value in trained.items() if value != mine[name])

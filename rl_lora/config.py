@@ -378,10 +378,16 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differences(config: TrainConfig, other: dict[str, Any]) -> list[str]:
-    """What differs between a config and the flat record of another, apart from what may (`MAY_DIFFER`)."""
-    mine, other = (json.loads(json.dumps(flat)) for flat in (flatten(config), other))  # a tuple is a list, as on disk
+    """What differs between a config and the flat record of another, apart from what may (`MAY_DIFFER`).
+
+    An option that the other lacks, because an older version wrote it down, has its default there.
+    """
+    mine, defaults, other = (  # a tuple is a list, as on disk
+        json.loads(json.dumps(flat)) for flat in (flatten(config), flatten(type(config)()), other)
+    )
+    theirs = defaults | other
     return [
-        f"{name}: {other.get(name, 'absent')} -> {mine.get(name, 'absent')}"
-        for name in sorted(mine.keys() | other.keys())
-        if mine.get(name) != other.get(name) and not ({name, name.partition(".")[0]} & MAY_DIFFER)
+        f"{name}: {theirs[name]} -> {mine.get(name, 'no such option in this version')}"
+        for name in sorted(theirs)
+        if (name not in mine or mine[name] != theirs[name]) and not ({name, name.partition(".")[0]} & MAY_DIFFER)
     ]

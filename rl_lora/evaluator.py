@@ -6,7 +6,6 @@ figures are `evaluation.py`'s, the file of samples `samples.py`'s, and the table
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import json
 import math
@@ -16,19 +15,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 from accelerate import PartialState
 from rich.console import Console
 from rich.progress import Progress
 from rich.text import Text
 
+from rl_lora import files
 from rl_lora.adapter import Adapter
 from rl_lora.adapter_io import load_adapter
 from rl_lora.candidates import BASE, differences, is_unfinished, named, stand_ins, step_of
 from rl_lora.collapse import reply_warning
 from rl_lora.config import EvaluateConfig
-from rl_lora.contract import begin, env_id
 from rl_lora.environment import held_out
 from rl_lora.evaluation import compared, pairs, row
 from rl_lora.evaluation_table import show
@@ -39,20 +37,12 @@ from rl_lora.policy import Policy
 from rl_lora.preflight import check_model, check_prompts
 from rl_lora.rollout import MakeEnv, Plays, RolloutWorker
 from rl_lora.samples import Key, SampleStore, content_hash, sample_of
+from rl_lora.task import Problem, problems_of, sources
 from rl_lora.trainer import no_accelerator
 
 AHEAD = 4
 """Rows of a batch of problems for each row that is decoded at a time: how much is lost when the process dies, against
 the rows that wait for the last ones of a batch to end."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A held-out problem, known by its content."""
-
-    seed: int
-    reference: Any
-    hash: str
 
 
 @dataclass(frozen=True)
@@ -133,7 +123,8 @@ def evaluate(config: EvaluateConfig) -> Record:
     out = Path(config.out)
     with SampleStore(out, wanted, config.resume) as store:
         for stale in ("results.json", "report.html"):
-            (out / stale).unlink(missing_ok=True)
+            with files.writing(out / stale):
+                (out / stale).unlink(missing_ok=True)
         start = time.perf_counter()
         try:
             draw_missing(config, worker, plan, store, decoding, console)
@@ -157,9 +148,7 @@ def evaluate(config: EvaluateConfig) -> Record:
             "n_found": store.n_found,
             "rows_per_pass": decoding.rows,
         }
-        partial = out / "results.json.partial"
-        partial.write_text(json.dumps(results, indent=1) + "\n")
-        partial.replace(out / "results.json")
+        files.write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
     write(evaluation_page(results, itertools.chain(*rows)), out / "report.html")
     show(console, results)
     for warning in results["warnings"]:
@@ -192,28 +181,13 @@ def validate(config: EvaluateConfig) -> None:
         wrong.append(f"out must not be the folder of a training run, whose report would be lost, got {config.out}")
     if wrong:
         raise ValueError("; ".join(wrong))
+    files.check_writable(Path(config.out), "out")
 
 
 def ks_of(config: EvaluateConfig) -> list[int]:
     """The k of pass@k and maj@k."""
     powers = [2**i for i in range(config.n.bit_length())]
     return sorted(set(config.k or [*powers, config.n]))
-
-
-def problems_of(make_env: MakeEnv, seeds: Sequence[int]) -> list[Problem]:
-    """What the environment asks, and the reference that it shows in `info["reference"]`, if it does."""
-    env = make_env()
-    problems = []
-    for seed in seeds:
-        start = begin(env, seed)
-        reference = start.info.get("reference")
-        try:
-            json.dumps(reference)
-        except TypeError:
-            reference = str(reference)
-        problems.append(Problem(seed, reference, content_hash(env_id(env), seed, start.observation, reference)))
-    env.close()
-    return problems
 
 
 def hash_of(adapter: Adapter) -> str:
@@ -224,14 +198,9 @@ def hash_of(adapter: Adapter) -> str:
 def sampling_settings(config: EvaluateConfig, policy: Policy, make_env: MakeEnv) -> Record:
     """What decides, beside problem and adapter, which samples are drawn and how they are judged.
 
-    Left out is what changes rounding only: how many rows are decoded at a time, and on which device. Of code, the
-    environment's class and those it is made of are looked at, and its `code`, where it has one: a text that stands for
-    whatever else it judges with.
+    Left out is what changes rounding only: how many rows are decoded at a time, and on which device. Of code,
+    `task.sources` says what is looked at.
     """
-    env = make_env()
-    kinds = [kind for kind in type(env.unwrapped).__mro__ if kind not in gym.Env.__mro__]
-    code = getattr(env.unwrapped, "code", None)
-    env.close()
     return {
         "base": policy.bank.base_hash(),
         "dtype": str(policy.dtype),
@@ -239,20 +208,13 @@ def sampling_settings(config: EvaluateConfig, policy: Policy, make_env: MakeEnv)
         "template_kwargs": policy.chat.template_kwargs,
         "stop_ids": sorted(policy.chat.stop_ids),
         "env": {"id": config.env.id, "kwargs": config.env.kwargs, "env_kwargs": config.env_kwargs},
-        "env_code": content_hash([_source(kind) for kind in kinds], code),
+        "env_code": content_hash(*sources(make_env)),
         "system_prompt": config.system_prompt,
         "max_tokens": config.max_tokens,
         "max_turns": config.max_turns,
         "temperature": config.temperature,
         "seed": config.seed if config.temperature > 0 else None,
     }
-
-
-def _source(kind: type) -> str:
-    try:
-        return inspect.getsource(kind)
-    except (OSError, TypeError):  # typed into a REPL
-        return kind.__qualname__
 
 
 def planned(

@@ -57,10 +57,16 @@ class Learner:
             )
         return self.optimizers[adapter]
 
-    def step(self, groups: Sequence[Group], on_tokens: Callable[[int], None] | None = None) -> list[StepStats]:
+    def step(
+        self,
+        groups: Sequence[Group],
+        on_tokens: Callable[[int], None] | None = None,
+        before_update: Callable[[], None] | None = None,
+    ) -> list[StepStats]:
         """Learn from the groups of this process: `updates_per_step` optimizer steps of every adapter in them.
 
         All processes must hold groups of the same adapters. `on_tokens` is told how many tokens were learned from.
+        `before_update` is called before anything moves, in every update.
 
         Returns one record for each update and adapter, over all processes.
 
@@ -72,11 +78,15 @@ class Learner:
         for i in range(n):
             # Nothing has moved since the rollout.
             on_policy = not self.given and all(stats.grad_norm is None for stats in steps)
-            steps += self._update(groups[i::n], on_policy, on_tokens)
+            steps += self._update(groups[i::n], on_policy, on_tokens, before_update)
         return steps
 
     def _update(
-        self, groups: Sequence[Group], on_policy: bool, on_tokens: Callable[[int], None] | None
+        self,
+        groups: Sequence[Group],
+        on_policy: bool,
+        on_tokens: Callable[[int], None] | None,
+        before_update: Callable[[], None] | None,
     ) -> list[StepStats]:
         names = sorted({group.adapter for group in groups if group.adapter is not None})
         counts = self._sum([[_n_groups(groups, name), _n_tokens(groups, name)] for name in names])
@@ -110,6 +120,8 @@ class Learner:
             self._reduce_gradient(name) if n_signal else None
             for name, (n_signal,) in zip(names, n_learned, strict=True)
         ]
+        if before_update is not None:
+            before_update()
         return [  # only now does anything move
             self._finish(name, tallies[name], int(n_groups), int(n_signal), norm, on_policy, n_recomputed)
             for name, (n_groups, _), (n_signal,), norm in zip(names, counts, n_learned, norms, strict=True)

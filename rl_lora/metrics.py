@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from rl_lora import files
 from rl_lora.samples import Sample, sample_of
 from rl_lora.types import Group, StepStats
 
@@ -106,24 +108,58 @@ class MetricsFile:
         self.path = path
 
     def append(self, kind: str, step: int, record: Record) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps({"kind": kind, "step": step, **record}) + "\n")
+        """Raises FileError; the file is then as it was."""
+        files.append_text(self.path, json.dumps({"kind": kind, "step": step, **record}) + "\n")
 
     def read(self, kind: str | None = None) -> list[Record]:
-        """The records so far. A last line that was cut off by a crash is left out."""
-        if not self.path.exists():
-            return []
-        records = []
-        for line in self.path.read_text().splitlines():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return [record for record in records if kind in (None, record["kind"])]
+        """The records so far. A line that is damaged, or was cut off by a crash, is left out."""
+        return [record for record in self._read()[0] if kind in (None, record["kind"])]
 
-    def rewind(self, step: int) -> None:
-        """Forget what came after `step`: a resumed run says it again."""
-        kept = [record for record in self.read() if record["step"] <= step]
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        partial.replace(self.path)
+    def rewind(self, step: int, evaluated: bool = True) -> str:
+        """Forget what came after `step`: a resumed run says it again. Without `evaluated`, its evaluation too.
+
+        Damaged lines go to metrics.damaged.jsonl. Returns what there is to say of them, or nothing.
+        """
+        records, damaged, torn = self._read()
+        kept = [r for r in records if r["step"] < step or (r["step"] == step and (evaluated or r["kind"] != "eval"))]
+        notes = []
+        if damaged:
+            aside = self.path.with_name("metrics.damaged.jsonl")
+            files.append_text(aside, "".join(text + "\n" for text in damaged.values()))
+            lines = ", ".join(map(str, damaged))
+            notes.append(f"{self.path}, line {lines}: damaged, moved to {aside.name}; what stands behind it is kept")
+        if damaged or torn or len(kept) < len(records):
+            files.write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+        if missing := sorted({*range(1, step + 1)} - {r["step"] for r in kept if r["kind"] == "train"}):
+            notes.append(f"{self.path} has no record of step {', '.join(map(str, missing))}")
+        return "; ".join(notes)
+
+    def _read(self) -> tuple[list[Record], dict[int, str], bool]:
+        """The records; the text of damaged lines, by number; whether the last line has no end."""
+        if not self.path.exists():
+            return [], {}, False
+        lines = self.path.read_bytes().decode("utf-8", errors="replace").split("\n")
+        records: list[Record] = []
+        damaged = {}
+        for number, line in enumerate(lines, 1):
+            found, whole = _records(line)
+            records += found
+            if not whole and number < len(lines):  # a process died in the last line: it will be said again
+                damaged[number] = line
+        return records, damaged, bool(lines[-1])
+
+
+def _records(line: str) -> tuple[list[Record], bool]:
+    """The records that can be read of a line, and whether it is one and nothing else. Two may share a line whose end
+    between them was lost."""
+    decoder, found, end = json.JSONDecoder(), list[Record](), 0
+    for match in re.finditer(r'\{"kind"', line):
+        if match.start() < end:
+            continue
+        try:
+            record, end = decoder.raw_decode(line, match.start())
+        except ValueError:
+            continue
+        if record["kind"] in ("train", "eval") and isinstance(record.get("step"), int):
+            found.append(record)
+    return found, not line or (len(found) == 1 and line.startswith("{") and end == len(line))

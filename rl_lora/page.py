@@ -13,12 +13,14 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
+from rl_lora import files as disk
 from rl_lora.metrics import Record
 
 Chart = dict[str, Any]
@@ -64,10 +66,8 @@ def evaluation_page(results: dict[str, Any], samples: Iterable[dict[str, Any]]) 
 
 
 def write(page: str, path: Path) -> None:
-    """Put the page in its place, whole."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(page, encoding="utf-8", errors="replace")
-    partial.replace(path)
+    """Put the page in its place, whole. Raises FileError."""
+    disk.write_text(path, page)
 
 
 def render(**parts: Any) -> str:
@@ -323,15 +323,13 @@ def flat(config: Any, prefix: str = "") -> list[tuple[str, str]]:
 
 
 def lines(path: Path) -> Iterable[dict[str, Any]]:
-    """The objects of a .jsonl file, up to a line that is being written; none where there is no file."""
+    """The objects of a .jsonl file, but for lines that are damaged or being written; none where there is no file."""
     if not path.is_file():
         return
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
-            try:
+            with suppress(json.JSONDecodeError):
                 yield json.loads(line)
-            except json.JSONDecodeError:
-                return
 
 
 def percent(value: float) -> str:

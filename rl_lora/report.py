@@ -5,6 +5,7 @@ The training reads back only whether it is finished. Without a terminal the same
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
@@ -28,6 +29,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from rl_lora import files
 from rl_lora.adapter import Adapter
 from rl_lora.checkpoint import Checkpoints
 from rl_lora.collapse import reply_warning, run_warnings
@@ -36,12 +38,17 @@ from rl_lora.evaluation import Evaluation, change
 from rl_lora.metrics import MetricsFile, Record
 from rl_lora.page import lines, write
 from rl_lora.policy import Policy
-from rl_lora.samples import Sample
+from rl_lora.samples import Sample, content_hash
 from rl_lora.training_page import training_page
 from rl_lora.training_samples import rewind_samples
 from rl_lora.types import Group
 
 N_TRANSCRIPTS = 3
+SUMMARY = {
+    *("steps", "before", "after", "reward_first", "reward_last", "learned", "seconds"),
+    *("adapter", "best_checkpoint", "best_score", "transcripts", "next"),
+}
+"""Of summary.json, in every version."""
 
 
 class RunReport:
@@ -119,14 +126,14 @@ class RunReport:
             )
         if config.shuffle_rewards:
             self.console.print("[yellow]control: rewards are shuffled, there is nothing to learn[/]")
-        lines = (
+        legend = (
             "a line a step; loss: -log p of a token of the demonstrations, in nats; seconds: reading + learning"
             if config.learner.objective == "likelihood"
             else "a line a step, of sampled (not greedy) episodes; kl: mean |log p_learner - log p_sampler|; equal: "
             "groups whose rewards are all the same, which teach nothing; cut: replies that reached max_tokens; "
             "seconds: sampling + learning"
         )
-        self.console.print(lines, style="dim", soft_wrap=False)
+        self.console.print(legend, style="dim", soft_wrap=False)
         if step:
             self.console.print(f"going on from step {step}")
 
@@ -159,8 +166,9 @@ class RunReport:
         """One line, and the episodes as `evals/step-N.jsonl`."""
         self.console.print(f"[cyan]step {step:>3}  held out: {held_out_line(evaluation.record)}[/]")
         path = self._evals(step)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(sample) + "\n" for sample in evaluation.samples()))
+        with files.writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_text(path, "".join(json.dumps(sample) + "\n" for sample in evaluation.samples()))
         if step and (warning := reply_warning(evaluation.samples(), self._held_out(0))):
             self.console.print(f"[yellow]{escape(warning)}[/]")
 
@@ -176,25 +184,26 @@ class RunReport:
                 table.add_row(Text(_short(episode.observations[0])), Text(_short(replies)), f"{episode.reward:.2f}")
         self.console.print(table)
 
-    def rewind(self, step: int) -> None:
-        """Forget the evaluations and the sampled episodes after `step`."""
+    def rewind(self, step: int, evaluated: bool = True) -> None:
+        """Forget the evaluations and the sampled episodes after `step`; without `evaluated`, its evaluation too."""
         rewind_samples(self.run_dir, step)
         for path in self.run_dir.glob("evals/step-*.jsonl"):
-            if int(path.stem.removeprefix("step-")) > step or step == 0:
-                path.unlink()
+            if int(path.stem.removeprefix("step-")) >= step + (evaluated and step > 0):
+                with files.writing(path):
+                    path.unlink()
 
     def finish(self, config: TrainConfig, metrics: MetricsFile, checkpoints: Checkpoints) -> None:
         """Write summary.json, reward.png and report.html."""
         evals, train = metrics.read("eval"), metrics.read("train")
         best, adapter = checkpoints.best(), str(self.run_dir / "adapter")
-        before, after = (self._held_out(evals[i]["step"]) if evals else [] for i in (0, -1))
+        before, after = (self._held_out(step) if evals else [] for step in (0, evals[-1]["step"] if evals else 0))
         summary: dict[str, Any] = {
             "steps": config.steps,
-            "before": evals[0] if evals else None,
+            "before": evals[0] if evals and evals[0]["step"] == 0 else None,
             "after": evals[-1] if evals else None,
-            "reward_first": train[0]["reward"],
-            "reward_last": train[-1]["reward"],
-            "change": change(before, after) if len(evals) > 1 else None,
+            "reward_first": train[0]["reward"] if train else None,
+            "reward_last": train[-1]["reward"] if train else None,
+            "change": change(before, after) if before and after and evals[-1]["step"] else None,
             "warnings": run_warnings(before, after, train),
             "learned": any(record["tokens_learned"] for record in train),
             "seconds": sum(value for r in evals + train for name, value in r.items() if name.startswith("seconds/")),
@@ -206,23 +215,46 @@ class RunReport:
         }
         plot_rewards(train, evals, self.run_dir / "reward.png")
         write(training_page(self.run_dir), self.run_dir / "report.html")
-        partial = self.run_dir / "summary.json.partial"
-        partial.write_text(json.dumps(summary, indent=1) + "\n")
-        partial.replace(self.run_dir / "summary.json")
+        summary = json.loads(json.dumps(summary))  # as it will be read
+        files.write_text(self._summary, json.dumps(summary | {"hash": content_hash(summary)}, indent=1) + "\n")
 
     def finished_at(self, steps: int) -> bool:
-        """Whether the run is there to its last step."""
-        path = self.run_dir / "summary.json"
-        return path.exists() and json.loads(path.read_text())["steps"] == steps
+        """Whether the run is there to its last step. A summary that is damaged counts as none, and is written anew."""
+        try:
+            return bool(self._read_summary().get("steps") == steps)
+        except FileNotFoundError:
+            return False
+        except ValueError as error:
+            self.say(str(error))
+            return False
+
+    @property
+    def _summary(self) -> Path:
+        return self.run_dir / "summary.json"
+
+    def _read_summary(self) -> dict[str, Any]:
+        """Raises ValueError for a file that is not what was written, FileNotFoundError where there is none."""
+        again = "it is written again at the end of the run"
+        summary = files.read_json(self._summary, again)
+        known = summary.pop("hash", None) if isinstance(summary, dict) else "of something else"
+        whole = summary.keys() >= SUMMARY if known is None else known == content_hash(summary)  # older ones have none
+        if not whole:
+            raise ValueError(f"{self._summary} has changed since it was written; {again}")
+        return summary
+
+    def say(self, *notes: str) -> None:
+        """What the user should know of the run's files."""
+        for note in filter(None, notes):
+            self.console.print(note, style="yellow", markup=False)
 
     def show(self) -> None:
         """The summary: before and after, problems solved now and not before, where things are, what to try next."""
-        summary = json.loads((self.run_dir / "summary.json").read_text())
+        summary = self._read_summary()
         out = self.console.print
         out(f"\n[bold]{summary['steps']} steps in {summary['seconds'] / 60:.1f} minutes[/]")
-        if summary["after"]:
-            out(f"  before  {held_out_line(summary['before'])}")
-            out(f"  after   {held_out_line(summary['after'])}")
+        for when in ("before", "after"):
+            if summary[when]:
+                out(f"  {when:<6}  {held_out_line(summary[when])}")
         if gain := summary.get("change"):
             ends = f"{100 * gain['low']:+.1f} to {100 * gain['high']:+.1f}"
             out(f"  change  {100 * gain['difference']:+.1f} points (95 %: {ends}), paired by problem")
@@ -242,18 +274,18 @@ class RunReport:
             out(f"  {escape(_short(transcript['problem'], 200))}")
             out(f"    before: {escape(_short(transcript['before']))}", style="red")
             out(f"    after:  {escape(_short(transcript['after']))}", style="green")
-        lines = [f"\nadapter       {summary['adapter']}  (PEFT format)"]
+        places = [f"\nadapter       {summary['adapter']}  (PEFT format)"]
         if summary["best_checkpoint"]:
-            lines.append(f"best held out {summary['best_checkpoint']}  ({summary['best_score']:.3f})")
+            places.append(f"best held out {summary['best_checkpoint']}  ({summary['best_score']:.3f})")
             before = summary["before"] or {}
             score = before.get("reward") if before.get("accuracy") is None else before["accuracy"]
             if score is not None and summary["best_score"] <= score:
-                lines.append("              (no better than before training)")
-        lines.append(f"report        {self.run_dir / 'report.html'}")
-        lines.append(f"curve         {self.run_dir / 'reward.png'}")
-        lines.append(f"all numbers   {self.run_dir / 'metrics.jsonl'}")
-        lines.append(f"next          {summary['next']}\n")
-        out("\n".join(lines), markup=False)
+                places.append("              (no better than before training)")
+        places.append(f"report        {self.run_dir / 'report.html'}")
+        places.append(f"curve         {self.run_dir / 'reward.png'}")
+        places.append(f"all numbers   {self.run_dir / 'metrics.jsonl'}")
+        places.append(f"next          {summary['next']}\n")
+        out("\n".join(places), markup=False)
 
     def _evals(self, step: int) -> Path:
         return self.run_dir / "evals" / f"step-{step:06d}.jsonl"
@@ -318,7 +350,9 @@ def plot_rewards(train: Sequence[Record], evals: Sequence[Record], path: Path) -
     axes.grid(alpha=0.3)
     if points or checked:
         axes.legend(loc="best")
-    figure.savefig(path, dpi=150)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150)
+    files.write_bytes(path, image.getbuffer())
 
 
 def _python() -> str:

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from filelock import FileLock, Timeout
-
+from rl_lora import files
 from rl_lora.types import Episode, Stop
 
 Sample = dict[str, Any]
@@ -68,17 +66,14 @@ class SampleStore:
     Raises:
         ValueError: another process has it open; a line that is no JSON (of a last line without an end, nothing is said:
             a process died there).
+        FileError: the disk is full, or the folder cannot be written to.
     """
 
     def __init__(self, folder: Path, wanted: Mapping[Key, Sequence[str]], resume: bool = True):
-        folder.mkdir(parents=True, exist_ok=True)
         self.path, self.wanted = folder / "samples.jsonl", wanted
-        self._lock = FileLock(folder / ".lock", timeout=0)
+        self._lock = files.lock(folder, "another evaluation", "choose another --out")
         try:
-            self._lock.acquire()
-        except Timeout as error:
-            raise ValueError(f"another evaluation is writing to {folder}; choose another --out") from error
-        try:
+            files.clear_left_overs(folder, "samples.jsonl", "earlier.jsonl", "results.json", "report.html")
             self._open(folder / "earlier.jsonl", resume)
         except BaseException:
             self._lock.release()
@@ -98,14 +93,11 @@ class SampleStore:
         _replace(self.path, self._rows(self.samples.values()))
         if others:
             _replace(earlier, there.values())
-        self._file = self.path.open("a", encoding="utf-8")
 
     def append(self, samples: Iterable[Sample]) -> None:
         """Samples that were drawn: on the disk when this returns."""
         samples = list(samples)
-        self._file.write("".join(json.dumps(row) + "\n" for row in self._rows(samples)))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        files.append_text(self.path, "".join(json.dumps(row) + "\n" for row in self._rows(samples)))
         self.samples |= {key_of(sample): sample for sample in samples}
 
     def row(self, name: str) -> list[Sample]:
@@ -121,7 +113,6 @@ class SampleStore:
         return (sample | {"adapter": name} for sample in samples for name in self.wanted[key_of(sample)])
 
     def close(self) -> None:
-        self._file.close()
         self._lock.release()
 
     def __enter__(self) -> SampleStore:
@@ -151,9 +142,4 @@ def read_samples(path: Path) -> list[Sample]:
 
 
 def _replace(path: Path, samples: Iterable[Sample]) -> None:
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(sample) + "\n" for sample in samples)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    files.write_text(path, "".join(json.dumps(sample) + "\n" for sample in samples))

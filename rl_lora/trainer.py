@@ -8,24 +8,28 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, gather_object, set_seed
 
 from rl_lora.adapter_io import load_adapter, save_adapter
 from rl_lora.advantages import advantages, shuffle_rewards
-from rl_lora.checkpoint import Checkpoints, random_state
+from rl_lora.checkpoint import Checkpoint, Checkpoints, random_state
 from rl_lora.config import TrainConfig, advantage_of, flatten
 from rl_lora.curriculum import SEED_STRIDE, curriculum_of
 from rl_lora.demonstrations import Demonstrations
 from rl_lora.environment import environment, held_out
 from rl_lora.evaluation import Evaluation, evaluate_adapters
+from rl_lora.files import FileError, check_writable, write_text, writing
+from rl_lora.interrupts import later
 from rl_lora.learner import Learner
 from rl_lora.metrics import MetricsFile, Record, Stopwatch, summarize_groups, summarize_updates, with_speed
 from rl_lora.native_sampler import NativeSampler
@@ -33,7 +37,9 @@ from rl_lora.policy import Policy
 from rl_lora.preflight import preflight
 from rl_lora.report import RunReport
 from rl_lora.rollout import RolloutWorker
+from rl_lora.run_folder import check_run_dir, clear_left_overs, held, holds_run, is_first_process
 from rl_lora.shaping import shaped
+from rl_lora.task import task_record
 from rl_lora.training_samples import write_samples
 from rl_lora.types import Group
 
@@ -49,15 +55,27 @@ def train(config: TrainConfig) -> Path:
     A run that is finished already, with `resume`, only shows its summary again.
 
     Raises:
-        ValueError: something is wrong with the config; before the model is loaded wherever it can be known before.
+        ValueError: something is wrong with the config, or another run is writing to the folder; before the model is
+            loaded wherever it can be known before.
+        FileError: the disk is full, say. What is there is whole, and can be resumed.
     """
     run_dir = Path(config.run_dir)
-    if config.resume and RunReport(run_dir).finished_at(config.steps):
+    report = RunReport(run_dir, visible=is_first_process())
+    if config.resume and report.finished_at(config.steps):
         preflight(config, [])
-        RunReport(run_dir, visible=PartialState(cpu=no_accelerator()).is_main_process).show()
+        report.show()
         return run_dir
-    preflight(config, itertools.islice(training_problems(config), MAX_CHECKED))
-    Trainer(config).run()
+    with ExitStack() as stack:
+        begun = holds_run(run_dir)
+        if begun:  # before anything is said of what is in there: it may be another run's that is going on
+            check_writable(run_dir, "run_dir")
+            stack.enter_context(held(run_dir))
+        preflight(config, itertools.islice(training_problems(config), MAX_CHECKED))
+        if not begun:
+            stack.enter_context(held(run_dir))
+            if is_first_process():
+                check_run_dir(config)  # a run may have come and gone
+        Trainer(config).run()
     return run_dir
 
 
@@ -92,6 +110,17 @@ def _seeds(config: TrainConfig, step: int) -> list[int]:
     return [config.seed * SEED_STRIDE + step * n + i for i in range(n)]
 
 
+@dataclass(frozen=True)
+class Finished:
+    """What a checkpoint keeps beside weights and optimizer, as it was when a step was over: `evaluated`, too, or not
+    yet."""
+
+    step: int
+    evaluated: bool
+    random_states: list[dict[str, Any]]
+    curriculum: dict[str, Any] | None
+
+
 class Trainer:
     """Everything a run holds. `config` has passed `preflight`."""
 
@@ -112,6 +141,13 @@ class Trainer:
         self.report = RunReport(self.run_dir, visible=self.accelerator.is_main_process)
 
         self.curriculum = curriculum_of(config)
+        self.finished: Finished | None = None
+        """The step that the weights are of; None while they move."""
+        self.task: dict[str, Any] = task_record(config)
+        self.damaged = self.checkpoints.damaged() if config.resume else []
+        """What is wrong with checkpoints that are newer than the one that is gone on from."""
+        self.evaluated = False
+        """Whether the step that is gone on from has been evaluated, if that was due."""
         with self.report.stage(f"loading {config.model.name}"):
             samples = config.learner.objective != "likelihood"
             decoding_steps = config.steps * config.rollout.max_tokens if samples else 0
@@ -145,27 +181,58 @@ class Trainer:
     def run(self) -> None:
         """Train to `config.steps`, and say what came of it."""
         self._open()
-        with self.report.progress(self.config.steps, self.step):
-            if self.step == 0:  # a resumed run has been evaluated where it goes on
-                self.evaluate_if_due()
-            while self.step < self.config.steps:
-                seconds = Stopwatch()
-                with seconds("rollout"):
-                    groups, sampled = self.rollout()
-                everything = gather_object(sampled)
-                record = summarize_groups(everything)  # before any group is left out
-                record["groups_replaced"] = sum(gather_object([len(sampled) - len(groups)]))
-                if self.curriculum is not None:
-                    record |= self.curriculum.observe(self.step, everything)
-                if self.learner.given:
-                    record |= dict.fromkeys(("reward", "reward_std", "groups_without_signal", "groups_solved"))
+        try:
+            with self.report.progress(self.config.steps, self.step):
+                self._run()
+        except FileError:
+            raise
+        except (Exception, KeyboardInterrupt):
+            self._keep_finished_step()
+            raise
+        self._close()
+
+    def _run(self) -> None:
+        if not self.evaluated:
+            self.evaluate_if_due()
+            self.checkpoint_if_due()
+        while self.step < self.config.steps:
+            seconds = Stopwatch()
+            with seconds("rollout"):
+                groups, sampled = self.rollout()
+            everything = gather_object(sampled)
+            record = summarize_groups(everything)  # before any group is left out
+            record["groups_replaced"] = sum(gather_object([len(sampled) - len(groups)]))
+            if self.curriculum is not None:
+                record |= self.curriculum.observe(self.step, everything)
+            if self.learner.given:
+                record |= dict.fromkeys(("reward", "reward_std", "groups_without_signal", "groups_solved"))
+            with later() as hold:
                 with seconds("learn"):
-                    updates = self.learner.step(groups, self.report.learning)
+                    updates = self.learner.step(groups, self.report.learning, lambda: self._moving(hold))
                 self.step += 1
                 self.log(with_speed(record | summarize_updates(updates), seconds.seconds), everything)
-                self.evaluate_if_due()
-                self.checkpoint_if_due()
-        self._close()
+                self._stands(evaluated=not self.evaluation_due)
+            self.evaluate_if_due()
+            self.checkpoint_if_due()
+
+    def _moving(self, hold: Callable[[], None]) -> None:
+        """Weights are about to move: until the step is written down, a signal waits."""
+        hold()
+        self.finished = None
+
+    def _stands(self, evaluated: bool) -> None:
+        """Take down what a checkpoint of the step needs."""
+        curriculum = None if self.curriculum is None else self.curriculum.state()
+        self.finished = Finished(self.step, evaluated, gather_object([random_state()]), curriculum)
+
+    def _keep_finished_step(self) -> None:
+        """The run ends early: write a checkpoint of the last step that was finished, if there is none yet."""
+        latest = self.checkpoints.latest()
+        if not self.accelerator.is_main_process or self.finished is None:
+            return
+        if self.finished.step > (latest.step if latest else 0):
+            folder = self._save(self.finished).folder
+            self.report.console.print(f"step {self.finished.step} is kept in {folder}", markup=False)
 
     def rollout(self) -> tuple[list[Group], list[Group]]:
         """This process's share of the step's groups, and all that were sampled: those that were replaced too.
@@ -205,9 +272,7 @@ class Trainer:
 
     def evaluate_if_due(self) -> None:
         """Play the held-out problems: before the first step, every `eval.every`, and after the last one."""
-        every, last = self.config.eval.every, self.step == self.config.steps
-        due = self.step == 0 or last or (every > 0 and self.step % every == 0)
-        if not (due and self.eval_seeds):
+        if not self.evaluation_due:
             return
         seconds = Stopwatch()
         with seconds("evaluate"):
@@ -222,30 +287,42 @@ class Trainer:
             place = {seed: i for i, seed in enumerate(self.eval_seeds)}
             problems = sorted(gather_object(list(share.problems)), key=lambda episodes: place[episodes[0].seed])
         evaluation = Evaluation(ADAPTER, tuple(problems))
-        self.scores[self.step] = evaluation.score
         record = evaluation.record | {"seconds/evaluate": seconds.seconds["evaluate"]}
-        if self.accelerator.is_main_process:
-            self.metrics.append("eval", self.step, record)
-            self.report.evaluation(self.step, evaluation)
-        self._track(record, "eval")
+        with later() as hold:
+            hold()
+            self.scores[self.step] = evaluation.score
+            if self.accelerator.is_main_process:
+                self.metrics.append("eval", self.step, record)
+                self.report.evaluation(self.step, evaluation)
+            self._track(record, "eval")
+            self._stands(evaluated=True)
+
+    @property
+    def evaluation_due(self) -> bool:
+        every, last = self.config.eval.every, self.step == self.config.steps
+        due = self.step == 0 or last or (every > 0 and self.step % every == 0)
+        return due and bool(self.eval_seeds)
 
     def checkpoint_if_due(self) -> None:
         """Keep what is needed to go on from here."""
         due = self.step % self.config.checkpoint.every == 0 or self.step == self.config.steps
-        if not due and not self.new_best:
-            return
-        random_states = gather_object([random_state()])
-        if self.accelerator.is_main_process:
-            self.checkpoints.save(
-                self.step,
-                self.policy.bank[ADAPTER],
-                self.learner.optimizer(ADAPTER),
-                base_model=self.policy.name,
-                config=flatten(self.config),
-                score=self.scores.get(self.step),
-                random_states=random_states,
-                curriculum=None if self.curriculum is None else self.curriculum.state(),
-            )
+        if self.step > 0 and (due or self.new_best) and self.accelerator.is_main_process:
+            assert self.finished is not None
+            self._save(self.finished)
+
+    def _save(self, finished: Finished) -> Checkpoint:
+        return self.checkpoints.save(
+            finished.step,
+            self.policy.bank[ADAPTER],
+            self.learner.optimizer(ADAPTER),
+            base_model=self.policy.name,
+            config=flatten(self.config),
+            score=self.scores.get(finished.step),
+            random_states=finished.random_states,
+            curriculum=finished.curriculum,
+            task=self.task,
+            evaluated=finished.evaluated,
+        )
 
     @property
     def new_best(self) -> bool:
@@ -268,7 +345,8 @@ class Trainer:
 
     def _track(self, record: Record, kind: str) -> None:
         numbers = {f"{kind}/{name}": value for name, value in record.items() if value is not None}
-        self.accelerator.log(numbers, step=self.step)
+        with writing(self.run_dir / "trackers"):
+            self.accelerator.log(numbers, step=self.step)
 
     def _start_or_resume(self) -> int:
         """Put the adapter into the bank, fresh or as the last checkpoint has it; returns the step to go on from."""
@@ -279,6 +357,8 @@ class Trainer:
             latest.restore(adapter, self.learner.optimizer(ADAPTER), self.rank)
             if self.curriculum is not None:
                 self.curriculum.restore(latest.curriculum)
+            self.task = latest.state.get("task", self.task)
+            self.evaluated = latest.state.get("evaluated", True)
             return latest.step
         if config.adapter.init_from is not None:
             load_adapter(Path(config.adapter.init_from), bank, ADAPTER)
@@ -290,16 +370,20 @@ class Trainer:
     def _open(self) -> None:
         """Write down what is run, and forget what came after the checkpoint that is gone on from."""
         if self.accelerator.is_main_process:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            partial = self.run_dir / "config.yaml.partial"
-            partial.write_text(yaml.safe_dump(dataclasses.asdict(self.config), sort_keys=False))
-            partial.replace(self.run_dir / "config.yaml")
-            self.metrics.rewind(self.step if self.step else -1)
-            self.report.rewind(self.step)
+            record = self.run_dir / "config.yaml"
+            with writing(record):
+                self.run_dir.mkdir(parents=True, exist_ok=True)
+            clear_left_overs(self.run_dir)
+            write_text(record, yaml.safe_dump(dataclasses.asdict(self.config), sort_keys=False))
+            self.report.say(*(f"{damage}: passed over for the newest that is whole" for damage in self.damaged))
+            self.report.say(self.metrics.rewind(self.step if self.step else -1, self.evaluated))
+            self.report.rewind(self.step, self.evaluated)
             self.report.header(self.config, self.policy, self.policy.bank[ADAPTER], self.step, self.world)
         flat = {k: v if isinstance(v, int | float | str) else str(v) for k, v in flatten(self.config).items()}
         purge = {"tensorboard": {"purge_step": self.step + 1}} if self.step else {}  # what will be said again
-        self.accelerator.init_trackers("rl_lora", config=flat, init_kwargs=purge)
+        with writing(self.run_dir / "trackers"):
+            self.accelerator.init_trackers("rl_lora", config=flat, init_kwargs=purge)
+        self._stands(self.evaluated)
 
     def _close(self) -> None:
         """Save the adapter, and say where everything is."""
@@ -309,4 +393,5 @@ class Trainer:
             self.report.show()
         self.worker.close()
         self.eval_worker.close()
-        self.accelerator.end_training()
+        with writing(self.run_dir / "trackers"):
+            self.accelerator.end_training()

@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from rl_lora.collapse import run_warnings
 from rl_lora.config import TrainConfig
 from rl_lora.evaluation import change
+from rl_lora.files import read_yaml
 from rl_lora.metrics import MetricsFile, Record
 from rl_lora.page import Chart, browser, duration, facts, figure, flat, lines, p_value, point, points, render, signed
 from rl_lora.samples import Sample
@@ -130,7 +129,7 @@ def training_page(run_dir: str | Path) -> str:
     if not train and not evals:
         what = "has no records" if metrics.path.is_file() else "is not there"
         raise ValueError(f"{metrics.path} {what}: {run_dir} is not the folder of a run, or it has just begun")
-    config: dict[str, Any] = yaml.safe_load(path.read_text()) if path.is_file() else {}
+    config: dict[str, Any] = read_yaml(path, "put it back from a copy, or remove it") if path.is_file() else {}
     step, steps = max(record["step"] for record in train + evals), config.get("steps")
     running = steps is not None and step < steps
     parts = sorted({name for record in train for name in record if name.startswith("parts/")})

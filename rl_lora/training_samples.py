@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
+from rl_lora import files
+from rl_lora.page import lines
 from rl_lora.samples import Sample, sample_of
 from rl_lora.types import Group
 
@@ -31,10 +33,9 @@ def write_samples(run_dir: Path, step: int, groups: Sequence[Group], n: int, max
             break
         chosen += [sample_of(episode, k, step=step) for k, episode in enumerate(group.episodes)]
     path = _path(run_dir, step)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(sample) + "\n" for sample in chosen), encoding="utf-8")
-    partial.replace(path)
+    with files.writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_text(path, "".join(json.dumps(sample) + "\n" for sample in chosen))
     _thin(run_dir, int(max_mib * MIB))
 
 
@@ -45,7 +46,7 @@ def stored_steps(run_dir: Path) -> list[int]:
 
 def read_samples(run_dir: Path, step: int) -> list[Sample]:
     """The episodes of a step that were kept."""
-    return [json.loads(line) for line in _path(run_dir, step).read_text(encoding="utf-8").splitlines()]
+    return list(lines(_path(run_dir, step)))
 
 
 def rewind_samples(run_dir: Path, step: int) -> None:

@@ -17,6 +17,8 @@ from jsonargparse import ArgumentParser, get_loader, set_loader, set_parsing_set
 from rich.console import Console
 from rich.text import Text
 
+from rl_lora.files import FileError
+
 Config = TypeVar("Config")
 USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 COMMAS = re.compile(r"\d+(,\d+)*")
@@ -98,6 +100,9 @@ def run(work: Callable[[], object], when_interrupted: str = "") -> int:
             raise  # not a message of ours: the traceback is what helps
         console.print("[bold red]error:[/]", Text(str(error)))  # as it is: brackets in it are no markup
         return USER_ERROR if isinstance(error, ValueError) else FAILURE
+    except FileError as error:
+        console.print("[bold red]error:[/]", Text(str(error)))
+        return FAILURE
     except KeyboardInterrupt:
         console.print(f"interrupted{when_interrupted}")
         return INTERRUPTED

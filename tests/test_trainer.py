@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import envs  # noqa: F401  registers the environments
-import rl_lora.checkpoint
-import rl_lora.trainer
+from rl_lora import files
 from rl_lora.adapter_io import load_adapter
 from rl_lora.checkpoint import Checkpoints
 from rl_lora.config import (
@@ -143,6 +143,7 @@ def test_a_run_leaves_its_config_metrics_checkpoints_adapter_evaluations_curve_a
             "summary.json",
         ),
         "trackers",
+        ".lock",
     }
     assert (whole / "reward.png").read_bytes().startswith(b"\x89PNG")
     assert list(whole.glob("trackers/**/events.out.tfevents.*"))
@@ -236,21 +237,23 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(
 def test_a_checkpoint_cut_off_while_it_was_written_is_none(
     whole: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, save = tmp_path / "checkpoints", torch.save
+    folder, write = tmp_path / "checkpoints", files.write_bytes
 
-    def full_disk(states: Any, path: Path) -> None:
+    def killed(path: Path, data: Any) -> None:
         if path.name == "random.pt" and (folder / "step-000002").exists():
-            raise OSError("No space left on device")
-        save(states, path)
+            shutil.copytree(
+                path.parent, folder / ".partial-step-000004-left", dirs_exist_ok=True
+            )  # as SIGKILL would leave it
+            raise KeyboardInterrupt
+        write(path, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(rl_lora.checkpoint.torch, "save", full_disk)
-        with pytest.raises(OSError, match="No space left"):
+        patch.setattr(files, "write_bytes", killed)
+        with pytest.raises(KeyboardInterrupt):
             train(tiny_config(model, tmp_path))
-    assert (folder / ".partial-000004").exists()
     assert [checkpoint.step for checkpoint in Checkpoints(folder, 2).all()] == [2]
     assert_same_run(train(tiny_config(model, tmp_path, resume=True)), whole)
-    assert not (folder / ".partial-000004").exists()
+    assert not list(folder.glob(".*"))
 
 
 def test_a_finished_run_can_be_made_longer(whole: Path, model: Path, tmp_path: Path) -> None:

@@ -1,0 +1,110 @@
+"""A run's folder before the run begins: whose it is, whether it may be written to, and which run goes on in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import get_int_from_env
+
+from rl_lora import files
+from rl_lora.checkpoint import Checkpoints
+from rl_lora.config import TrainConfig, differences, flatten
+from rl_lora.task import task_changes, task_record
+
+FILES = ("config.yaml", "metrics.jsonl", "adapter", "summary.json", "reward.png", "report.html")
+
+
+def is_first_process() -> bool:
+    """Whether this is rank 0, or the only process; known before the processes speak to each other."""
+    return get_int_from_env(["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"], 0) == 0
+
+
+@contextmanager
+def held(run_dir: Path) -> Iterator[None]:
+    """A run has its folder for itself: its first process holds it, until it is gone.
+
+    Raises:
+        ValueError: another run has it.
+    """
+    if not is_first_process():
+        yield
+        return
+    lock = files.lock(run_dir, "another run", "wait until it has ended, or choose another --run_dir")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def holds_run(run_dir: Path) -> bool:
+    """Whether a run has written to the folder before."""
+    return (run_dir / "config.yaml").exists() or bool(Checkpoints(run_dir / "checkpoints", 1).all())
+
+
+def check_run_dir(config: TrainConfig) -> None:
+    """A folder that holds a run is only touched to continue that run, and only if it is still the same run.
+
+    Raises:
+        ValueError: it is not, or the folder cannot be written to, or no checkpoint is whole.
+    """
+    run_dir = Path(config.run_dir)
+    files.check_writable(run_dir, "run_dir")
+    record, checkpoints = run_dir / "config.yaml", Checkpoints(run_dir / "checkpoints", 1)
+    if not checkpoints.all() and not (record.exists() and config.resume):
+        return  # nothing of a run that died before its first checkpoint is worth keeping
+    if not config.resume:
+        raise ValueError(
+            f"{config.run_dir} already holds a run; continue it with --resume true, or choose another --run_dir"
+        )
+    latest = checkpoints.latest()
+    if latest is None and (damaged := checkpoints.damaged()):
+        raise ValueError(
+            f"no checkpoint in {checkpoints.folder} is whole: {'; '.join(damaged)}. Put the file back from a copy, "
+            "or start over in another --run_dir"
+        )
+    if latest and latest.step > config.steps:
+        raise ValueError(
+            f"{config.run_dir} has come to step {latest.step}, behind steps={config.steps}; set --steps to "
+            f"{latest.step} or more"
+        )
+    if latest:
+        old = latest.state["config"]
+    else:
+        old = flatten_record(files.read_yaml(record, "remove it: this run has no checkpoint yet, and starts over"))
+    if changed := differences(config, old):
+        raise ValueError(
+            f"{config.run_dir} holds a run of another configuration, and resuming would mix the two: "
+            f"{'; '.join(changed)}. Set these back, or choose another --run_dir"
+        )
+    task = latest.state.get("task") if latest else None  # older ones have none
+    if latest and task and (changed := task_changes(task, task_record(config), config.env.id)):
+        raise ValueError(
+            f"{config.run_dir} holds a run of another task, and resuming would mix the two: {'; '.join(changed)}. Set "
+            "this back, or choose another --run_dir (what was learned here can be its start: --adapter.init_from "
+            f"{latest.adapter})"
+        )
+
+
+def flatten_record(nested: dict[str, Any]) -> dict[str, Any]:
+    """The dotted names and values of a config.yaml."""
+    known = set(flatten(TrainConfig()))
+
+    def walk(prefix: str, value: Any) -> dict[str, Any]:
+        if prefix in known or not isinstance(value, dict):
+            return {prefix: value}
+        return {
+            k: v for key, item in value.items() for k, v in walk(f"{prefix}.{key}" if prefix else key, item).items()
+        }
+
+    return walk("", nested)
+
+
+def clear_left_overs(run_dir: Path) -> None:
+    """Delete what a process that died was writing or removing."""
+    files.clear_left_overs(run_dir, *FILES)
+    for folder in ("evals", "samples"):
+        files.clear_left_overs(run_dir / folder, "step-*")
+    Checkpoints(run_dir / "checkpoints", 1).clear_left_overs()

@@ -1,0 +1,109 @@
+"""What a run or an evaluation is about, known by its content: the problems, and the code that asks and judges them.
+
+Names and paths do not count: a file of problems that is edited is another task under the same name.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium as gym
+
+from rl_lora.config import TrainConfig
+from rl_lora.contract import begin, env_id
+from rl_lora.curriculum import SEED_STRIDE
+from rl_lora.environment import environment, held_out
+from rl_lora.rollout import MakeEnv
+from rl_lora.samples import content_hash
+
+N_ENDLESS = 256
+"""Training problems that are looked at where an environment makes new ones from every seed."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A problem, known by its content: `hash` is of its text and reference."""
+
+    seed: int
+    reference: Any
+    hash: str
+    demonstration: str | None = None
+
+
+def problems_of(make_env: MakeEnv, seeds: Iterable[int]) -> list[Problem]:
+    """What the environment asks, and the reference that it shows in `info["reference"]`, if it does."""
+    env = make_env()
+    problems = []
+    for seed in seeds:
+        start = begin(env, seed)
+        reference = start.info.get("reference")
+        try:
+            json.dumps(reference)
+        except TypeError:
+            reference = str(reference)
+        digest = content_hash(env_id(env), seed, start.observation, reference)
+        problems.append(Problem(seed, reference, digest, start.info.get("demonstration")))
+    env.close()
+    return problems
+
+
+def sources(make_env: MakeEnv) -> tuple[list[str], Any]:
+    """The sources of the environment's class and of those it is made of; and its `code`, where it has one: a text that
+    stands for whatever else it judges with."""
+    env = make_env()
+    kinds = [kind for kind in type(env.unwrapped).__mro__ if kind not in gym.Env.__mro__]
+    code = getattr(env.unwrapped, "code", None)
+    env.close()
+    return [_source(kind) for kind in kinds], code
+
+
+def _source(kind: type) -> str:
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):  # typed into a REPL
+        return kind.__qualname__
+
+
+def task_record(config: TrainConfig) -> dict[str, Any]:
+    """What a run keeps of its task, to know it again when it is resumed. `config` is valid.
+
+    The same whatever `steps`. Of an environment with a finite list of problems all are looked at, else the first ones.
+    """
+    make_env = environment(config.env)
+    make_eval_env, eval_seeds = held_out(config.env, config.eval.env_kwargs, config.eval.episodes)
+    (asks, judges), (eval_asks, eval_judges) = sources(make_env), sources(make_eval_env)
+    env = make_env()
+    n = getattr(env.unwrapped, "n_problems", None)
+    env.close()
+    first = config.seed * SEED_STRIDE
+    seeds = range(first, first + N_ENDLESS) if n is None else range(first // n * n, first // n * n + n)
+    return {
+        "environment": content_hash(asks, eval_asks),
+        "reward": content_hash(judges, eval_judges),
+        "problems": _record(problems_of(make_env, seeds)),
+        "held_out": _record(problems_of(make_eval_env, eval_seeds)),
+    }
+
+
+def _record(problems: list[Problem]) -> dict[str, Any]:
+    return {"n": len(problems), "hash": content_hash([(problem.hash, problem.demonstration) for problem in problems])}
+
+
+def task_changes(old: dict[str, Any], new: dict[str, Any], env: str) -> list[str]:
+    """What differs between two records of `task_record`, in words."""
+    changes = []
+    if old["environment"] != new["environment"]:
+        changes.append(f"the source of the environment {env} has changed")
+    if old["reward"] != new["reward"]:
+        changes.append("the source of the reward function has changed")
+    for name, what in (("problems", "training problems"), ("held_out", "held-out problems")):
+        then, now = old[name], new[name]
+        if then["n"] != now["n"]:
+            changes.append(f"there were {then['n']} {what}, there are {now['n']}")
+        elif then["hash"] != now["hash"]:
+            changes.append(f"the {now['n']} {what} ask something else, or have other references or solutions")
+    return changes
