@@ -21,6 +21,7 @@ from numbers import Integral
 from typing import Any
 
 from rewards import math_workers
+from rewards.math_clocks import Clock, clock
 from rewards.math_dress import clean
 from rewards.math_extraction import boxed, extract, methods_of
 from rewards.math_numbers import Quantity, quantity
@@ -95,6 +96,7 @@ def verify(
     - "hash": behind the last `#### ` on its line; markdown headings are not answers.
     - "tag": the last `<answer>...</answer>`; never closed, it runs to the end.
     - "phrase": behind the last "the answer is" (also "Final answer:", "**Answer:**"), up to the end of the sentence.
+      A value that is denied, a bound or one of several there is no answer: "not 36", "greater than 19", "14 or 23".
     - "whole": all of a short text that is no sentence: "x^2 + 1", "Yes", "12 eggs".
     - "last_number": the last number.
     - "last_expression": the last formula in `$...$`, `\(...\)`, `\[...\]` or the last number, whichever ends later.
@@ -118,6 +120,8 @@ def verify(
       equals a tuple in the same order. A matrix is not a tuple.
     - *No solution*: "no solution", "no real roots", "none" and \emptyset are one answer.
     - *Ratios*: 2:4:6 equals 1:2:3 and 2 to 3 equals 2:3; what could be reduced and has minutes, 3:30, is a time.
+    - *Times of day*: 8:40, 08:40 and 8:40 am are one, so are 5 pm, 5:00 p.m. and 17:00; 7:45 am is not 7:45 pm. What
+      names no half of the day fits both. A time is no number: 5:00 is not 5.
     - *Angles*: 90^\circ equals 90 and equals \pi/2.
     - *Words*: numbers in words are numbers: thirteen cookies, negative two, three quarters.
     - *Bases*: 52_8 equals itself only, neither 52 nor 42.
@@ -180,6 +184,7 @@ class _Reference:
     quantity: Quantity | None
     choice: str | None
     words: str | None
+    clock: Clock | None
 
 
 def _reference(reference: Any) -> _Reference:
@@ -215,11 +220,11 @@ def _read_reference(reference: str) -> _Reference:
         answer = reference if held is None else held
     refused = _refused(answer)
     if refused:
-        return _Reference("", refused, None, None, None)
+        return _Reference("", refused, None, None, None, None)
     text = clean(answer)
     if not text:
         raise ValueError(f"the math reward needs a reference with an answer in it, got {reference[:200]!r}")
-    return _Reference(text, "", quantity(text), choice(text), words(text))
+    return _Reference(text, "", quantity(text), choice(text), words(text), clock(text))
 
 
 def _refused(text: str) -> str:
@@ -245,8 +250,12 @@ def _plain_verdict(answer: str, expected: _Reference) -> bool | None:
         return True
     if nothing(answer) and nothing(expected.text):
         return True
+    time, expected_time = clock(answer), expected.clock
+    is_time = any(read is not None and read.certain for read in (time, expected_time))
+    if is_time and time is not None and expected_time is not None:
+        return time.equals(expected_time)
     terms, others = ratio(answer), ratio(expected.text)
-    if terms is not None and others is not None and ":" in expected.text:
+    if terms is not None and others is not None and ":" in expected.text and not is_time:
         return same_ratio(terms, others)
     if expected.choice is not None:
         return chosen(answer) == expected.choice.upper()

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
+from rewards.math_clocks import clock
 from rewards.math_dress import clean
 from rewards.math_expression import TooLarge, Tree, Undefined, Unreadable, read, same_value
 from rewards.math_numbers import quantity
@@ -93,6 +94,10 @@ def _same(answer: str, reference: str) -> bool:
     number, expected = quantity(answer), quantity(reference)
     if number is not None and expected is not None:
         return number.equals(expected)
+    time, expected_time = clock(answer), clock(reference)
+    certain = any(read is not None and read.certain for read in (time, expected_time))
+    if time is not None and expected_time is not None and certain:
+        return time.equals(expected_time)
     if (in_radians := _angles(answer, reference)) is not None:
         return _same_scalar(*in_radians)
     if (base_numeral(answer) or base_numeral(reference)) is not None:
@@ -101,6 +106,8 @@ def _same(answer: str, reference: str) -> bool:
         verdict = compare_parts(answer, reference)
         if verdict is not None:
             return verdict
+    if certain:
+        return False  # a time is no number
     (answer, unit), (reference, expected_unit) = _without_unit(answer), _without_unit(reference)
     if units_conflict(unit, expected_unit):
         return False

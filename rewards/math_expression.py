@@ -63,6 +63,16 @@ _STYLE_NAMES = "mathrm mathbf mathit mathsf mathbb text textbf textit boldsymbol
 _STYLES = frozenset(_STYLE_NAMES.split())
 
 
+_SHORT_WORDS = "for not and are all any the but per has was its yes out off non via let nor when where with"
+_WORDS = frozenset(_SHORT_WORDS.split())
+
+
+def _is_word(letters: str, behind: str) -> bool:
+    """Whether letters are a short word rather than factors: those of "7t for t > 0", or of "5 of 0" before a number."""
+    before_number = 2 <= len(letters) <= 3 and re.match(r"\s+[0-9]", behind)
+    return letters in _WORDS or (bool(before_number) and letters not in _FUNCTIONS and letters not in ("pi", "mod"))
+
+
 def read(text: str) -> Tree:
     """The tree of a cleaned formula. Raises Unreadable and TooLarge."""
     try:
@@ -84,6 +94,8 @@ class _Reader:
             if match is None:
                 raise Unreadable(f"{text[position]!r} is not part of a formula")
             kind = str(match.lastgroup)
+            if kind == "word" and _is_word(match["word"], text[match.end() :]):
+                raise Unreadable(f"{match['word']!r} is a word")
             self._add(kind, match[kind])
             position = match.end()
         self.at = 0

@@ -6,10 +6,13 @@ The work is linear in the length of the text, which is capped.
 from __future__ import annotations
 
 import collections
+import itertools
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from rewards.math_clocks import HALF_DAY
+from rewards.math_hedges import goes_on, unsettled
 from rewards.math_numbers import DECIMAL
 from rewards.math_text import nothing
 from rewards.math_words import NUMBER_WORDS
@@ -131,6 +134,12 @@ _PHRASE = re.compile(
     r"(?:\s*:|\s+(?:therefore|thus|then|simply|just|equal\s+to|given\s+by|option|choice))*\s*",
     re.IGNORECASE,
 )
+_MAYBE = re.compile(
+    r"(?<![\w/-])answers?\s+(?:(?:could|may|might|can|must|should|would|will)(?:\s+(?:also|well|only))?(?:\s+(?P<not>not))?"
+    r"|(?P<no>cannot|can't|couldn't|won't|wouldn't|shouldn't|mustn't))\s+be\s+",
+    re.IGNORECASE,
+)
+_DENIAL = re.compile(r"n't\s+")
 _END_OF_ANSWER = re.compile(
     r"\n|(?<=[^\s.])[.!?;](?=\s|$|\*)|,?\s+(?:because|since|so|as|which|therefore|but)\b"
     r"|,\s+(?!(?:and|or|sin|cos|tan|ln|log)\b)[a-z]{2,}|(?<=[0-9%}$])\s+of\b|\s+\((?=[a-z]{3,})"
@@ -142,9 +151,16 @@ _MATH = re.compile(
     re.DOTALL,
 )
 _SIGN = "[-+\N{MINUS SIGN}]"
+_HALF_BEHIND = re.compile(rf"[\s*$~]{{0,4}}(?:\\(?:text|mathrm)\s*\{{\s*)?{HALF_DAY}", re.IGNORECASE)
+_LABELS = "week day month year step hour round case part box group game level stage question problem".split()  # noqa: SIM905
+_NO_LABEL = "".join(rf"(?<!(?i:{label}\s))" for label in _LABELS)  # "Week 3:210 pages"
+_CLOCK = (
+    rf"(?=[0-9]+:[0-9]){_NO_LABEL}(?:[0-9]{{1,2}}:[0-5][0-9](?::[0-5][0-9])?(?![0-9:])(?:(?i:{_HALF_BEHIND.pattern}))?"
+    rf"|[0-9]+(?::[0-9]+)+)|[0-9]{{1,2}}(?i:{_HALF_BEHIND.pattern})"
+)
 _NUMBER = re.compile(
     rf"(?<![^\W_])(?<![A-Za-z0-9]_)(?<![.,/])(?:{_SIGN}?\s?[\\$£€₹]{{0,3}}{_SIGN}?)?"
-    rf"(?:[0-9]+\s+[0-9]+/[0-9]+|[0-9]+\s*\\[dt]?frac\{{[0-9]+\}}\{{[0-9]+\}}"
+    rf"(?:{_CLOCK}|[0-9]+\s+[0-9]+/[0-9]+|[0-9]+\s*\\[dt]?frac\{{[0-9]+\}}\{{[0-9]+\}}"
     rf"|\\[dt]?frac\{{{_SIGN}?[0-9.]+\}}\{{[0-9.]+\}}|{DECIMAL}(?:[eE]{_SIGN}?[0-9]+)?(?:\s*/\s*{DECIMAL})?)"
     r"(?:\s?\\?%|\s(?:percent|hundred|thousand|million|billion|trillion)\b)?"
 )
@@ -154,6 +170,10 @@ def phrase(text: str) -> str | None:
     """What "the answer is ..." says last (also "Final answer: ...", "**Answer:** ..."): the formula in dollars that it
     names, else up to the end of the sentence; behind an equals sign only its last side ("12 + 6 = 18" is 18)."""
     last = _last(_PHRASE.finditer(text))
+    if (maybe := _last(_MAYBE.finditer(text))) and (last is None or last.end() < maybe.end()):
+        unsure = _unsure(maybe)
+        if unsure is not None:
+            return unsure
     if last is None:
         return None
     rest = text[last.end() :].lstrip()
@@ -163,18 +183,27 @@ def phrase(text: str) -> str | None:
         return found
     opening = _MATH.match(rest)
     more = opening and re.match(r"\s*(?:,\s*)?(?:,|and|or)\s*(?:\$|\\\()", rest[opening.end() :])
-    if opening and _is_math(opening) and not more:
-        return _last_side(_inside(opening))
-    line = _END_OF_ANSWER.split(rest, maxsplit=1)[0].strip()
+    several = more or (opening and goes_on(_spoken(rest[opening.end() :])))
+    if opening and _is_math(opening) and not several:
+        return _last_side(_inside(opening)) + _half_behind(rest, opening)
+    line, behind = _sentence(rest)
+    if denial := _DENIAL.match(line):
+        line = f"not {line[denial.end() :]}"
+    if goes_on(_spoken(behind)) and _NUMBER.search(_spoken(line)):
+        return line + behind.splitlines()[0]
     if re.match(r"[A-Za-z]{2,} ", line):  # "Final answer: the largest $n$ is 34"
         line = re.split(r"\b(?:is|are|equals)\s+(?=\S)", line)[-1]
-    if more or line.startswith("not "):
+    if several or line.startswith("not "):
         return line
+    if not _NUMBER.match(line) and unsettled(_spoken(line)):
+        return re.sub(r"^\W*(?:either|both)\s+", "", line)
     for segment in _MATH.finditer(line):
         if _is_math(segment):
             return _last_side(_inside(segment))
     bold = re.search(r"\*\*(.+?)\*\*", line)
-    line = bold[1] if bold else line.strip("*_ ")
+    if bold and goes_on(_spoken(line[bold.end() :])):
+        return line
+    line = bold[1] + _half_behind(line, bold) if bold else line.strip("*_ ")
     if "=" in line and _last_side(line) != line:
         return _last_side(line)
     start = _NUMBER.match(line)
@@ -182,6 +211,43 @@ def phrase(text: str) -> str | None:
         return line
     words = re.findall(r"[A-Za-z]{3,}", line[: _NUMBER.search(line).start()])  # type: ignore[union-attr]
     return last_number(line) if words and "\\" not in line else line
+
+
+def _half_behind(text: str, time: re.Match[str]) -> str:
+    """The half of the day that follows a match: "$9:00$ PM"."""
+    half = _HALF_BEHIND.match(text, time.end())
+    return half[0] if half else ""
+
+
+def _sentence(rest: str) -> tuple[str, str]:
+    """A text up to the end of the answer that it begins with, and what follows."""
+    end = _END_OF_ANSWER.search(rest)
+    return (rest[: end.start()].strip(), rest[end.start() :]) if end else (rest.strip(), "")
+
+
+def _spoken(line: str) -> str:
+    """A line of prose without markdown and with a number of its own for each formula in it that is not plain."""
+    numerals = itertools.count(1)
+
+    def numeral(match: re.Match[str]) -> str:
+        if not _is_math(match):
+            return match[0]
+        inside = _inside(match).strip()
+        return inside if re.fullmatch(DECIMAL, inside) else f" {next(numerals)} "
+
+    return re.sub(r"\*\*|__|\$(?![0-9])", "", _MATH.sub(numeral, line)).strip(" :*")
+
+
+def _unsure(maybe: re.Match[str]) -> str | None:
+    """What stands behind "the answer could be" or "cannot be" if it is no answer and no other value follows."""
+    line, behind = _sentence(maybe.string[maybe.end() :])
+    denied = maybe["not"] or maybe["no"]
+    if denied and not _NUMBER.search(behind):
+        return f"not {line}"
+    spoken = _spoken(line)
+    if (unsettled(spoken) and not _NUMBER.search(behind)) or goes_on(_spoken(behind)):
+        return line + behind.splitlines()[0] if behind.strip() else line
+    return None
 
 
 def whole(text: str) -> str | None:
@@ -220,8 +286,18 @@ def last_expression(text: str) -> str | None:
             formula = match
     last = _last(_numbers(text))
     if formula is not None and (last is None or last.end() <= formula.end()):
-        return _last_side(_inside(formula))
-    return None if last is None else _signed(last)
+        return _unsettled_end(text, formula) or _last_side(_inside(formula))
+    return None if last is None else _unsettled_end(text, last) or _signed(last)
+
+
+def _unsettled_end(text: str, last: re.Match[str]) -> str | None:
+    """The end of the sentence up to its last value where that is no answer: "it is either 14 or 23", "x is not 5"."""
+    before = re.split(r"(?<=[.!?;])\s+|\n", text[max(0, last.start() - 150) : last.start()])[-1]
+    sentence = before + text[last.start() : last.end()]
+    for part in (sentence, re.split(r"\b(?:is|are|was|were|be|equals|it's)\s+", sentence)[-1]):
+        if unsettled(_spoken(part), prose=True):
+            return part
+    return None
 
 
 def _numbers(text: str) -> list[re.Match[str]]:
@@ -254,6 +330,8 @@ def _is_math(match: re.Match[str]) -> bool:
     inside = _inside(match)
     if match[4] is None:
         return True
+    if match.string[match.end() : match.end() + 1].isdigit():
+        return False  # "$17, $52"
     bare = re.sub(r"\\[a-zA-Z]+|\\?\{[^{}]*\}", " ", inside)
     return bool(inside.strip()) and not re.search(r"[a-zA-Z]{2,}\s+\S*\s*[a-zA-Z]{2,}|^[0-9.,]+\s+[a-zA-Z]{2,}", bare)
 

@@ -22,7 +22,6 @@ _NOTHING = re.compile(
     re.IGNORECASE,
 )
 _RATIO = re.compile(r"[0-9]+(?:\.[0-9]+)?(?:\s*(?::|\\colon\b|\bto\b)\s*[0-9]+(?:\.[0-9]+)?)+")
-_HALF_DAY = re.compile(r"\s*[ap]\.?m\.?$", re.IGNORECASE)
 
 
 def plain(text: str) -> str:
@@ -65,8 +64,8 @@ def nothing(text: str) -> bool:
 
 
 def ratio(text: str) -> tuple[Fraction, ...] | None:
-    """The terms of 2:4:6, or of "2 to 3"; and of a time of day, 3:30 pm."""
-    text = _HALF_DAY.sub("", text.strip())
+    """The terms of 2:4:6, or of "2 to 3"."""
+    text = text.strip()
     return tuple(map(Fraction, re.findall(r"[0-9.]+", text))) if _RATIO.fullmatch(text) else None
 
 

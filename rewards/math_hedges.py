@@ -1,0 +1,97 @@
+r"""Answers that settle on no value: "either 14 or 23", "not 36", "greater than 19", "14, maybe 23".
+
+Read in the words around a number; what those numbers are does not matter here.
+"""
+
+from __future__ import annotations
+
+import re
+
+from rewards.math_numbers import DECIMAL, quantity
+
+MAX_CHARS = 200
+"""Longer lines are not looked at: the work is more than linear in them."""
+
+_N = rf"(?:\\?[$£€₹]\s?)?-?{DECIMAL}(?:/[0-9]+)?(?:\s?\\?%)?"
+_UNIT = r"(?:\s+(?!or\b|and\b|to\b|maybe\b|perhaps\b|possibly\b)[a-z]{2,}\.?){0,3}"
+_TAIL = r"[^0-9]*"
+_FILLER = (
+    r"(?:(?:that|it|it's|this|is|are|be|must|should|would|will|always|a|an|some|any|the|in|of|value|values|number"
+    r"|numbers|amount|integer|quantity|answer|answers|something|somewhere|anything|anywhere|[a-z]+ly)\s+)*"
+)
+_MAY = (
+    r"(?:(?:could|may|might|can|would|be|is|also|well|maybe|perhaps|possibly|probably|likely|either|both|one|any|of|a"
+    r"|an|the|even|else|it|value|number|numbers|values|answer)\s+)*"
+)
+_COMPARED = (
+    r"(?:(?:no|not|any|much|far|slightly|strictly)\s+)*(?:greater|more|less|fewer|larger|smaller|higher|lower|bigger)"
+    r"\s+than(?:\s+or\s+equal\s+to)?|exceeds|exceeding|above|below|over|under|beyond|beneath|past"
+)
+_LIMITED = r"at\s+(?:the\s+)?(?:very\s+)?(?:least|most)|up\s+to|a\s+(?:minimum|maximum)\s+of"
+_FAR = r"anything\s+but|other\s+than|far\s+from|except(?:\s+for)?|instead\s+of|rather\s+than|unlike|nowhere\s+near"
+_DENIED = re.compile(
+    rf"(?:\b(?:not|never|neither|nor|cannot|no\s+longer|by\s+no\s+means|in\s+no\s+way|{_FAR})\b|n't\b)"
+    rf"(?:\s+(?!and\b|but\b|or\b|so\b|only\b|just\b)[a-z']+){{0,3}}\s+{_N}{_TAIL}\Z",
+    re.IGNORECASE,
+)
+_BOUNDED = re.compile(rf"{_FILLER}(?:{_COMPARED})\s+(?:the\s+number\s+)?{_N}{_TAIL}", re.IGNORECASE)
+_AT_LEAST = re.compile(rf"{_FILLER}(?:{_LIMITED})\s+{_N}{_TAIL}", re.IGNORECASE)
+_RANGE = re.compile(
+    rf"{_FILLER}(?:between|from|within|among|(?:range|interval)(?:\s+(?:of|from))?)\s+{_N}{_UNIT}\s*"
+    rf"(?:,?\s*\band\b|\bto\b|\bthrough\b|-)\s*{_N}{_TAIL}",
+    re.IGNORECASE,
+)
+_SEVERAL = re.compile(
+    rf"{_MAY}{_N}{_UNIT}(?:\s*(?:[,;/]\s*(?:\b(?:or|and)\b)?|\bor\b|\band\b)\s*{_MAY}{_N}{_UNIT})+\s*\W*", re.IGNORECASE
+)
+_EITHER = re.compile(rf".*?\beither\b.*?{_N}.*?\bor\b.*?{_N}{_TAIL}", re.IGNORECASE)
+_OR = re.compile(
+    rf".*?(?P<a>{_N})(?P<unit>{_UNIT})\s+or\s+(?:[a-z]+\s+){{0,2}}(?P<b>{_N})(?P<other>{_TAIL})", re.IGNORECASE
+)
+_MORE = re.compile(
+    rf"\s*[,;(]?\s*(?:or|but|and)?\s*(?:it|this)?\s*\b(?:or|could|may|might|maybe|perhaps|possibly|alternatively|otherwise|else)\b"
+    rf"[^.\n]*?{_N}",
+    re.IGNORECASE,
+)
+
+
+def unsettled(line: str, *, prose: bool = False) -> bool:
+    """Whether the last number of a line is denied, a bound or one of several. In any prose, not behind "the answer is",
+    less counts: "she needs at least 5", "that is 100/5 or 20"."""
+    if len(line) > MAX_CHARS:
+        return False
+    if prose:
+        return any(kind.fullmatch(line) for kind in (_BOUNDED, _RANGE, _EITHER)) or _DENIED.search(line) is not None
+    return (
+        _DENIED.search(line) is not None
+        or any(bound.fullmatch(line) for bound in (_BOUNDED, _RANGE, _AT_LEAST))
+        or _several(line)
+        or _one_of_two(line)
+    )
+
+
+def _several(line: str) -> bool:
+    """Whether a line is "either 14 or 23", "could be 8, could be 13", "the numbers 4 and 5": not one value twice."""
+    if not (_SEVERAL.fullmatch(line) or _EITHER.fullmatch(line)):
+        return False
+    first, *others = re.findall(_N, line)
+    return not all(_equal(first, other) for other in others)
+
+
+def _one_of_two(line: str) -> bool:
+    """Whether a line ends in "14 or 23 apples"; "1 hour or 60 minutes" is one value in two units."""
+    match = _OR.fullmatch(line)
+    if match is None or _equal(match["a"], match["b"]):
+        return False
+    unit, other = (re.sub(r"\W", "", match[name]) for name in ("unit", "other"))
+    return not unit or not other or other.startswith(unit)
+
+
+def _equal(a: str, b: str) -> bool:
+    x, y = quantity(a), quantity(b)
+    return a == b or (x is not None and y is not None and x.equals(y))
+
+
+def goes_on(rest: str) -> bool:
+    """Whether another value follows behind an answer: ", could be 13", "(maybe 7)", "but perhaps 8"."""
+    return _MORE.match(rest[:MAX_CHARS]) is not None
