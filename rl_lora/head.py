@@ -25,6 +25,18 @@ PART = 8192
 """Tokens of the vocabulary that a CPU computes the logits of at a time: few enough to stay in its cache."""
 
 
+SCALES = {
+    "logit_scale": 1,  # Cohere
+    "lm_head_multiplier": 1,  # Falcon-H1
+    "output_multiplier": 1,  # Muse
+    "logits_scaling": -1,  # Granite, MiniCPM3; HyperCLOVA X multiplies by it
+    "logits_mup_width_multiplier": -1,  # Inkling
+}
+"""Names in a config for what logits are multiplied by, or divided."""
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""Of Gemma and many others; RecurrentGemma; xLSTM."""
+
+
 def rows_of_a_block(V: int, device: torch.device) -> int:
     """How many rows of float32 logits to work on at a time: a GPU would wait for small pieces."""
     return max(1, (BLOCK_ELEMENTS if device.type == "cpu" else CHUNK_ELEMENTS) // V)
@@ -44,16 +56,21 @@ class Head:
 
     @classmethod
     def of(cls, model: PreTrainedModel, *, may_pack: bool = False) -> Head:
-        """Read off the model's output embeddings and config (Gemma's soft-capping, Granite's and Cohere's scales)."""
+        """Read off the model's output embeddings and config: its scales (`SCALES`), its soft cap (`CAPS`), and how many
+        tokens it has logits of. Whether that is all, `head_check.py` finds out."""
         linear = model.get_output_embeddings()
         if not isinstance(linear, nn.Linear):
             raise ValueError(
                 f"{type(model).__name__} has no linear output head; only causal language models can be trained"
             )
         config = model.config.get_text_config()
-        scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-        softcap = getattr(config, "final_logit_softcapping", None)
-        return cls(linear.weight, linear.bias, scale, softcap, may_pack)
+        scale = 1.0
+        for name, power in SCALES.items():
+            inverse = power < 0 and not config.model_type.startswith("hyperclovax")
+            scale *= (getattr(config, name, None) or 1.0) ** (-1 if inverse else 1)
+        softcap = next((cap for name in CAPS if (cap := getattr(config, name, None))), None)
+        n = getattr(config, "unpadded_vocab_size", None) or len(linear.weight)
+        return cls(linear.weight[:n], None if linear.bias is None else linear.bias[:n], scale, softcap, may_pack)
 
     @functools.cached_property
     def parts(self) -> list[tuple[slice, FrozenLinear]]:
@@ -74,7 +91,7 @@ class Head:
 
     def finish(self, projected: Tensor, out: Tensor) -> Tensor:
         """Logits, float32 (..., V), written to `out`, from what `project` gave."""
-        return self._scaled(out.copy_(projected))
+        return self.scaled(out.copy_(projected))
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """(..., d) -> float32 (..., V), in `out` where that is given."""
@@ -83,10 +100,10 @@ class Head:
         rows = hidden.reshape(-1, hidden.shape[-1])
         for part, linear in self.parts:
             linear(rows, out=out.view(len(rows), -1)[:, part])
-        return self._scaled(out)
+        return self.scaled(out)
 
-    def _scaled(self, logits: Tensor) -> Tensor:
-        """In place."""
+    def scaled(self, logits: Tensor) -> Tensor:
+        """cap(scale * logits), in place."""
         if self.scale != 1.0:
             logits *= self.scale
         return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)

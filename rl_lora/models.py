@@ -25,10 +25,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from rl_lora.default_model import DEFAULT_MODEL, prepare_default_model, without_progress_bars
 
 LOAD_ERRORS = (OSError, ValueError, ImportError, RuntimeError, SafetensorError)
+ADAPTER = "adapter_config.json"
+TOKENIZERS = ("*token*", "vocab*", "merges*", "*.model", "*.spm", "*bpe*", "*.vocab")
+"""Files that a tokenizer is read from, one of them at least."""
+SAVE_TOKENIZER = "; put the files of its base model's there (tokenizer.json), or save it with tokenizer.save_pretrained"
 CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
@@ -42,7 +47,7 @@ def resolve_model(name: str) -> str:
     path = Path(os.path.expanduser(name or "~/no name"))  # an empty path would be the current folder
     if path.is_dir():
         if not (path / "config.json").is_file():
-            kind = "an adapter, not a base model" if (path / "adapter_config.json").is_file() else "no config.json"
+            kind = "an adapter, not a base model" if (path / ADAPTER).is_file() else "no config.json"
             raise ValueError(f"model folder {name!r} holds {kind}; give the folder of a saved Hugging Face causal LM")
         return str(path)
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -64,6 +69,7 @@ def check_model(name: str, trust_remote_code: bool = False) -> None:
     """
     if name == DEFAULT_MODEL:
         return
+    refuse_adapter(name)
     config = load_config(name, trust_remote_code)
     remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if remote or _is_causal_lm(config):
@@ -73,6 +79,21 @@ def check_model(name: str, trust_remote_code: bool = False) -> None:
         f"model {name!r} is no causal LM (model type {config.model_type!r}, architecture {made_for}); choose a "
         f"decoder-only language model such as {DEFAULT_MODEL!r}"
     )
+
+
+def refuse_adapter(name: str) -> None:
+    """Raise ValueError for a model that comes with an adapter, where that can be known: `transformers` puts it into
+    the base, without a word, on machines that have `peft`."""
+    folder_or_id = resolve_model(name)
+    with _explained(name, "configuration"):
+        found = find_adapter_config_file(folder_or_id)
+    if found is not None:
+        raise ValueError(
+            f"model {name!r} holds an adapter ({ADAPTER}), and whether that would be part of the base depends on "
+            f"whether peft is installed. Either make it part: merge it (merge_and_unload of peft), save the result "
+            f"elsewhere, and name that. Or keep it apart: name the base as model.name and the adapter as "
+            f"adapter.init_from, each in a folder of its own"
+        )
 
 
 def load_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -86,10 +107,15 @@ def load_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with its chat template if it has one. Raises ValueError."""
     folder_or_id = resolve_model(name)
+    folder = Path(folder_or_id)
+    if folder.is_dir() and not trust_remote_code and not any(file for p in TOKENIZERS for file in folder.glob(p)):
+        raise ValueError(f"model folder {name!r} holds no tokenizer{SAVE_TOKENIZER}")
     with _explained(name, "tokenizer"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder_or_id, trust_remote_code=trust_remote_code
         )
+    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):  # what becomes of missing files
+        raise ValueError(f"the tokenizer of model {name!r} has no vocabulary{SAVE_TOKENIZER}")
     return tokenizer
 
 
@@ -110,6 +136,7 @@ def load_causal_lm(
         raise ValueError(
             f"device {str(device)!r} cannot be used here: {_first_line(error)}; 'cpu' always can"
         ) from error
+    refuse_adapter(name)
     extra: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     folder_or_id = resolve_model(name)
     with _explained(name, "weights"):

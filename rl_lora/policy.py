@@ -26,6 +26,7 @@ from rl_lora.compiled import CompiledLayers, unavailable
 from rl_lora.config import ModelConfig
 from rl_lora.difference import difference
 from rl_lora.head import Head
+from rl_lora.head_check import check_head
 from rl_lora.kv_cache import Decode, Nodes, Recorder
 from rl_lora.lora import AdapterBank
 from rl_lora.memory import ready_memory
@@ -34,6 +35,8 @@ from rl_lora.tree import Tree
 from rl_lora.types import Batch
 
 Dtype = Literal["auto", "float32", "bfloat16"]
+WIDE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Types of weights that may hold NaN and infinity."""
 WORTH_COMPILING = 1000
 """Decoding steps. On two CPU cores one step gains 20 to 30 ms, and to compile takes about 10 s."""
 
@@ -56,6 +59,7 @@ class Policy:
         stop_tokens: Sequence[str] = (),
         template_kwargs: Mapping[str, Any] | None = None,
     ):
+        check_finite(model)
         self.model = model.eval()
         self.name = name or str(model.config._name_or_path)
         self.bank = AdapterBank(model)
@@ -146,7 +150,7 @@ class Policy:
                 **{self._cache_name: cache},
                 **kwargs,
             )
-        return output.last_hidden_state
+        return output.last_hidden_state.to(self.dtype)  # Mamba keeps float32 beside weights of bfloat16
 
     def _stepping(self, adapters: Sequence[str | None], layout: Layout | None) -> AbstractContextManager[None]:
         if self.compiled is None or not isinstance(layout, Decode):
@@ -206,14 +210,16 @@ class Policy:
         n = min(24, self.context_length // 2)
         ids = torch.randint(self.head.weight.shape[0], (3, n), generator=generator).to(self.device)
         ids[1, : n // 2] = ids[0, : n // 2]  # two completions behind one prompt, and a sequence of its own
-        plain = self.hidden(ids, [None] * 3)
-        logits = self.head.logits(plain.flatten(0, 1)).view(*ids.shape, -1)
-        own = self.model(input_ids=ids, use_cache=False).logits.float()
-        if not (gap := difference(logits, own)) <= self._tolerance:
+        try:
+            plain = self.hidden(ids, [None] * 3)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
             raise ValueError(
-                f"the output head of {type(self.model).__name__} is more than a linear layer, a scale and a soft cap: "
-                f"its logits differ from ours by {gap:.2g} of their spread; it is not supported"
-            )
+                f"{type(self.model).__name__} is not supported: its layers cannot be run without its head "
+                f"({type(error).__name__}: {error})"
+            ) from error
+        check_head(self.model, self.head, ids, plain, self._tolerance)
         if reason := self._check_sharing(ids, plain):
             self._check_cache(ids, plain)
         return reason
@@ -269,6 +275,21 @@ class Policy:
     def _tolerance(self) -> float:
         """Largest mean difference, in standard deviations, that rounding explains."""
         return 1e-3 if self.dtype == torch.float32 else 0.1
+
+
+def check_finite(model: PreTrainedModel) -> None:
+    """Raises ValueError if there are weights that are NaN or infinite, and names them."""
+    wrong = []
+    for name, weight in model.named_parameters():
+        if weight.dtype in WIDE and weight.numel() and not torch.stack(weight.detach().aminmax()).isfinite().all():
+            n = int(weight.isfinite().logical_not().sum())
+            wrong.append(f"{name} ({n:,} of {weight.numel():,})")
+    if wrong:
+        raise ValueError(
+            f"weights of {model.config._name_or_path or type(model).__name__} are NaN or infinite: "
+            f"{', '.join(wrong[:5])}{f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''}; the file is damaged, or "
+            "the training that wrote it diverged: get it anew"
+        )
 
 
 def context_length(config: PreTrainedConfig) -> int:

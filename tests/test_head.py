@@ -5,6 +5,7 @@ Oracles are float64 and hold the whole matrix; memory is what torch is seen to a
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,15 +15,37 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    FalconH1Config,
+    Gemma2Config,
+    GraniteConfig,
+    HyperCLOVAXConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    RecurrentGemmaConfig,
+)
 
 from rl_lora import head
 from rl_lora.config import LearnerConfig
 from rl_lora.head import Head
+from rl_lora.head_check import check_head
 from rl_lora.learner import Learner
 from rl_lora.policy import Policy
 from tests.oracles import episode, group, turn
-from tests.tiny import EOS_ID, PAD_ID, tiny_model, tiny_tokenizer, token_ids
+from tests.tiny import EOS_ID, PAD_ID, VOCAB_SIZE, tiny_model, tiny_tokenizer, token_ids
+
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "eos_token_id": EOS_ID,
+    "pad_token_id": PAD_ID,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+}
 
 
 class LargestTensor(TorchDispatchMode):
@@ -200,6 +223,106 @@ def test_scales_and_caps_of_the_config_are_applied() -> None:
     torch.testing.assert_close(Head.of(model).logits(h), plain.logits(h) / 16)
     model.config.logit_scale = None
     assert Head.of(model).scale == 1.0
+
+
+HEADS: dict[str, tuple[PreTrainedConfig, dict[str, Any]]] = {
+    "cohere": (CohereConfig(**SMALL, num_attention_heads=4, logit_scale=0.7), {"scale": 0.7}),
+    "granite": (GraniteConfig(**SMALL, num_attention_heads=4, logits_scaling=3.0), {"scale": 1 / 3}),
+    "hyperclovax": (HyperCLOVAXConfig(**SMALL, num_attention_heads=4, logits_scaling=3.0), {"scale": 3.0}),
+    "falcon_h1": (
+        FalconH1Config(
+            **SMALL,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            mamba_d_ssm=32,
+            mamba_n_heads=4,
+            mamba_d_head=8,
+            mamba_d_state=8,
+            mamba_n_groups=1,
+            mamba_chunk_size=16,
+            lm_head_multiplier=0.039,
+        ),
+        {"scale": 0.039},
+    ),
+    "recurrent_gemma": (
+        RecurrentGemmaConfig(
+            **SMALL, num_attention_heads=4, lru_width=32, attention_window_size=16, logits_soft_cap=30.0
+        ),
+        {"softcap": 30.0},
+    ),
+    "gemma2": (
+        Gemma2Config(**SMALL, num_attention_heads=4, num_key_value_heads=2, head_dim=8, final_logit_softcapping=20.0),
+        {"softcap": 20.0},
+    ),
+}
+
+
+def model_with_head(name: str, dtype: torch.dtype, larger: float = 1.0) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(HEADS[name][0]).to(dtype).eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(larger)
+    return model
+
+
+def check(model: PreTrainedModel, head: Head) -> None:
+    ids = token_ids(2, 9)
+    with torch.no_grad():
+        states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    check_head(model, head, ids, states, 1e-3 if head.weight.dtype == torch.float32 else 0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", HEADS)
+def test_scales_and_caps_are_read_by_all_their_names(name: str, dtype: torch.dtype) -> None:
+    model = model_with_head(name, dtype)
+    head, expected = Head.of(model), {"scale": 1.0, "softcap": None} | HEADS[name][1]
+    assert (head.scale, head.softcap) == (pytest.approx(expected["scale"]), expected["softcap"])
+    check(model, head)
+
+
+@pytest.mark.parametrize("larger", [1.0, 10.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", HEADS)
+def test_a_forgotten_scale_or_cap_is_told_from_rounding(name: str, dtype: torch.dtype, larger: float) -> None:
+    """However small the logits of the check are, and however coarse their type."""
+    model = model_with_head(name, dtype, larger)
+    linear = model.get_output_embeddings()
+    for forgetful in (Head(linear.weight, linear.bias), replace(Head.of(model), scale=Head.of(model).scale * 1.01)):
+        with pytest.raises(ValueError, match=r"more than a linear layer, a scale and a soft cap .* where we compute a"):
+            check(model, forgetful)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_whose_linear_layer_is_not_its_weights_is_told_from_rounding(dtype: torch.dtype) -> None:
+    model = tiny_model("llama", dtype=dtype)
+    model.get_output_embeddings().register_forward_hook(lambda module, inputs, logits: logits * 1.1)
+    with pytest.raises(ValueError, match="gives something else than its weights"):
+        check(model, Head.of(model))
+    model = tiny_model("llama", dtype=dtype)
+    model.get_output_embeddings().register_forward_pre_hook(lambda module, inputs: (inputs[0] + 0.1,))
+    with pytest.raises(ValueError, match="not the hidden states times a number"):
+        check(model, Head.of(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_scale_before_the_linear_layer_is_a_scale(dtype: torch.dtype) -> None:
+    """As MiniCPM3 and Inkling have it."""
+    model = tiny_model("llama", dtype=dtype)
+    model.get_output_embeddings().register_forward_pre_hook(lambda module, inputs: (inputs[0] / 12,))
+    model.config.logits_scaling = 12.0
+    check(model, Head.of(model))
+    with pytest.raises(ValueError, match="where we compute"):
+        check(model, replace(Head.of(model), scale=1.0))
+
+
+def test_tokens_that_only_fill_up_the_vocabulary_have_no_logits() -> None:
+    model = tiny_model("llama")
+    model.config.unpadded_vocab_size = 250
+    with pytest.raises(ValueError, match="logits of 258 tokens, its config says 250"):
+        check(model, Head.of(model))
+    model.register_forward_hook(lambda module, inputs, out: out.__class__(logits=out.logits[..., :250]))
+    check(model, Head.of(model))
 
 
 def test_a_model_without_a_linear_head_is_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import time
 import zipfile
@@ -17,6 +18,7 @@ from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, Repo
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, GPT2Config, LlamaConfig, T5Config
 
 from rl_lora import default_model
+from rl_lora.adapter_io import save_adapter
 from rl_lora.models import (
     DEFAULT_MODEL,
     check_model,
@@ -25,6 +27,8 @@ from rl_lora.models import (
     load_tokenizer,
     resolve_model,
 )
+from rl_lora.policy import Policy
+from tests.tiny import randomize, tiny_folder, tiny_model
 
 LLAMA: dict[str, Any] = {
     "vocab_size": 64,
@@ -278,6 +282,29 @@ def test_folder_without_a_model_is_an_error(tmp_path: Path) -> None:
         check_model(str(tmp_path))
     with pytest.raises(ValueError, match="is a file"):
         check_model(str(tmp_path / "adapter_config.json"))
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma3"])  # without its files the last two would be made up
+def test_a_model_folder_without_a_tokenizer_says_so(arch: str, tmp_path: Path) -> None:
+    tiny_model(arch).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"model folder '{tmp_path}' holds no tokenizer; .*tokenizer.save_pretrained"):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    if arch != "llama":
+        with pytest.raises(ValueError, match=f"tokenizer of model '{tmp_path}' has no vocabulary"):
+            load_tokenizer(str(tmp_path))
+
+
+def test_a_model_folder_with_an_adapter_in_it_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
+    """With peft, transformers would load the adapter into the model, and name neither."""
+    folder = str(tiny_folder(tmp_path, "llama"))
+    policy = Policy.load(folder, dtype="float32")
+    saved = save_adapter(randomize(policy.bank.add("a"), 0), tmp_path / "a", folder)
+    for file in saved.iterdir():
+        shutil.copy(file, folder)
+    for load in (check_model, load_causal_lm):
+        with pytest.raises(ValueError, match=r"holds an adapter .*merge_and_unload.*adapter\.init_from"):
+            load(folder)
 
 
 @pytest.mark.parametrize("text", ["not json", '{"model_type": "no-such-type"}'])

@@ -17,7 +17,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BloomConfig, MambaConfig, PreTrainedConfig, PreTrainedModel, RwkvConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Llama4TextConfig,
+    MambaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    RwkvConfig,
+)
 
 from rl_lora import memory
 from rl_lora import policy as policy_module
@@ -171,6 +179,36 @@ def test_a_head_that_is_more_than_linear_is_refused(change: Any) -> None:
     model.get_output_embeddings().register_forward_hook(lambda module, inputs, logits: change(logits))
     with pytest.raises(ValueError, match="output head of LlamaForCausalLM is more than a linear layer"):
         policy_of(model)
+
+
+def test_weights_that_are_not_finite_are_named() -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_parameter("model.embed_tokens.weight")[7] = torch.nan  # of a token that the self-check need not see
+        model.get_parameter("model.layers.1.mlp.up_proj.weight")[0, 0] = -torch.inf
+    with pytest.raises(
+        ValueError,
+        match=r"NaN or infinite: model\.embed_tokens\.weight \(48 of 12,384\), model\.layers\.1\.mlp\.up_proj\.weight",
+    ):
+        policy_of(model)
+
+
+def test_a_model_whose_layers_cannot_be_run_apart_from_its_head_is_refused() -> None:
+    """Llama 4's text model says that it is its own base model."""
+    config = Llama4TextConfig(**TOKENS, hidden_size=32, intermediate_size=32, intermediate_size_mlp=32, head_dim=8)
+    config.num_hidden_layers = config.num_attention_heads = config.num_local_experts = 2
+    config.num_key_value_heads, config.layer_types, config.no_rope_layers = 2, ["full_attention"] * 2, [1, 1]
+    config.moe_layers = []
+    with pytest.raises(
+        ValueError, match="Llama4ForCausalLM is not supported: its layers cannot be run without its head"
+    ):
+        policy_of(AutoModelForCausalLM.from_config(config))
+
+
+def test_mamba_keeps_float32_beside_bfloat16_weights_and_is_taken_all_the_same() -> None:
+    model: Any = strange_model("mamba")
+    policy = policy_of(model.to(torch.bfloat16))
+    assert greedy(policy, tuple(token_ids(1, 9)[0].tolist()), 4)
 
 
 def test_the_base_is_frozen_in_evaluation_mode_and_keeps_its_own_attention() -> None:
