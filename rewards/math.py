@@ -110,8 +110,10 @@ def verify(
 
     **What is equal.** Values are compared exactly: 0.333 is not 1/3, and 3.14 is not \pi. Choices made:
 
-    - *Units* are compared, not converted. A unit on one side only is ignored, as is one of no known kind (5 eggs);
+    - *Units* are compared, not converted; one on one side only is ignored, also in parentheses: 9 (apples).
       5 cm is not 5 m, nor 15 cm^2 15 cm. Currency signs are units. 5 million is 5000000.
+    - *Nouns* behind a number ("14 slices of bread", "16 left", "8 times") leave it as it is. Two of them must have a
+      noun in common: 14 slices, but not 14 eggs. What bounds or changes a number ("5 at most", "5 and a half") counts.
     - *Percent*: a sign on one side only may be read both ways, so 50% equals 50 and equals 0.5; 50% is not 0.5%.
     - *Commas*: 1,234 and 1{,}234 are one number; 1,23 and "1, 234" are two. Digits of other scripts are not read.
     - *Assignments*: x = 5 equals 5, and x \in S equals S; x = 5 is not y = 5. Equations are equal if one is a multiple

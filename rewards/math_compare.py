@@ -18,7 +18,8 @@ from rewards.math_dress import clean
 from rewards.math_expression import TooLarge, Tree, Undefined, Unreadable, read, same_value
 from rewards.math_numbers import quantity
 from rewards.math_text import base_numeral, canonical
-from rewards.math_units import split_unit, units_conflict
+from rewards.math_unit_names import units_conflict
+from rewards.math_units import split_unit
 
 EQUAL, DIFFERENT, UNREADABLE = "equal", "different", "unreadable reference"
 MAX_ITEMS = 64

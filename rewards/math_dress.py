@@ -67,6 +67,9 @@ _DRESSED = re.compile(r"\\(?:mathbf|mathrm|mathit|mathsf|text|textbf)\s*\{\s*([-
 _WORDED = re.compile(
     r"\\(?:text|mbox|mathrm)\s*\{\s*((?:(?:hundred|thousand|million|billion|trillion)\b[a-z ]*|Rs\.?|USD|\\?\$))\s*\}"
 )
+_RAISED_ORDINAL = re.compile(
+    r"(?<=[0-9])\s*\^\s*\{?\s*(?:\\(?:text|mathrm|textrm|rm|mathit)\s*\{?)?\s*(st|nd|rd|th)(?![a-zA-Z])\s*\}{0,2}"
+)
 _OVER = re.compile(r"\{([^{}]*)\}\s*\\over(?![a-z])\s*\{([^{}]*)\}|\{([^{}]*?)\s*\\over(?![a-z])\s*([^{}]*)\}")
 _CHOOSE = re.compile(r"\{([^{}]*?)\s*\\choose(?![a-zA-Z])\s*([^{}]*)\}")
 _LEADING = re.compile(r"^(?:\\approx(?![a-z])|\\sim(?![a-z])|\\equiv(?![a-z])|=)\s*")
@@ -93,6 +96,8 @@ def clean(text: str) -> str:
     text = re.sub(r"(?<!\\)\$([^$]+)(?<!\\)\$", r" \1 ", text)  # "$125$ miles"
     text = _THOUSANDS_SPACE.sub(lambda n: n[1] + re.sub(r"[^0-9]", "", n[2]), text)
     text = _SPACING.sub(" ", _WORDED.sub(r" \1 ", _DRESSED.sub(r"\1", _COLOR.sub("", text))))
+    if "^" in text:
+        text = _RAISED_ORDINAL.sub(r"\1", text)
     text = _SIZING.sub("", _FRACTION_COMMAND.sub(r"\\frac", text))
     text = _CHOOSE.sub(r"\\binom{\1}{\2}", _OVER.sub(r"\\frac{\1\3}{\2\4}", text))
     text = re.sub(r"\s*\{\s*,\s*\}\s*", ",", text).replace(r"\lbrace", r"\{").replace(r"\rbrace", r"\}")

@@ -9,7 +9,8 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from rewards.math_units import CURRENCY, MULTIPLIERS, split_unit, units_conflict
+from rewards.math_unit_names import CURRENCY, MULTIPLIERS, units_conflict
+from rewards.math_units import split_unit
 
 MAX_DIGITS = 1000
 """A number with more digits than this is not read."""
@@ -62,7 +63,7 @@ def quantity(text: str) -> Quantity | None:
         stem = stem.rstrip()
     elif unit == "":
         inner, second = split_unit(stem)
-        if second in ("%", "degree"):
+        if second is not None and (second == "%" or second.startswith("degree")):
             stem, unit = inner, second
     stem, factor = _multiplier(stem)
     if factor == 1 and unit is not None and stem != text:
@@ -77,10 +78,13 @@ def quantity(text: str) -> Quantity | None:
 
 
 def _multiplier(stem: str) -> tuple[str, int]:
-    words = stem.rsplit(None, 1)
-    if len(words) == 2 and words[1].lower() in MULTIPLIERS:
-        return words[0].rstrip(), MULTIPLIERS[words[1].lower()]
-    return stem, 1
+    factor = 1
+    for _ in range(2):  # hundred thousand
+        words = stem.rsplit(None, 1)
+        if len(words) < 2 or words[1].lower() not in MULTIPLIERS:
+            break
+        stem, factor = words[0].rstrip(), factor * MULTIPLIERS[words[1].lower()]
+    return stem, factor
 
 
 def _prefix(stem: str) -> tuple[int, str, str | None]:

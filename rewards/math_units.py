@@ -4,99 +4,61 @@ from __future__ import annotations
 
 import re
 
-_UNIT_NAMES = {
-    "%": "% percent percentage pct",
-    "degree": "degree degrees deg",
-    "radian": "radian radians rad",
-    "$": "dollar dollars usd buck bucks",
-    "cent": "cent cents ¢",
-    "€": "euro euros eur",
-    "£": "pound sterling gbp",
-    "₹": "rupee rupees inr rs",
-    "mm": "mm millimeter millimeters millimetre millimetres",
-    "cm": "cm centimeter centimeters centimetre centimetres",
-    "m": "m meter meters metre metres",
-    "km": "km kilometer kilometers kilometre kilometres",
-    "in": "in inch inches",
-    "ft": "ft foot feet",
-    "yd": "yd yard yards",
-    "mi": "mi mile miles",
-    "mg": "mg milligram milligrams",
-    "g": "g gram grams",
-    "kg": "kg kilogram kilograms kilo kilos",
-    "oz": "oz ounce ounces",
-    "lb": "lb lbs pound pounds",
-    "ml": "ml milliliter milliliters millilitre millilitres",
-    "l": "l liter liters litre litres",
-    "gal": "gal gallon gallons",
-    "s": "s sec secs second seconds",
-    "min": "min mins minute minutes",
-    "h": "h hr hrs hour hours",
-    "day": "day days",
-    "week": "week weeks",
-    "month": "month months",
-    "year": "year years yr yrs",
-    "mi/h": "mph",
-    "unit": "unit units",
-    "am": "am a.m",
-    "pm": "pm p.m",
-}
-_UNITS = {name: unit for unit, names in _UNIT_NAMES.items() for name in names.split()}
-CURRENCY = {
-    r"\$": "$",
-    "$": "$",
-    "US$": "$",
-    "USD": "$",
-    "€": "€",
-    "£": "£",
-    "₹": "₹",
-    "Rs.": "₹",
-    "Rs": "₹",
-    "¥": "¥",
-    r"\pounds": "£",
-    r"\euro": "€",
-}
-MULTIPLIERS = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+from rewards.math_nouns import noun_phrase
+from rewards.math_unit_names import CAPITALS, CURRENCY, MULTIPLIERS, UNITS, known_unit
 
-# Words behind a number that make it part of a formula or of a sentence, not a quantity.
-_NO_UNIT_NAMES = """
-    and or to of by if as mod modulo times plus minus over divided multiplied pi sqrt sin cos tan cot sec csc log ln exp
-    arcsin arccos arctan infinity inf factorial choose squared cubed is not than equals only when where for but with
-    frac cdot left right from half halves third thirds fourths tenth tenths hundredth hundredths thousandth thousandths
-"""
 _CONNECTIVES = frozenset(
     ("and", "or", "to", "not", "times", "plus", "minus", "over", "mod", "than", "squared", "cubed")
 )
 _CONNECTIVES |= {"half", "halves", "third", "thirds", "tenth", "tenths", "hundredths", "thousandths", "factorial"}
-_NO_UNITS = frozenset(_NO_UNIT_NAMES.split())
 
-_WRAPPED_UNIT = re.compile(
-    r"\\(?:text|mbox|textrm|textit|textbf|textnormal|mathrm|mathit|hbox|rm|operatorname)\s*\{([^{}]*)\}"
-    r"\s*(?:\^\s*\{?([0-9])\}?)?$"
-)
+_TEXT = r"\\(?:text|mbox|textrm|textit|textbf|textnormal|mathrm|mathit|hbox|rm|operatorname)\s*"
+_WRAPPED_UNIT = re.compile(_TEXT + r"\{([^{}]*)\}\s*(?:\^\s*\{?([0-9])\}?)?$")
+_WRAPPER = re.compile(_TEXT + r"\{([^{}]*)\}")
 _DEGREES = re.compile(
-    r"(?:\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree)\s*(?:(?:\\(?:text|mathrm|rm)\s*\{?\s*)?[CF]\}?)?$"
+    r"(?:\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree)\s*(?:(?:\\(?:text|mathrm|rm)\s*\{?\s*)?([CF])\}?)?$"
 )
 _UNIT_FRACTION = re.compile(r"\}\s*/\s*\\(?:text|mathrm|mbox)\s*\{")
+_STACKED = re.compile(
+    rf"\\frac\s*\{{\s*{_TEXT}\{{([^{{}}]*)\}}\s*\}}\s*\{{\s*{_TEXT}\{{([^{{}}]*)\}}\s*(\^\s*[0-9])?\s*\}}$"
+)
 _TRIGONOMETRIC = re.compile(r"sin|cos|tan|cot|sec|csc")
-_CURRENCY_BEHIND = re.compile(r"(?<=[0-9 ])(\\\$|\$|€|£|₹)$")
+_CURRENCY_BEHIND = re.compile(r"(?<=[0-9 ])(\\\$|\$|€|£|₹|¥|₩|₽|¢)$")
 _PERCENT = re.compile(r"\\?%$")
 _PLAIN_UNIT = re.compile(r"(?<![A-Za-z\\_^])([A-Za-z¢][A-Za-z .'/-]*)(?:\^\s*\{?([0-9])\}?)?$")
+_BARE_NUMBER = re.compile(r"[-+]?[0-9][0-9.,/]*")
+_NUMBER_STEM = re.compile(
+    r"(?:[^\W\d_]*[$€£₹¥₩₽]|(?:Rs\.?|USD)\s)?"
+    r"(?:[-+0-9.,/{}^*\s€£₹]|\\(?:frac|times|cdot|overline|bar|dot|\$)(?![a-zA-Z])|\((?=[-+\s]*[0-9.])|(?<=[0-9])\))*"
+)
+
+
+_ONLY_WORDS = re.compile(r"[A-Za-z .,'()/-]*")
+_REMARK = re.compile(r"(?<=[A-Za-z])\s*\([A-Za-z ]+\)$")
 
 
 def split_unit(text: str) -> tuple[str, str | None]:
     """A cleaned text and the unit that stands behind it, in one spelling: "cm^2" of `15\\mbox{ cm}^2`.
 
-    None where nothing was taken off; "" for a unit of no known kind ("eggs"), which is taken off and says nothing.
-    A plain single letter, as in 5x, stays: it may be a variable. (Behind a space, `5 m`, it may be a unit.)
+    None where nothing was taken off. Words of no known kind give "?" and their nouns without endings, the first the
+    one that is counted ("?slice bread" of "14 slices of bread"), or "" where they name nothing ("16 left"). A plain
+    single letter, as in 5x, stays: it may be a variable. (Behind a space, `5 m`, it may be a unit.)
     """
-    text = _UNIT_FRACTION.sub("/", text)
+    if _BARE_NUMBER.fullmatch(text):
+        return text, None
+    text = _STACKED.sub(r" \\text{\1/\2\3}", _UNIT_FRACTION.sub("/", text))
     if (match := _CURRENCY_BEHIND.search(text)) and text[: match.start()].strip():
-        return text[: match.start()].rstrip(), CURRENCY[match[1]]
+        return text[: match.start()].rstrip(), CURRENCY.get(match[1], "cent")
     if match := _PERCENT.search(text):
         return text[: match.start()].rstrip(), "%"
     if (match := _DEGREES.search(text)) and text[: match.start()].strip() and not _TRIGONOMETRIC.search(text):
-        return text[: match.start()].rstrip(), "degree"
+        return text[: match.start()].rstrip(), f"degree {match[1]}" if match[1] else "degree"
+    head = _NUMBER_STEM.match(text)
+    if head and head.end() < len(text) and re.search(r"[0-9]\)?\}?[\s-]*$", head[0]):
+        if (said := _behind_number(head[0], text[head.end() :])) is not None:
+            return said
+        if _ONLY_WORDS.fullmatch(_opened(text[head.end() :])):
+            return text, None
     if (match := _WRAPPED_UNIT.search(text)) and text[: match.start()].strip(" {}"):
         words = match[1].strip()
         if not _is_wrapped_unit(words):
@@ -104,16 +66,56 @@ def split_unit(text: str) -> tuple[str, str | None]:
         return text[: match.start()].rstrip(), _unit(words, match[2])
     if match := _PLAIN_UNIT.search(text):
         stem, words = text[: match.start()], match[1].strip()
-        # Behind a formula only a longer word that is known to be a unit: the h of "2\\pi r h" is a variable. Behind a
-        # number any noun, with a space between: 2xy is a product.
-        known = _is_known(words)
-        if re.search(r"[0-9}]\s*-?$", stem) and re.fullmatch(r"[^A-Za-z]*|\s*\\frac[^A-Za-z]*", stem):
-            fits = (known and (len(words) > 1 or stem.endswith(" "))) or (stem[-1:] in " -" and _is_noun(words))
-        else:
-            fits = known and len(words) > 1 and stem.endswith(" ")
-        if stem.strip() and fits:
+        # Behind a formula only a longer word that is known to be a unit: the h of "2\\pi r h" is a variable.
+        if stem.strip() and stem.endswith(" ") and len(words) > 1 and known_unit(words) is not None:
             return stem.rstrip(" -"), _unit(words, match[2])
     return text, None
+
+
+def _behind_number(stem: str, rest: str) -> tuple[str, str | None] | None:
+    """The number and the unit, where all that stands behind a number says of what it is so many."""
+    if percent := re.match(r"\\?%", rest):
+        more = _behind_number(f"{stem} ", rest[percent.end() :].strip())
+        return (stem.strip(), "%") if more else None
+    ordinal = re.match(r"(?:st|nd|rd|th)(?![A-Za-z])", rest)
+    if ordinal and stem[-1:].isdigit():
+        rest = rest[ordinal.end() :].strip()
+        return _behind_number(f"{stem} ", rest) if rest else (stem.strip(), "")
+    if inner := re.fullmatch(r"\(([^()]*)\)", rest.strip()):
+        name = _opened(inner[1])
+        if name in CURRENCY:
+            return stem.strip(), CURRENCY[name]
+        single = len(name) == 1 and not stem.endswith(" ") and r"\text" not in inner[1]
+        unit = None if single else _said(name, wrapped=True)
+        return None if unit is None else (stem.strip(), unit)
+    wrapped = rest.startswith("\\")
+    said = _opened(rest)
+    scale = re.match(r"(?:(?:hundred|thousand|million|billion|trillion)\b\s*)+", said, re.IGNORECASE)
+    if scale:
+        if scale.end() == len(said):
+            return None
+        stem, said = f"{stem.rstrip()} {scale[0]}", said[scale.end() :]
+    gap = wrapped or stem[-1:] in (" ", "-") or re.match(r"[a-z]{5,}(?![a-z])", rest) is not None
+    unit = _said(said, wrapped=wrapped) if gap else known_unit(said) if len(said) > 1 else None
+    return None if unit is None else (stem.rstrip(" -"), unit)
+
+
+def _opened(text: str) -> str:
+    r"""The words of \text{ m s}^{-1}."""
+    text = _WRAPPER.sub(r" \1 ", text).replace(r"\cdot", " ").replace(r"\rm", " ")
+    return " ".join(re.sub(r"\s*([/^])\s*", r"\1", text).split())
+
+
+def _said(words: str, *, wrapped: bool) -> str | None:
+    """The unit that words behind a number name, "?..." or "" where they name another thing; None where they change
+    the value, or are a formula."""
+    if wrapped and words in CAPITALS:
+        return CAPITALS[words]
+    if inner := re.fullmatch(r"\(([^()]*)\)", words):
+        words = inner[1].strip()
+    words = _REMARK.sub("", words)
+    known = known_unit(words)
+    return known if known is not None else noun_phrase(words)
 
 
 def _is_wrapped_unit(words: str) -> bool:
@@ -122,43 +124,12 @@ def _is_wrapped_unit(words: str) -> bool:
     plain = not words or re.fullmatch(r"[A-Za-z .,'/()\\%-]*(?:\^\s*\{?[0-9]\}?)?", words) is not None
     return (
         plain
-        and (len(words) != 1 or words.lower() in _UNITS)
+        and (len(words) != 1 or words.lower() in UNITS)
         and not parts & _CONNECTIVES
         and not parts & set(MULTIPLIERS)
     )
 
 
-def _is_known(words: str) -> bool:
-    """Whether words are one unit (cm, "square feet", m/s) or the ending of an ordinal (4th)."""
-    words = " ".join(words.lower().rstrip(".").split())
-    parts = re.split(r"[ /]+", words)
-    return (
-        words in _UNITS
-        or words in ("st", "nd", "rd", "th")
-        or (len(parts) > 1 and all(part in _UNITS or part in ("per", "square", "sq", "cubic", "cu") for part in parts))
-    )
-
-
-def _is_noun(words: str) -> bool:
-    parts = re.split(r"[ /.-]+", words.lower())
-    return len(parts) <= 6 and len(parts[0]) > 2 and not _NO_UNITS & set(parts) and not set(parts) & set(MULTIPLIERS)
-
-
 def _unit(words: str, power: str | None) -> str:
-    """The one spelling of a unit; "" if it is of no known kind."""
-    words = " ".join(words.lower().strip(" .").split())
-    for prefix, exponent in (("square ", "2"), ("sq ", "2"), ("sq. ", "2"), ("cubic ", "3"), ("cu ", "3")):
-        if words.startswith(prefix):
-            words, power = words[len(prefix) :], exponent
-    if match := re.fullmatch(r"(.*?)\s*\^\s*\{?([0-9])\}?", words):
-        words, power = match[1], match[2]
-    rate = re.split(r"\s*/\s*|\s+per\s+", words)
-    if len(rate) == 2 and rate[0] in _UNITS and rate[1] in _UNITS:
-        return f"{_UNITS[rate[0]]}/{_UNITS[rate[1]]}"
-    unit = _UNITS.get(words.rstrip("."), "")
-    return f"{unit}^{power}" if unit and power and power != "1" else unit
-
-
-def units_conflict(a: str | None, b: str | None) -> bool:
-    """Whether two quantities carry units of known and different kinds. A unit on one side only is no conflict."""
-    return bool(a and b and a != b)
+    """The one spelling of a unit behind a formula; "" if it is of no known kind."""
+    return known_unit(f"{words}^{power}" if power else words) or ""

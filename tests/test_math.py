@@ -676,7 +676,7 @@ def test_quantities_are_read_with_their_units() -> None:
     for text, unit in [
         ("5 cm", "cm"),
         (r"5\text{ cm}^2", "cm^2"),
-        ("5 eggs", ""),
+        ("5 eggs", "?egg"),
         ("$5", "$"),
         ("5%", "%"),
         ("5", None),
