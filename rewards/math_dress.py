@@ -7,60 +7,32 @@ from __future__ import annotations
 
 import re
 
+from rewards.math_characters import ascii_text
 from rewards.math_words import digits
-
-# Typography on the left, what it means on the right. Digits of other scripts are deliberately absent.
-_CHARACTERS = str.maketrans(
-    {
-        "\N{MINUS SIGN}": "-",
-        "\N{EN DASH}": "-",
-        "\N{FIGURE DASH}": "-",
-        "\N{NON-BREAKING HYPHEN}": "-",
-        "\N{NO-BREAK SPACE}": " ",
-        "\N{NARROW NO-BREAK SPACE}": " ",
-        "\N{THIN SPACE}": " ",
-        "\N{ZERO WIDTH SPACE}": "",
-        "×": r"\times ",
-        "⋅": r"\cdot ",
-        "·": r"\cdot ",
-        "∙": r"\cdot ",
-        "÷": "/",
-        "∕": "/",
-        "⁄": "/",
-        "√": "sqrt ",
-        "∞": r"\infty ",
-        "±": r"\pm ",
-        "∓": r"\mp ",
-        "≤": r"\le ",
-        "≥": r"\ge ",
-        "≠": r"\ne ",
-        "≈": r"\approx ",
-        "∪": r"\cup ",
-        "∩": r"\cap ",
-        "∈": r"\in ",
-        "∅": r"\emptyset ",
-        "°": r"^\circ ",
-        "½": r"\frac{1}{2}",
-        "⅓": r"\frac{1}{3}",
-        "⅔": r"\frac{2}{3}",
-        "¼": r"\frac{1}{4}",
-        "¾": r"\frac{3}{4}",
-        "⅕": r"\frac{1}{5}",
-        "⅛": r"\frac{1}{8}",
-        "\N{RIGHT SINGLE QUOTATION MARK}": "'",
-    }
-)
-_GREEK = {"α": "alpha", "β": "beta", "γ": "gamma", "δ": "delta", "ε": "epsilon", "θ": "theta", "λ": "lambda", "μ": "mu"}
-_GREEK |= {"ρ": "rho", "σ": "sigma", "τ": "tau", "φ": "phi", "ω": "omega", "Δ": "Delta", "Ω": "Omega", "π": "pi"}
-_CHARACTERS |= str.maketrans({letter: rf"\{name} " for letter, name in _GREEK.items()})
-_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
-_SUPERSCRIPT_RUN = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+")
 
 # What changes only how a formula looks.
 _SPACING = re.compile(r"(?<!\\)\\[,;:> ]|\\(?:quad|qquad|displaystyle|textstyle|limits|thinspace)(?![a-zA-Z])|~")
 _THOUSANDS_SPACE = re.compile(r"(?<![0-9.])([0-9]{1,3})((?:(?:\\,|\\ |\{\\,\}|~| )[0-9]{3})+)(?![0-9/])")
 _SIZING = re.compile(r"\\(?:left|right)(?![a-zA-Z])\s*\.?|\\(?:big|Big|bigg|Bigg)[lrm]?(?![a-zA-Z])")
 _FRACTION_COMMAND = re.compile(r"\\[dtc]frac(?![a-zA-Z])")
+_SKIP = re.compile(
+    r"\\[hv]space\*?\s*\{[^{}]*\}|\\[hv]?phantom\s*\{[^{}]*\}|\\(?:label|tag)\*?\s*\{[^{}]*\}"
+    r"|\\(?:hskip|kern|mkern|mskip)\s*-?[0-9.]+\s*(?:pt|em|ex|mm|cm|in|mu)(?![a-zA-Z])"
+)
+_FONT_BRACED = re.compile(r"\{\s*\\(?:rm|bf|it|sf|tt)\s+([^{}]*)\}")
+_FONT_OF = re.compile(r"\\(?:rm|bf|it|sf|tt)\s*(?=\{)")
+_FONT = re.compile(
+    r"\\(?:tiny|scriptsize|footnotesize|small|normalsize|large|Large|LARGE|huge|Huge|bf|rm|it|sf|tt|sl|sc|em|bfseries"
+    r"|itshape|rmfamily|sffamily|ttfamily|boldmath|mathstrut|strut|nobreak|allowbreak|noindent|centering|hfill|hfil"
+    r"|relax|nonumber|notag|scriptstyle|scriptscriptstyle|nolimits|medspace|thickspace|negthinspace|enspace|enskip)"
+    r"(?![a-zA-Z])"
+)
+_BOLD_FORMULA = re.compile(
+    r"\\(?:ensuremath(?=\s*\{)|(?:mathbf|mathit|mathsf|mathtt|mathnormal|pmb)(?=\s*\{[^{}]*[\\+=^*/(<>-]))"
+)
+_AS_TEXT = re.compile(
+    r"\\(?:texttt|textsf|textsc|textup|textmd|textsl|textnormal|emph|uline|mathtt|mathnormal)(?=\s*\{)"
+)
 # What a number may be dressed in; a currency in front and "million" behind it.
 _COLOR = re.compile(r"\\(?:text)?color\s*\{[a-zA-Z]*\}|\\(?:underline|bm|boldsymbol)(?=\s*\{)")
 _DRESSED = re.compile(r"\\(?:mathbf|mathrm|mathit|mathsf|text|textbf)\s*\{\s*([-+]?[0-9][0-9.,/]*)\s*\}")
@@ -73,7 +45,7 @@ _RAISED_ORDINAL = re.compile(
 _OVER = re.compile(r"\{([^{}]*)\}\s*\\over(?![a-z])\s*\{([^{}]*)\}|\{([^{}]*?)\s*\\over(?![a-z])\s*([^{}]*)\}")
 _CHOOSE = re.compile(r"\{([^{}]*?)\s*\\choose(?![a-zA-Z])\s*([^{}]*)\}")
 _LEADING = re.compile(r"^(?:\\approx(?![a-z])|\\sim(?![a-z])|\\equiv(?![a-z])|=)\s*")
-_WRAPPED = re.compile(r"\\(?:text|mbox|textbf|textit|textrm|mathrm|mathbf)\s*\{([^{}]*)\}")
+_WRAPPED = re.compile(r"(?:\\(?:text|mbox|textbf|textit|textrm|mathrm|mathbf|mathit)\s*)\{|\{(?=\s*\\)")
 _DELIMITERS = (
     ("$$", "$$"),
     ("$", "$"),
@@ -88,11 +60,13 @@ _DELIMITERS = (
 
 def clean(text: str) -> str:
     """The text without what changes only its looks: delimiters, markdown, spacing and sizing commands, a full stop."""
-    text = text.translate(_CHARACTERS)
-    text = _SUPERSCRIPT_RUN.sub(lambda run: "^{" + run.group().translate(_SUPERSCRIPTS) + "}", text)
+    if not text.isascii():
+        text = ascii_text(text)
     if r"\begin" not in text:
         text = text.replace("\\\\", "\\")  # escaped once too often; in a matrix it ends a row
     text = _strip_delimiters(re.sub(r"\\!\s*", "", text))
+    if "\\" in text:
+        text = _undressed(text)
     text = re.sub(r"(?<!\\)\$([^$]+)(?<!\\)\$", r" \1 ", text)  # "$125$ miles"
     text = _THOUSANDS_SPACE.sub(lambda n: n[1] + re.sub(r"[^0-9]", "", n[2]), text)
     text = _SPACING.sub(" ", _WORDED.sub(r" \1 ", _DRESSED.sub(r"\1", _COLOR.sub("", text))))
@@ -104,6 +78,16 @@ def clean(text: str) -> str:
     return digits(_strip_delimiters(text))
 
 
+def _undressed(text: str) -> str:
+    """LaTeX without commands of size, font and space, and with one command for text."""
+    text = _SKIP.sub(" ", text)
+    text = _FONT_BRACED.sub(r"\\mathrm{\1}", text)
+    text = _FONT_OF.sub(r"\\mathrm", text)
+    text = _FONT.sub(" ", text)
+    text = _BOLD_FORMULA.sub("", text)
+    return _AS_TEXT.sub(r"\\text", text).replace(r"\textdollar", r"\$").replace(r"\textdegree", r"^\circ ")
+
+
 def _strip_delimiters(text: str) -> str:
     """Take off pairs of delimiters around the whole text, and what a sentence leaves behind a number."""
     while True:
@@ -111,8 +95,8 @@ def _strip_delimiters(text: str) -> str:
         text = _LEADING.sub("", text.strip().rstrip(".,;:")).strip()
         if text.endswith("\\") and not text.endswith("\\\\"):  # what is left of a "\\ " at the end
             text = text[:-1].rstrip()
-        if wrapped := _WRAPPED.fullmatch(text):
-            text = wrapped[1]
+        if (wrapped := _WRAPPED.match(text)) and _closes_at_the_end(text, wrapped.end()):
+            text = text[wrapped.end() : -1]
         for opening, closing in _DELIMITERS:
             inner = text[len(opening) : -len(closing)]
             enclosed = text.startswith(opening) and text.endswith(closing) and len(text) >= len(opening + closing)
@@ -125,3 +109,13 @@ def _strip_delimiters(text: str) -> str:
                 text = inner
         if text == before:
             return text
+
+
+def _closes_at_the_end(text: str, start: int) -> bool:
+    """Whether the brace before `start` is closed by the last character."""
+    depth = 1
+    for match in re.finditer(r"\\.|[{}]", text[start:]):
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
+        if depth == 0:
+            return start + match.end() == len(text)
+    return False
