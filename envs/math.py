@@ -261,7 +261,7 @@ def _items(side: Side | None, templates: Templates) -> tuple[Item, ...]:
         solution = None
     shown = [None] * len(rows) if solution is None else _filled(solution, "demonstration", read)
     return tuple(
-        Item(columns["question"], Problem(text, row.columns[answer], reply))
+        Item(columns["question"], Problem(text, row.columns[answer], reply, record=row.columns, place=row.place))
         for row, columns, text, reply in zip(rows, read, asked, shown, strict=True)
     )
 

@@ -96,10 +96,21 @@ class Chat:
                 stacklevel=4,
             )
 
-    def start(self, observation: str, system_prompt: str | None = None) -> list[int]:
-        """The prompt of the first turn. Raises ValueError if the chat template refuses it, or leaves something out."""
-        messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
-        messages.append({"role": "user", "content": observation})
+    def start(
+        self, observation: str, system_prompt: str | None = None, messages: Sequence[Mapping[str, str]] | None = None
+    ) -> list[int]:
+        """The prompt of the first turn: the observation, or `messages` in its place, where a problem is a conversation.
+
+        Raises:
+            ValueError: the chat template refuses it, or leaves something out; there are two system prompts.
+        """
+        asked = messages if messages is not None else [{"role": "user", "content": observation}]
+        if system_prompt and any(message["role"] == "system" for message in asked):
+            raise ValueError(
+                "the problem has a system message of its own, and rollout.system_prompt would be a second one: leave "
+                f"the setting out, or the message, {next(m['content'] for m in asked if m['role'] == 'system')[:60]!r}"
+            )
+        messages = [*([{"role": "system", "content": system_prompt}] if system_prompt else []), *asked]
         if not self.has_template:
             return self.tokenizer.encode("\n\n".join(message["content"] for message in messages))
         return self._encode(self._template.render(messages))

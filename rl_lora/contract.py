@@ -43,6 +43,11 @@ class Start:
     observation: str
     info: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def messages(self) -> list[dict[str, str]] | None:
+        """The problem as a conversation, where it is one; the observation then shows it as a text."""
+        return self.info.get("messages")
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -101,7 +106,11 @@ def read_reset(result: Any) -> Start:
         raise ValueError(f"reset() must return (observation, info), got {shown(result)}")
     observation, info = result
     _check_text(observation)
-    return Start(observation, _mapping(info, "the info of reset()"))
+    info = _mapping(info, "the info of reset()")
+    messages = info.get("messages")
+    if messages is not None and not _is_conversation(messages):
+        raise ValueError(f"info['messages'] must be a list of {{'role': text, 'content': text}}, got {shown(messages)}")
+    return Start(observation, info)
 
 
 def read_step(result: Any) -> Outcome:
@@ -215,6 +224,16 @@ def _check_text(observation: Any) -> None:
     if not isinstance(observation, str):
         kind = type(observation).__name__
         raise ValueError(f"gives {kind} observations; a text environment gives str, got {shown(observation)}")
+
+
+def _is_conversation(messages: Any) -> bool:
+    return (
+        isinstance(messages, list | tuple)
+        and bool(messages)
+        and all(
+            isinstance(m, Mapping) and all(isinstance(m.get(k), str) for k in ("role", "content")) for m in messages
+        )
+    )
 
 
 def _mapping(value: Any, what: str) -> Mapping[str, Any]:

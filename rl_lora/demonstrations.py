@@ -67,7 +67,7 @@ class Demonstrations:
                 f"info['demonstration'], got {text!r} (rl_lora/Prompts-v0 makes one of the columns of its file: "
                 "--env.kwargs.demonstration '{solution}')"
             )
-        prompt_ids = tuple(self.chat.start(start.observation, self.config.system_prompt))
+        prompt_ids = tuple(self.chat.start(start.observation, self.config.system_prompt, start.messages))
         reply_ids = tuple(self.chat.reply(text))
         if len(prompt_ids) + len(reply_ids) > self.context_length:
             raise ValueError(

@@ -164,11 +164,11 @@ class RolloutWorker:
         return list(self._reset(self._envs[0], seed, None, 0).prompt_ids)
 
     def _reset(self, env: Env, seed: int, adapter: str | None, k: int) -> _Play:
-        observation, name = begin(env, seed).observation, env_id(env)
+        start, name = begin(env, seed), env_id(env)
         version = self.versions(adapter) if adapter is not None else 0
         play = _Play(env, name, seed, adapter, version, k)
-        play.observations.append(observation)
-        play.prompt_ids = tuple(self.chat.start(observation, self.config.system_prompt))
+        play.observations.append(start.observation)
+        play.prompt_ids = tuple(self.chat.start(start.observation, self.config.system_prompt, start.messages))
         room = self.context_length - self.config.max_tokens
         if len(play.prompt_ids) > room:
             raise ValueError(
