@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ class Site:
     """0 for a linear layer."""
     transposed: bool = False
     """The base keeps the weight as (in, out): GPT-2's Conv1D, some experts. A and B do not care."""
+    peft: Literal["module", "weight", "refused"] = "module"
+    """What PEFT is told to put an adapter here: the module, its weight, or nothing, since it would refuse."""
 
     @property
     def module(self) -> str:

@@ -212,7 +212,9 @@ def _tensors(adapter: Adapter) -> dict[str, Tensor]:
 
 def _config(adapter: Adapter, base_model: str) -> dict[str, Any]:
     """Targets are full paths: PEFT would also adapt any other module whose path ends in a shorter name."""
-    experts = [site.name for site in adapter.sites if site.experts]
+    called = {site.name: f"{site.name}.weight" if site.peft == "weight" else site.name for site in adapter.sites}
+    parameters = [called[site.name] for site in adapter.sites if site.experts or site.peft == "weight"]
+    modules = [site.name for site in adapter.sites if not site.experts and site.peft != "weight"]
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -225,10 +227,10 @@ def _config(adapter: Adapter, base_model: str) -> dict[str, Any]:
         "fan_in_fan_out": any(site.transposed and not site.experts for site in adapter.sites),
         "init_lora_weights": True,
         "modules_to_save": None,
-        "target_modules": [site.name for site in adapter.sites if not site.experts],
-        "target_parameters": experts or None,
-        "rank_pattern": {name: r for name, r in adapter.ranks.items() if r != adapter.rank},
-        "alpha_pattern": {name: _number(alpha) for name, alpha in adapter.alphas.items() if alpha != adapter.alpha},
+        "target_modules": modules,
+        "target_parameters": parameters or None,
+        "rank_pattern": {called[name]: r for name, r in adapter.ranks.items() if r != adapter.rank},
+        "alpha_pattern": {called[name]: _number(a) for name, a in adapter.alphas.items() if a != adapter.alpha},
         "use_rslora": adapter.rslora,
         "use_dora": False,
     }

@@ -7,6 +7,7 @@ dropout, DoRA, and adapters on embeddings or on the output head.
 from __future__ import annotations
 
 import hashlib
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rl_lora.adapter import Adapter, Factors, Site
 from rl_lora.frozen_linear import FrozenLinear, may_pack
+from rl_lora.peft_targets import peft_target
 
 ALL_LINEAR = "all-linear"
 MAX_STACKED = 128
@@ -129,6 +131,8 @@ class AdapterBank:
                 raise ValueError(f"adapter {adapter.name!r} stands on {site}, but the model has {here}")
         if adapter.sites != tuple(self.sites[name] for name in self.sites if name in adapter.factors):
             raise ValueError(f"the sites of adapter {adapter.name!r} must be in the model's order, each once")
+        if refused := [site.name for site in adapter.sites if site.peft == "refused"]:
+            warnings.warn(f"PEFT will not load adapter {adapter.name!r}: it stands on {refused[0]} ...", stacklevel=2)
         for site in adapter.sites:
             self._wrap(site)
         self.adapters[adapter.name] = adapter
@@ -147,13 +151,22 @@ class AdapterBank:
     def match(self, targets: str | Sequence[str]) -> list[Site]:
         """Sites whose path is, or ends in, one of the names: `q_proj`, `mlp.down_proj`, `experts`.
 
+        "all-linear" is all of them, but for those on which PEFT loads no adapter (`peft_targets.py`).
+
         Raises:
             ValueError: a name matches nothing; the message lists what is there.
         """
         if targets == ALL_LINEAR:
             if strange := list(find_strange_experts(self.model)):
                 warnings.warn(f"experts of an unknown form stay without an adapter: {strange[0]} ...", stacklevel=2)
-            return list(self.sites.values())
+            if refused := [site.name for site in self.sites.values() if site.peft == "refused"]:
+                leaves = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in refused))
+                warnings.warn(
+                    f"{len(refused)} layers stay without an adapter, since PEFT loads none there: {refused[0]} ...; "
+                    f"name {leaves} in adapter.targets, beside the others, to adapt them all the same",
+                    stacklevel=2,
+                )
+            return [site for site in self.sites.values() if site.peft != "refused"]
         names = [targets] if isinstance(targets, str) else list(targets)
         chosen: set[str] = set()
         for name in names:
@@ -163,8 +176,9 @@ class AdapterBank:
                 if any(f".{path}".endswith(f".{name}") for path in (site.name, site.module))
             }
             if not found:
-                there = sorted({site.rpartition(".")[2] for site in self.sites})
-                raise ValueError(f"no module matches {name!r}; linear layers here are {', '.join(there)}")
+                there = ", ".join(sorted({site.rpartition(".")[2] for site in self.sites}))
+                meant = "" if re.fullmatch(r"[\w.-]*", name) else "; names, not patterns, are meant"
+                raise ValueError(f"no module matches {name!r}{meant}; linear layers here are {there}")
             chosen |= found
         return [site for site in self.sites.values() if site.name in chosen]
 
@@ -390,13 +404,14 @@ class LoRAExperts(_Wrapper):
 def find_sites(model: PreTrainedModel) -> Iterator[Site]:
     """Every linear layer and every expert weight of the model, in module order; not the head, not the routers."""
     head = model.get_output_embeddings()
+    target = peft_target(model)
     for path, module in model.named_modules():
         if module is head or path.rpartition(".")[2] in ROUTERS:
             continue
         if isinstance(module, Conv1D):
             yield Site(path, module.nx, module.nf, transposed=True)
         elif isinstance(module, nn.Linear):
-            yield Site(path, module.in_features, module.out_features)
+            yield Site(path, module.in_features, module.out_features, peft=target(path))
         elif is_experts(module):
             for leaf, weight in module.named_parameters(recurse=False):
                 if weight.dim() == 3:

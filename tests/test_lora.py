@@ -299,6 +299,14 @@ def test_a_target_that_matches_nothing_lists_what_is_there(name: str) -> None:
         AdapterBank(tiny_model("mixtral")).add("a", targets=["q_proj", name])
 
 
+@pytest.mark.parametrize(
+    "pattern", [".*q_proj", "q_proj|k_proj", r"layers\.0\..*", "q_proj$", "[qk]_proj", "q_proj, k_proj"]
+)
+def test_a_pattern_as_a_target_is_told_that_names_are_meant(pattern: str) -> None:
+    with pytest.raises(ValueError, match="; names, not patterns, are meant; linear layers here are down_proj"):
+        AdapterBank(tiny_model("llama")).match(pattern)
+
+
 def test_bad_adapters_are_refused() -> None:
     bank = AdapterBank(tiny_model("llama"))
     with pytest.raises(ValueError, match="rank must be >= 1, got 0"):
