@@ -171,6 +171,13 @@ class SingleTurnEnv(TextEnv):
         """What it judges with, beside its class: the sources of its reward functions."""
         return code_of(self.reward)
 
+    @property
+    def record(self) -> Mapping[str, Any] | None:
+        """The row that the present problem was made of, where the reward function reads it: with another row, it is
+        another problem."""
+        record = None if self._problem is None else self._problem.record
+        return record if record and self.judge.reads_record(record) else None
+
     @abstractmethod
     def problem(self, seed: int) -> Problem:
         """The problem of `seed`, a function of `seed` alone."""

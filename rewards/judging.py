@@ -55,6 +55,10 @@ class Judge:
             for leaf in self.leaves:
                 leaf._read(tuple(sorted(columns)))
 
+    def reads_record(self, columns: Collection[str]) -> bool:
+        """Whether a function reads more of data with these columns than the reference."""
+        return any(leaf._read(leaf._columns or tuple(sorted(columns))).needs_record for leaf in self.leaves)
+
     @property
     def leaves(self) -> list[Judge]:
         """The functions that are called."""

@@ -43,14 +43,17 @@ class Signature:
         return "reference" in self._taken
 
     @property
+    def needs_record(self) -> bool:
+        """Whether it reads more of the data than the reference."""
+        return self.rest or bool(self._taken - {"completion", "reference", "prompt", *BATCH, *LOGS})
+
+    @property
     def _taken(self) -> set[str]:
         return {*self.positions, *self.keywords.values()}
 
     def call(self, function: RewardFunction, case: Case, replies: Sequence[Reply], logs: Mapping[str, Any]) -> Any:
         """Call the function on replies to one problem; on one reply, unless it is a batch function."""
-        taken = self._taken
-        needs_record = self.rest or bool(taken - {"completion", "reference", "prompt", *BATCH, *LOGS})
-        record = copy.deepcopy(dict(case.record)) if needs_record else {}
+        record = copy.deepcopy(dict(case.record)) if self.needs_record else {}
         prompt = case.prompt if isinstance(case.prompt, str) else copy.deepcopy(case.prompt)
         values = {**record, "reference": case.reference, "prompt": prompt, "record": record}
         left = record.keys() - {"completion", "prompt"}
@@ -69,7 +72,7 @@ class Signature:
             raise RewardError(f"the reward function {self.name} wants {missing[0]!r}, which is not known here")
         keywords = {parameter: values[source] for parameter, source in self.keywords.items() if source in values}
         if self.rest:
-            keywords |= {name: values[name] for name in left - taken - self.options if name in values}
+            keywords |= {name: values[name] for name in left - self._taken - self.options if name in values}
         return function(*(values[source] for source in self.positions), **keywords)
 
 

@@ -26,7 +26,7 @@ N_ENDLESS = 256
 
 @dataclass(frozen=True)
 class Problem:
-    """A problem, known by its content: `hash` is of its text and reference."""
+    """A problem, known by its content: `hash` is of its text, its reference, and what else it is judged by."""
 
     seed: int
     reference: Any
@@ -35,7 +35,8 @@ class Problem:
 
 
 def problems_of(make_env: MakeEnv, seeds: Iterable[int]) -> list[Problem]:
-    """What the environment asks, and the reference that it shows in `info["reference"]`, if it does."""
+    """What the environment asks, and the reference that it shows in `info["reference"]`, if it does. What else of the
+    data it judges a reply by is its `record`, where it has one."""
     env = make_env()
     problems = []
     for seed in seeds:
@@ -45,7 +46,9 @@ def problems_of(make_env: MakeEnv, seeds: Iterable[int]) -> list[Problem]:
             json.dumps(reference)
         except TypeError:
             reference = str(reference)
-        digest = content_hash(env_id(env), seed, start.observation, reference)
+        record = getattr(env.unwrapped, "record", None)
+        more = () if record is None else (record,)
+        digest = content_hash(env_id(env), seed, start.observation, reference, *more)
         problems.append(Problem(seed, reference, digest, start.info.get("demonstration")))
     env.close()
     return problems

@@ -18,9 +18,11 @@ from rich.console import Console
 from rich.text import Text
 
 from rl_lora.files import FileError
+from rl_lora.run_folder import is_first_process
+from scripts import signals
 
 Config = TypeVar("Config")
-USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+USER_ERROR, FAILURE = 2, 1
 COMMAS = re.compile(r"\d+(,\d+)*")
 LIBRARIES = {"accelerate", "numpy", "tokenizers", "torch", "transformers"}
 
@@ -103,9 +105,10 @@ def run(work: Callable[[], object], when_interrupted: str = "") -> int:
     except FileError as error:
         console.print("[bold red]error:[/]", Text(str(error)))
         return FAILURE
-    except KeyboardInterrupt:
-        console.print(f"interrupted{when_interrupted}")
-        return INTERRUPTED
+    except KeyboardInterrupt as error:
+        if is_first_process():
+            console.print(f"interrupted{when_interrupted}", markup=False)
+        return signals.ended_by(error)
     return 0
 
 
@@ -119,5 +122,6 @@ def raised_by(error: BaseException) -> str:
 
 def main(config_type: type[Config], work: Callable[[Config], object], when_interrupted: str = "") -> None:
     """A command: parse, work, exit."""
+    signals.listen()
     sys.path.append(os.getcwd())  # environments and rewards of the user's own, also for the installed commands
     sys.exit(run(lambda: work(parse(config_type)), when_interrupted))

@@ -12,6 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # also when the package is not installed
 
+import scripts.signals  # noqa: F401  first: the other imports take seconds
+
+# isort: split
 import yaml
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter

@@ -12,6 +12,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # also when the package is not installed
 
+import scripts.signals  # noqa: F401  first: the other imports take seconds
+
+# isort: split
 from rl_lora.page import evaluation_page, lines, write
 from rl_lora.training_page import training_page
 from scripts.command import run

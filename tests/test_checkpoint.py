@@ -15,11 +15,13 @@ import pytest
 import torch
 
 import envs  # noqa: F401  registers the environments
+from envs import Problem, SingleTurnEnv
 from rl_lora import files
 from rl_lora.checkpoint import Checkpoints
 from rl_lora.config import EnvConfig, TrainConfig
 from rl_lora.metrics import MetricsFile
 from rl_lora.policy import Policy
+from rl_lora.task import problems_of
 from rl_lora.trainer import train
 from tests.test_trainer import adapter_hash, assert_same_run, metrics, tiny_config
 from tests.tiny import tiny_folder
@@ -266,6 +268,30 @@ def test_a_run_whose_data_or_reward_have_changed_is_neither_resumed_nor_shown_as
     path.write_text(text)
     monkeypatch.delitem(sys.modules, "my_reward", raising=False)
     train(dataclasses.replace(own, steps=steps, resume=True))
+
+
+def weighed(completion: str, reference: int, weight: float) -> float:
+    return weight
+
+
+class Rows(SingleTurnEnv):
+    """One problem, made of a row of data."""
+
+    def __init__(self, reward: Any, row: dict[str, Any]) -> None:
+        super().__init__(reward)
+        self.row = row
+
+    def problem(self, seed: int) -> Problem:
+        return Problem("?", 1, record=self.row)
+
+
+def test_a_column_that_the_reward_reads_belongs_to_the_problem_and_others_do_not() -> None:
+    def digest(reward: Any, **row: Any) -> str:
+        (problem,) = problems_of(lambda: Rows(reward, row), [0])
+        return problem.hash
+
+    assert digest(weighed, weight=1.0, note="a") != digest(weighed, weight=2.0, note="a")
+    assert digest("numeric", weight=1.0, note="a") == digest("numeric", weight=2.0, note="b")
 
 
 def test_a_run_that_never_took_its_task_down_is_resumed_as_before(own: TrainConfig, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from typing import Any
 
 from rewards import Score
@@ -12,6 +13,12 @@ def ascii_share(completion: str, reference: Any = None) -> Score:
     """The share of ASCII characters, in quarters, so that some groups of a step have no signal. Solved: all of them."""
     share = sum(char.isascii() for char in completion) / max(1, len(completion))
     return Score(int(4 * share) / 4, {"short": float(len(completion) < 4)}, share == 1.0)
+
+
+def slow_ascii_share(completion: str, reference: Any = None) -> Score:
+    """So that a run can be met while it is going on."""
+    time.sleep(0.02)
+    return ascii_share(completion)
 
 
 def noise(completion: str, reference: object) -> float:

@@ -1,0 +1,102 @@
+"""Ctrl-C and SIGTERM, as every command takes them: they end it in good order, the second time at once.
+
+Imported before the libraries that take seconds to import, in which Ctrl-C ends the command without a traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+
+UNDER_LAUNCHER = "TORCHELASTIC_RUN_ID" in os.environ
+"""Whether this process was started by torchrun, or by accelerate, which calls it."""
+SAME_PRESS = 2.0
+"""Seconds within which a launcher hands on what the terminal has told all processes: no second Ctrl-C."""
+GRACE = 30.0
+"""Seconds that a process has to end in good order."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM."""
+
+
+def listen() -> None:
+    """Raise KeyboardInterrupt at Ctrl-C and Terminated at SIGTERM. Under a launcher, end when it is gone."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    came: list[float] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if came and not (UNDER_LAUNCHER and time.monotonic() - came[0] < SAME_PRESS):
+            os._exit(128 + number)
+        if not came:
+            came.append(time.monotonic())
+            raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+    if UNDER_LAUNCHER:
+        threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
+
+
+def _follow(launcher: int) -> None:
+    """A process whose launcher was killed waits for the others for ever, and keeps a core busy."""
+    while os.getppid() == launcher:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE)
+    os._exit(128 + signal.SIGTERM)
+
+
+def ended_by(error: KeyboardInterrupt) -> int:
+    """The exit code of a command that a signal has ended. It ends, whatever its threads still wait for."""
+    code = 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
+
+    def end() -> None:
+        time.sleep(GRACE / 3)
+        os._exit(code)
+
+    if _is_command():
+        threading.Thread(target=end, daemon=True).start()
+    return code
+
+
+def goes_on(*options: str) -> str:
+    """What to say of a command that was interrupted: this command again, with these options where it lacks them."""
+    program = Path(sys.argv[0])
+    here, python = Path.cwd(), Path(sys.executable)
+    name = [program.name]
+    if program.suffix == ".py":
+        name = [str(python.relative_to(here)) if python.is_relative_to(here) else "python", sys.argv[0]]
+    more = () if list(options) == ["--resume", "true"] and _resumes(sys.argv[1:]) else options
+    return f"; this goes on from there: {shlex.join([*name, *sys.argv[1:], *more])}"
+
+
+def _resumes(args: list[str]) -> bool:
+    given = [i for i, arg in enumerate(args) if arg.partition("=")[0] == "--resume"]
+    if not given:
+        return False
+    _, equals, value = args[given[-1]].partition("=")
+    following = args[given[-1] + 1 :][:1]
+    value = value if equals else (following[0] if following and not following[0].startswith("-") else "true")
+    return value.lower() in ("true", "yes", "on")
+
+
+def _is_command() -> bool:
+    """Whether this program is one of ours, and has not just imported it."""
+    main = Path(getattr(sys.modules.get("__main__"), "__file__", None) or "")
+    return main.parent.resolve() == Path(__file__).parent.resolve() or main.name.startswith("rl-lora-")
+
+
+def _quietly(number: int, frame: FrameType | None) -> None:
+    os._exit(128 + number)
+
+
+if _is_command():
+    signal.signal(signal.SIGINT, _quietly)
