@@ -45,7 +45,8 @@ class AdapterConfig:
     alpha: float = 32.0
     """Scale of the update. The best learning rate does not depend on rank as long as this stays."""
     targets: str | list[str] = "all-linear"
-    """Layers to adapt: all linear ones but the head, or names such as [q_proj, v_proj]."""
+    """Layers to adapt: all linear ones but the head, or names (ends of their paths) such as [q_proj, v_proj]. Of a
+    model that reads images or sound too, those of its language model; others where only they have that name."""
     init_from: str | None = None
     """Start from an adapter folder (PEFT format) instead of a fresh one; its rank and targets then hold."""
 

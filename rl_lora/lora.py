@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -99,6 +100,8 @@ class AdapterBank:
         self.device = next(model.parameters()).device
         self.may_pack = may_pack(model)
         self.sites = {site.name: site for site in find_sites(model)}
+        self.language = language_model(model)
+        """Path of the part that reads text, with a dot behind, in a model that has others; else empty."""
         config = model.config.get_text_config()
         self.active_experts = max(1, getattr(config, "num_experts_per_tok", None) or 1)
         self.adapters: dict[str, Adapter] = {}
@@ -153,34 +156,43 @@ class AdapterBank:
 
         "all-linear" is all of them, but for those on which PEFT loads no adapter (`peft_targets.py`).
 
+        Where a model reads images or sound too, these are sites of its language model; a name means sites elsewhere
+        only if the language model has none of that name, e.g. `vision_tower.encoder.layers.0.self_attn.q_proj`.
+
         Raises:
             ValueError: a name matches nothing; the message lists what is there.
         """
+        text = [site for site in self.sites.values() if site.name.startswith(self.language)]
         if targets == ALL_LINEAR:
             if strange := list(find_strange_experts(self.model)):
                 warnings.warn(f"experts of an unknown form stay without an adapter: {strange[0]} ...", stacklevel=2)
-            if refused := [site.name for site in self.sites.values() if site.peft == "refused"]:
+            if refused := [site.name for site in text if site.peft == "refused"]:
                 leaves = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in refused))
                 warnings.warn(
                     f"{len(refused)} layers stay without an adapter, since PEFT loads none there: {refused[0]} ...; "
                     f"name {leaves} in adapter.targets, beside the others, to adapt them all the same",
                     stacklevel=2,
                 )
-            return [site for site in self.sites.values() if site.peft != "refused"]
+            return [site for site in text if site.peft != "refused"]
         names = [targets] if isinstance(targets, str) else list(targets)
         chosen: set[str] = set()
         for name in names:
-            found = {
-                site.name
-                for site in self.sites.values()
-                if any(f".{path}".endswith(f".{name}") for path in (site.name, site.module))
-            }
+            found = next(filter(None, (_named(name, sites) for sites in (text, self.sites.values()))), None)
             if not found:
                 there = ", ".join(sorted({site.rpartition(".")[2] for site in self.sites}))
                 meant = "" if re.fullmatch(r"[\w.-]*", name) else "; names, not patterns, are meant"
                 raise ValueError(f"no module matches {name!r}{meant}; linear layers here are {there}")
             chosen |= found
         return [site for site in self.sites.values() if site.name in chosen]
+
+    def left_alone(self, adapter: Adapter) -> dict[str, int]:
+        """How many sites an adapter leaves alone in each of the parts of the model that are not its language model."""
+        parts: Counter[str] = Counter()
+        root = self.language.removesuffix(".").rpartition(".")[0]
+        for name in self.sites.keys() - adapter.factors.keys():
+            if not name.startswith(self.language):
+                parts[name.removeprefix(f"{root}.").partition(".")[0]] += 1
+        return dict(sorted(parts.items()))
 
     @contextmanager
     def route(self, adapters: Sequence[str | None]) -> Iterator[None]:
@@ -399,6 +411,20 @@ class LoRAExperts(_Wrapper):
             return base._apply_gate(h)  # type: ignore[operator]
         gate, up = h.chunk(2, dim=-1)
         return base.act_fn(gate) * up  # type: ignore[operator]
+
+
+def _named(name: str, sites: Iterable[Site]) -> set[str]:
+    return {site.name for site in sites if any(f".{path}".endswith(f".{name}") for path in (site.name, site.module))}
+
+
+def language_model(model: PreTrainedModel) -> str:
+    """Where the part that reads text is in a model that has others, e.g. `model.language_model.`; empty where it is all
+    of it, or cannot be told."""
+    if model.config.get_text_config() is model.config:
+        return ""
+    decoder = model.get_decoder()
+    path = next((path for path, module in model.named_modules() if module is decoder), "")
+    return f"{path}." if path and decoder is not model.base_model else ""
 
 
 def find_sites(model: PreTrainedModel) -> Iterator[Site]:

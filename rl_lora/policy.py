@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rl_lora import models
+from rl_lora.adapter import Adapter
 from rl_lora.attention import Layout, shared_prefix_attention_of
 from rl_lora.chat import Chat
 from rl_lora.compiled import CompiledLayers, unavailable
@@ -125,6 +126,14 @@ class Policy:
         if wanted and not reason:
             policy.compiled = CompiledLayers(policy)
         return policy
+
+    def remarks(self, adapter: Adapter) -> list[str]:
+        """What a user should know of the base and of what an adapter leaves alone in it, a line each."""
+        lines = []
+        if alone := self.bank.left_alone(adapter):
+            parts = ", ".join(f"{n} linear layers of {part}" for part, n in alone.items())
+            lines.append(f"adapts the language model; {parts} are left alone")
+        return lines
 
     def hidden(
         self,

@@ -115,6 +115,8 @@ class RunReport:
             f"{escape(policy.name)}: {base / 1e6:,.0f}M parameters frozen ({str(policy.dtype).removeprefix('torch.')}, "
             f"{policy.device}, {processes}), {adapter.n_parameters:,} trained (rank {adapter.rank})"
         )
+        for remark in policy.remarks(adapter):
+            self.console.print(escape(remark))
         if policy.not_shared:
             self.console.print(
                 f"[yellow]prompts are not shared by their completions, which is slower:[/] {escape(policy.not_shared)}"

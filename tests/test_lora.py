@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from rl_lora.adapter import Adapter, Site
 from rl_lora.lora import AdapterBank, LoRAExperts, LoRALinear, find_sites
-from tests.tiny import ARCHITECTURES, DENSE, MOE, randomize, tiny_model, token_ids
+from tests.tiny import ARCHITECTURES, DENSE, MOE, randomize, tiny_model, tiny_multimodal, token_ids
 
 LENGTH = 13
 
@@ -392,3 +392,29 @@ def test_a_copied_bank_is_whole_and_independent(duplicate: Callable[[AdapterBank
         twin["a"].flat.zero_()
     assert torch.equal(routed(twin, ids, ["a", "a"]), routed(bank, ids, [None, None]))
     assert not torch.equal(routed(bank, ids, ["a", "a"]), routed(bank, ids, [None, None]))
+
+
+def test_of_a_multimodal_model_only_the_language_model_is_adapted_unless_others_are_named() -> None:
+    bank = AdapterBank(tiny_multimodal())
+    language = {name for name in bank.sites if name.startswith("model.language_model.")}
+    assert {site.name for site in bank.match("all-linear")} == language
+    assert {site.name for site in bank.match(["q_proj", "down_proj"])} < language
+    assert [site.name for site in bank.match("encoder.layers.0.mlp.fc1")] == [
+        "model.vision_tower.encoder.layers.0.mlp.fc1"
+    ]
+    query = "vision_tower.encoder.layers.1.self_attn.q_proj"
+    assert next(site.name for site in bank.match(["v_proj", query])) == f"model.{query}"
+    assert bank.left_alone(bank.add("all")) == {"vision_tower": 15}
+    assert bank.left_alone(bank.add("some", targets=["q_proj", query])) == {"vision_tower": 14}
+
+
+def test_a_model_of_text_alone_has_nothing_that_is_left_alone_unsaid() -> None:
+    for arch in ARCHITECTURES:
+        bank = AdapterBank(tiny_model(arch))
+        assert [site.name for site in bank.match("all-linear")] == list(bank.sites)
+        assert bank.left_alone(bank.add("few", targets=next(iter(bank.sites)))) == {}
+
+
+def test_a_pattern_as_a_target_is_told_from_a_name() -> None:
+    with pytest.raises(ValueError, match=r"no module matches '\.\*q_proj'; names, not patterns, are meant"):
+        AdapterBank(tiny_model("llama")).match(".*q_proj")

@@ -29,12 +29,13 @@ from transformers import (
 
 from rl_lora import memory
 from rl_lora import policy as policy_module
-from rl_lora.config import LearnerConfig
+from rl_lora.config import LearnerConfig, TrainConfig
 from rl_lora.decode_layer import DecodeLayer
 from rl_lora.kv_cache import Decode
 from rl_lora.learner import Learner
 from rl_lora.native_sampler import NativeSampler
 from rl_lora.policy import Dtype, Policy, compute_dtype, context_length, seconds_of_product
+from rl_lora.report import RunReport
 from rl_lora.sampler import Request
 from rl_lora.tree import Tree
 from tests.oracles import Oracle, as_turn, episode, gradient, group, relative_error
@@ -46,6 +47,7 @@ from tests.tiny import (
     randomize,
     tiny_folder,
     tiny_model,
+    tiny_multimodal,
     tiny_tokenizer,
     token_ids,
 )
@@ -219,6 +221,16 @@ def test_the_base_is_frozen_in_evaluation_mode_and_keeps_its_own_attention() -> 
     assert not any(parameter.requires_grad for parameter in model.parameters())
     greedy(policy, (1, 2, 3), 2)
     assert model.config._attn_implementation == own
+
+
+def test_the_header_of_a_run_says_what_of_a_multimodal_model_is_left_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for model, said in ((tiny_multimodal(), True), (tiny_model("llama"), False)):
+        policy = Policy(model, tiny_tokenizer(True))
+        RunReport(tmp_path).header(TrainConfig(), policy, policy.bank.add("a"), 0, 1)
+        line = "adapts the language model; 15 linear layers of vision_tower are left alone\n"
+        assert (line in capsys.readouterr().out) == said
 
 
 def test_context_length_is_what_the_positions_reach() -> None:

@@ -12,6 +12,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3Config,
     Gemma3TextConfig,
     GPT2Config,
     GptOssConfig,
@@ -81,6 +82,14 @@ _CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     ),
 }
 ARCHITECTURES = list(_CONFIGS)
+VISION: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
 DENSE = ["llama", "qwen2", "qwen3", "gemma3", "gpt2"]
 MOE = ["mixtral", "qwen3_moe", "gpt_oss"]
 
@@ -96,6 +105,15 @@ def tiny_model(arch: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> 
                 if name.endswith("bias") or "sinks" in name:
                     parameter.normal_(std=0.1)  # zero by default: a bias that is lost would go unnoticed
     return model.to(dtype=dtype).eval()  # type: ignore[call-arg]
+
+
+def tiny_multimodal(seed: int = 0) -> PreTrainedModel:
+    """Gemma 3 with its vision tower, 15 linear layers, beside the language model of `tiny_model`, 21 of them."""
+    text = _CONFIGS["gemma3"][1]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = Gemma3Config(text_config=text, vision_config=VISION, mm_tokens_per_image=4)
+        return AutoModelForCausalLM.from_config(config).eval()
 
 
 def randomize(adapter: Adapter, seed: int) -> Adapter:
