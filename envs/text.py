@@ -32,6 +32,7 @@ from rewards import (
     Score,
     Unscorable,
     code_of,
+    reference_fault,
     resolve,
 )
 
@@ -182,6 +183,14 @@ class SingleTurnEnv(TextEnv):
     def problem(self, seed: int) -> Problem:
         """The problem of `seed`, a function of `seed` alone."""
         raise NotImplementedError
+
+    def problem_place(self, seed: int) -> str:
+        """The file and line that the problem of `seed` comes from; empty where there is none."""
+        return self.problem(seed).place
+
+    def problem_fault(self, seed: int) -> str | None:
+        """Why no reply to the problem of `seed` could be judged, by the reward's own rule; None where it is fine."""
+        return reference_fault(self.reward, self.problem(seed).reference)
 
     def start(self, seed: int) -> tuple[str, dict[str, Any]]:
         problem = self.problem(seed)

@@ -12,6 +12,7 @@ from rewards.judging import Judge, score
 from rewards.length import length_reward
 from rewards.math import Outcome, Verdict, math_match, verify
 from rewards.numeric import numeric_match
+from rewards.references import reference_fault
 from rewards.registry import BUILTINS, RewardSpec, resolve
 from rewards.score import Case, Messages, Reply, RewardError, RewardFunction, Score, Unscorable, name_of
 
@@ -37,6 +38,7 @@ __all__ = [
     "math_match",
     "name_of",
     "numeric_match",
+    "reference_fault",
     "resolve",
     "score",
     "verify",

@@ -208,6 +208,11 @@ def _reference(reference: Any) -> _Reference:
     return _read_reference(text)
 
 
+def check_reference(reference: Any) -> None:
+    """Raises ValueError for what cannot be a reference. Whether it can be read as a formula is not looked at."""
+    _reference(reference)
+
+
 def _digits(number: int) -> str:
     """Python refuses to print integers beyond some thousand digits; such a reference is refused anyway."""
     return str(number) if number.bit_length() < 4 * MAX_ANSWER_CHARS else "1" * (MAX_ANSWER_CHARS + 1)

@@ -102,6 +102,11 @@ def _only_number(text: str) -> Decimal | None:
     return _decimal(match[1] not in ("", "+"), match[2]) if match else None
 
 
+def check_reference(reference: Any) -> None:
+    """Raises ValueError unless `reference` is one number."""
+    _reference_number(reference)
+
+
 def _reference_number(reference: Any) -> Decimal:
     number: Decimal | None = None
     if isinstance(reference, str):

@@ -8,7 +8,6 @@ every draw is fixed by the run's seed, the step and the problem. The random stat
 from __future__ import annotations
 
 import io
-import json
 import random
 import re
 import zipfile
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 
 from rl_lora import files
+from rl_lora import finite_json as json
 from rl_lora.adapter import Adapter
 from rl_lora.adapter_io import check_adapter, save_adapter
 from rl_lora.samples import content_hash

@@ -79,6 +79,10 @@ class EpisodeConfig:
     check_every: int | None = None
     """Tokens between looks at which completions have ended. By default 8 on a GPU, which has to wait for a look, and 1
     elsewhere."""
+    max_failed: float = 0.1
+    """Share of the episodes of the last ten steps that may fail: the environment or the reward function raises, or
+    returns what it may not, or the prompt does not fit the model. They are left out and counted, never scored 0. Beyond
+    that share (and more than 32) the run stops; also where all fail, and at 0 with the first one."""
 
 
 @dataclass
@@ -251,6 +255,7 @@ MAY_DIFFER = {
     "rollout.max_rows",
     "rollout.max_cache_gib",
     "rollout.check_every",
+    "rollout.max_failed",
     "learner.tokens_per_microbatch",
     "learner.max_activation_gib",
 }
@@ -306,6 +311,7 @@ def validate(config: TrainConfig) -> None:
             )
             if gib is not None
         ],
+        ("rollout.max_failed", c.rollout.max_failed, 0 <= c.rollout.max_failed <= 1, "in [0, 1]"),
         *[("rollout.check_every", n, n >= 1, ">= 1") for n in (c.rollout.check_every,) if n is not None],
         ("learner.learning_rate", c.learner.learning_rate, 0 < c.learner.learning_rate < math.inf, "> 0"),
         ("learner.weight_decay", c.learner.weight_decay, c.learner.weight_decay >= 0, ">= 0"),

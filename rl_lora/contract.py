@@ -177,26 +177,33 @@ def raised(error: BaseException, where: str, what: str, reply: str | None = None
     said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     named = isinstance(error, ValueError) and str(error).startswith(where)  # by the environment: of a reward function
     reason = str(error).removeprefix(where).lstrip(": ") if named else f"{what} raised {said}"
-    lines = [f"{where}: {reason}"]
-    if reply is not None:
-        lines.append(f"  the reply was {shown(reply)}")
-    lines += traceback.format_list(own_frames(error))
-    return TaskError("\n".join(line.rstrip("\n") for line in lines), reason, stops=isinstance(error, SystemExit))
+    frames = own_frames(error)
+    last = frames[-1] if frames else None
+    place = "" if last is None else f" ({Path(last.filename).name}, line {last.lineno}, in {last.name})"
+    message = f"{where}: {reason}{place}" + ("" if reply is None else f"; the reply was {shown(reply)}")
+    if frames:  # as Python does: the code first, and what went wrong last
+        message = f"in your own code, most recent call last:\n{''.join(traceback.format_list(frames))}{message}"
+    return TaskError(message, reason, stops=any(isinstance(link, SystemExit) for link in _chain(error)))
 
 
 def own_frames(error: BaseException) -> list[traceback.FrameSummary]:
     """The frames of a traceback that are a user's, neither of this package nor of an installed library, and the last
     one, where it happened; of the first exception in a chain of causes that has such. Where all are of libraries, the
     last ones outside this package."""
-    chain: list[BaseException] = [error]
-    while (cause := chain[-1].__cause__) is not None and cause not in chain:
-        chain.append(cause)
     frames: list[traceback.FrameSummary] = []
-    for link in chain:
+    for link in _chain(error):
         frames = [frame for frame in traceback.extract_tb(link.__traceback__) if not _is_under(frame, OURS)]
         if own := [frame for frame in frames if not _is_under(frame, LIBRARIES)]:
             return [*own[-MAX_FRAMES:], *(frames[-1:] if frames[-1] is not own[-1] else [])]
     return frames[-MAX_FRAMES:]
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """An exception, its cause, the cause of that, ..."""
+    chain = [error]
+    while (cause := chain[-1].__cause__) is not None and cause not in chain:
+        chain.append(cause)
+    return chain
 
 
 _ROOT = Path(__file__).resolve().parents[1]

@@ -87,7 +87,8 @@ def summarize(samples: Sequence[Sample]) -> Record:
     same_reply: the share of the most common reply; None for few or equal problems (`collapse.most_common_reply`).
     """
     scored = [sample for sample in samples if not sample["unscorable"]]
-    record = summarize_samples(scored, len(samples) - len(scored))
+    reasons = [sample.get("reason") or "no reason given" for sample in samples if sample["unscorable"]]
+    record = summarize_samples(scored, len(reasons), reasons)
     record["episodes"] = len(scored)
     answered = mean([float(sample["answer"] is not None) for sample in scored]) if has_answers(samples) else None
     record["format"] = record.get("parts/format", answered)

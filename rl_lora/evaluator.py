@@ -7,7 +7,6 @@ figures are `evaluation.py`'s, the file of samples `samples.py`'s, and the table
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from rich.progress import Progress
 from rich.text import Text
 
 from rl_lora import files
+from rl_lora import finite_json as json
 from rl_lora.adapter import Adapter
 from rl_lora.adapter_io import load_adapter
 from rl_lora.candidates import BASE, differences, is_unfinished, named, stand_ins, step_of
@@ -34,7 +34,8 @@ from rl_lora.metrics import Record
 from rl_lora.native_sampler import NativeSampler
 from rl_lora.page import evaluation_page, write
 from rl_lora.policy import Policy
-from rl_lora.preflight import check_model, check_prompts
+from rl_lora.preflight import check_model
+from rl_lora.problems import check_problems
 from rl_lora.rollout import MakeEnv, Plays, RolloutWorker
 from rl_lora.samples import Key, SampleStore, content_hash, sample_of
 from rl_lora.task import Problem, problems_of, sources
@@ -104,7 +105,7 @@ def evaluate(config: EvaluateConfig) -> Record:
     make_env, seeds = held_out(config.env, config.env_kwargs, config.limit)
     problems = problems_of(make_env, seeds)
     chat, context_length = check_model(config.model)
-    check_prompts(make_env, seeds, chat, config, context_length)
+    check_problems(make_env, seeds, chat, config, context_length)
 
     start = time.perf_counter()
     with console.status(Text(f"loading {config.model.name} ...")):
@@ -118,7 +119,14 @@ def evaluate(config: EvaluateConfig) -> Record:
     rows_of = {weights: [name for name in names if hashes[name] == weights] for weights in hashes.values()}
     wanted = {asked.key(k): rows_of[asked.weights] for batch in plan for asked in batch for k in range(config.n)}
     sampler = NativeSampler(policy, config.max_rows, max_cache_gib=config.max_cache_gib, check_every=config.check_every)
-    worker = RolloutWorker(make_env, sampler, policy.chat, config, context_length=policy.context_length)
+    worker = RolloutWorker(
+        make_env,
+        sampler,
+        policy.chat,
+        config,
+        context_length=policy.context_length,
+        on_failure=lambda error: console.print(f"left out: {error}", style="yellow", markup=False),
+    )
     decoding = Decoding(1 if policy.not_shared else sampler.check_every)
     out = Path(config.out)
     with SampleStore(out, wanted, config.resume) as store:
@@ -129,10 +137,12 @@ def evaluate(config: EvaluateConfig) -> Record:
         try:
             draw_missing(config, worker, plan, store, decoding, console)
         except BaseException:
-            there = f"{len(store.samples)} of {len(wanted)} samples are in {store.path}"
+            n_kept = sum(not sample.get("failed") for sample in store.samples.values())
+            there = f"{n_kept} of {len(wanted)} samples are in {store.path}"
             console.print(f"stopped; {there}, and the same command goes on from there", markup=False)
             raise
         worker.close()
+        store.append_failed()
         seconds = time.perf_counter() - start
         rows = [store.row(name) for name in names]
         results = results_of(config, folders, rows) | {
@@ -173,6 +183,8 @@ def validate(config: EvaluateConfig) -> None:
     ]
     if config.n > 1 and config.temperature == 0:
         wrong.append(f"n must be 1 at temperature 0, got {config.n}: greedy samples are all the same")
+    if not 0 <= config.max_failed <= 1:
+        wrong.append(f"max_failed must be in [0, 1], got {config.max_failed}")
     if not math.isfinite(config.temperature):
         wrong.append(f"temperature must be finite, got {config.temperature}")
     if bad := [k for k in config.k if not 1 <= k <= config.n]:

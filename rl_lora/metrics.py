@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,13 @@ from typing import Any
 import numpy as np
 
 from rl_lora import files
+from rl_lora import finite_json as json
 from rl_lora.samples import Sample, sample_of
 from rl_lora.types import Group, StepStats
 
 Record = dict[str, Any]
+MAX_REASONS, MAX_REASON = 5, 160
+"""Different reasons of unscorable episodes that a record holds, and characters of each."""
 
 
 class Stopwatch:
@@ -38,8 +41,17 @@ def mean(values: Sequence[float]) -> float | None:
     return float(np.mean(values)) if values else None
 
 
-def summarize_samples(samples: Sequence[Sample], n_unscorable: int = 0) -> Record:
-    """Means over scorable episodes; `accuracy` is None where the environment gives no verdict."""
+def count_reasons(reasons: Iterable[str]) -> dict[str, int]:
+    """How often each reason occurs, the most common ones first; the others together are "other reasons"."""
+    counts = Counter(" ".join(reason.split())[:MAX_REASON] for reason in reasons)
+    common = dict(counts.most_common(MAX_REASONS))
+    others = counts.total() - sum(common.values())
+    return common | ({"other reasons": others} if others else {})
+
+
+def summarize_samples(samples: Sequence[Sample], n_unscorable: int = 0, reasons: Iterable[str] = ()) -> Record:
+    """Means over scorable episodes; `accuracy` is None where the environment gives no verdict. `unscorable_reasons`,
+    where there are any: how many episodes could not be scored for each."""
     record: Record = {
         "reward": mean([sample["reward"] for sample in samples]),
         "accuracy": mean([float(sample["success"]) for sample in samples if sample["success"] is not None]),
@@ -48,6 +60,8 @@ def summarize_samples(samples: Sequence[Sample], n_unscorable: int = 0) -> Recor
         "tokens_per_episode": mean([float(sample["tokens"]) for sample in samples]),
         "turns_per_episode": mean([float(len(sample["completions"])) for sample in samples]),
     }
+    if counts := count_reasons(reasons):
+        record["unscorable_reasons"] = counts
     for name in sorted({name for sample in samples for name in sample["reward_parts"]}):
         record[f"parts/{name}"] = mean(
             [sample["reward_parts"][name] for sample in samples if name in sample["reward_parts"]]
@@ -60,7 +74,9 @@ def summarize_groups(groups: Sequence[Group]) -> Record:
     episodes = [episode for group in groups for episode in group.episodes]
     rewards = [[episode.reward for episode in group.episodes] for group in groups]
     record = summarize_samples(
-        [sample_of(episode) for episode in episodes], sum(group.n_unscorable for group in groups)
+        [sample_of(episode) for episode in episodes],
+        sum(group.n_unscorable for group in groups),
+        (reason for group in groups for reason in group.reasons),
     )
     record["reward_std"] = float(np.std([r for rewards_G in rewards for r in rewards_G])) if episodes else None
     record["groups_without_signal"] = mean([float(len(set(rewards_G)) < 2) for rewards_G in rewards])

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
@@ -15,18 +14,18 @@ from rl_lora import models
 from rl_lora.adapter_io import check_adapter
 from rl_lora.chat import Chat
 from rl_lora.checkpoint import check_whole
-from rl_lora.config import EpisodeConfig, ModelConfig, TrainConfig, flatten, validate
+from rl_lora.config import ModelConfig, TrainConfig, flatten, validate
 from rl_lora.demonstrations import Demonstrations
 from rl_lora.environment import environment, held_out
 from rl_lora.lora import AdapterBank
 from rl_lora.policy import context_length
-from rl_lora.rollout import MakeEnv, RolloutWorker
+from rl_lora.problems import check_problems
+from rl_lora.rollout import MakeEnv
 from rl_lora.run_folder import check_run_dir
-from rl_lora.sampler import Completion
 
 
 def preflight(config: TrainConfig, seeds: Iterable[int]) -> None:
-    """Raises ValueError. `seeds` are training problems whose prompts must fit the model's context."""
+    """Raises ValueError. `seeds` are training problems that are looked at where their number is not finite."""
     validate(config)
     check_plain(config)
     check_trackers(config.log.trackers)
@@ -37,21 +36,22 @@ def preflight(config: TrainConfig, seeds: Iterable[int]) -> None:
         check_adapter(Path(config.adapter.init_from))
         check_whole(Path(config.adapter.init_from))
     chat, context = check_model(config.model, config.adapter.targets)
-    if config.learner.objective == "likelihood":
-        seeds = list(seeds)
+    judged = config.learner.objective != "likelihood"
+    seeds = whole(make_env, seeds)
+    if not judged:
         teacher = Demonstrations(make_env, chat, config.rollout, context_length=context)
         teacher.collect(seeds, adapters=[None])
         teacher.close()
-    for make, problems in ((make_env, seeds), (make_eval_env, eval_seeds)):
-        check_prompts(make, problems, chat, config.rollout, context)
+    check_problems(make_env, seeds, chat, config.rollout, context, judged=judged)
+    check_problems(make_eval_env, eval_seeds and whole(make_eval_env, eval_seeds), chat, config.rollout, context)
 
 
-def check_prompts(make_env: MakeEnv, seeds: Iterable[int], chat: Chat, config: EpisodeConfig, context: int) -> None:
-    """Raises ValueError for a problem whose prompt does not fit the model's context."""
-    worker = RolloutWorker(make_env, _NoSampler(), chat, config, context_length=context)
-    for seed in seeds:
-        worker.first_prompt(seed)
-    worker.close()
+def whole(make_env: MakeEnv, seeds: Iterable[int]) -> Sequence[int]:
+    """All problems, where they are a finite list; else those of `seeds`."""
+    env = make_env()
+    n = getattr(env.unwrapped, "n_problems", None)
+    env.close()
+    return list(seeds) if n is None else range(int(n))
 
 
 def check_model(config: ModelConfig, targets: str | list[str] = "all-linear") -> tuple[Chat, int]:
@@ -88,10 +88,3 @@ def check_trackers(names: list[str]) -> None:
             )
         if name not in installed:
             raise ValueError(f"tracker {name!r} in log.trackers is not installed; install its package, or leave it out")
-
-
-class _NoSampler:
-    """Stands where prompts are rendered and nothing is sampled."""
-
-    def generate(self, requests: Any, on_token: Any = None, follow: Any = None) -> list[list[Completion]]:
-        raise AssertionError("nothing is sampled before the model is loaded")

@@ -6,10 +6,10 @@ The training reads back only whether it is finished. Without a terminal the same
 from __future__ import annotations
 
 import io
-import json
 import os
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,12 +30,14 @@ from rich.table import Table
 from rich.text import Text
 
 from rl_lora import files
+from rl_lora import finite_json as json
 from rl_lora.adapter import Adapter
 from rl_lora.checkpoint import Checkpoints
 from rl_lora.collapse import reply_warning, run_warnings
 from rl_lora.config import EvaluateConfig, TrainConfig, flatten
+from rl_lora.contract import TaskError
 from rl_lora.evaluation import Evaluation, change
-from rl_lora.metrics import MetricsFile, Record
+from rl_lora.metrics import MAX_REASONS, MetricsFile, Record
 from rl_lora.page import lines, write
 from rl_lora.policy import Policy
 from rl_lora.samples import Sample, content_hash
@@ -157,12 +159,18 @@ class RunReport:
             replaced = f" ({record['groups_replaced']} replaced)" if record["groups_replaced"] else ""
             parts.append(f"equal {record['groups_without_signal']:.0%}{replaced}")
             parts.append(f"cut {_number(record['truncated'], '.0%')}")
+        if record["unscorable"]:
+            parts.append(f"unscorable {record['unscorable']:.0%}")
         parts.append(f"{record['tokens_per_episode'] or 0:.0f} tokens")
         parts.append(f"{record['seconds/rollout']:.1f}+{record['seconds/learn']:.1f} s")
         self.console.print("  ".join(parts))
         self._reward, self._what = f"reward {_number(record['reward'], '.3f')}", ""
         if self._progress is not None:
             self._progress.update(self._task, completed=step, reward=self._reward)
+
+    def failed(self, error: TaskError) -> None:
+        """The first episode that failed, while the run goes on."""
+        self.console.print(f"an episode failed, and is left out: {error}", style="yellow", markup=False)
 
     def evaluation(self, step: int, evaluation: Evaluation) -> None:
         """One line, and the episodes as `evals/step-N.jsonl`."""
@@ -208,6 +216,9 @@ class RunReport:
             "change": change(before, after) if before and after and evals[-1]["step"] else None,
             "warnings": run_warnings(before, after, train),
             "learned": any(record["tokens_learned"] for record in train),
+            "scored": any(record["reward"] is not None for record in train),
+            "unscorable": _reasons(train),
+            "unscorable_held_out": _reasons(evals[-1:]),
             "seconds": sum(value for r in evals + train for name, value in r.items() if name.startswith("seconds/")),
             "adapter": adapter,
             "best_checkpoint": str(best.folder) if best else None,
@@ -262,7 +273,14 @@ class RunReport:
             out(f"  change  {100 * gain['difference']:+.1f} points (95 %: {ends}), paired by problem")
         first, last = (_number(summary[f"reward_{when}"], ".3f") for when in ("first", "last"))
         out(f"  mean reward of sampled episodes: {first} in the first step, {last} in the last")
-        if not summary["learned"]:
+        unscorable, held_out = summary.get("unscorable"), summary.get("unscorable_held_out")
+        nothing = bool(unscorable) and not summary["scored"]
+        if unscorable:
+            said = "[yellow]nothing could be scored:[/]" if nothing else "  sampled episodes that could not be scored:"
+            out(f"{said} {escape(_counted(unscorable))}")
+        if held_out:
+            out(f"  held-out episodes that could not be scored: {escape(_counted(held_out))}")
+        if not summary["learned"] and not nothing:
             out(
                 "[yellow]nothing was learned: no group had different rewards.[/] Problems may be too hard or too easy; "
                 "look at the samples, raise rollout.max_tokens where replies are cut off, raise rollout.group_size, or "
@@ -309,6 +327,18 @@ def newly_solved(before: Sequence[Sample], after: Sequence[Sample]) -> list[dict
         }
         for sample in solved[:N_TRANSCRIPTS]
     ]
+
+
+def _reasons(records: Sequence[Record]) -> dict[str, int]:
+    """Why episodes could not be scored, over several records."""
+    counts: Counter[str] = Counter()
+    for record in records:
+        counts.update(record.get("unscorable_reasons", {}))
+    return dict(counts.most_common(MAX_REASONS))
+
+
+def _counted(reasons: dict[str, int]) -> str:
+    return "; ".join(f"{n} x {reason}" for reason, n in reasons.items())
 
 
 def held_out_line(record: Record) -> str:

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 from rl_lora.chat import Chat
 from rl_lora.config import EpisodeConfig
-from rl_lora.contract import Env, Outcome, advance, begin, env_id
+from rl_lora.contract import Env, Outcome, Start, TaskError, advance, begin, env_id, shown
+from rl_lora.failures import Failures
 from rl_lora.sampler import Completion, Request, Sampler
 from rl_lora.types import Episode, Group, Stop, Turn
 
@@ -51,6 +52,8 @@ class _Play:
     success: bool | None = None
     answer: str | None = None
     stop: Stop | None = None
+    unscorable: str | None = None
+    failed: bool = False
 
     def episode(self) -> Episode:
         assert self.stop is not None
@@ -66,6 +69,8 @@ class _Play:
             reward_parts=self.parts,
             observations=tuple(self.observations),
             answer=self.answer,
+            unscorable=self.unscorable,
+            failed=self.failed,
         )
 
 
@@ -75,6 +80,9 @@ class RolloutWorker:
     Args:
         make_env: called as often as episodes are played at a time; the environments are kept and reset.
         versions: the version of an adapter at the moment, for the record.
+        on_failure: told the first episode that fails, while the run goes on; see `failures.Failures`.
+
+    Its methods raise TaskError where too many episodes fail, and where a seed does not lead to one problem.
     """
 
     def __init__(
@@ -86,9 +94,11 @@ class RolloutWorker:
         *,
         context_length: int = 1 << 30,
         versions: Callable[[str], int] = lambda adapter: 0,
+        on_failure: Callable[[TaskError], None] = lambda error: None,
     ):
         self.make_env, self.sampler, self.chat, self.config = make_env, sampler, chat, config
         self.context_length, self.versions = context_length, versions
+        self.failures = Failures(config.max_failed, on_failure)
         self._envs: list[Env] = []
 
     def collect(
@@ -121,11 +131,14 @@ class RolloutWorker:
         while len(self._envs) < sum(plays.n for plays in wanted):
             self._envs.append(self.make_env())
         envs = iter(self._envs)
+        self.failures.begin([plays.n for plays in wanted])
         groups = [
             [self._reset(next(envs), w.seed, w.adapter, k) for k in range(w.first, w.first + w.n)] for w in wanted
         ]
         first_of = {id(play): w.first for w, group in zip(wanted, groups, strict=True) for play in group}
-        plays = [play for group in groups for play in group]
+        for group in groups:
+            check_one_problem(group)
+        plays = [play for group in groups for play in group if play.stop is None]
         requests: dict[tuple[Any, ...], list[_Play]] = {}
         for play in plays:
             requests.setdefault((play.adapter, play.seed, play.prompt_ids), []).append(play)
@@ -149,7 +162,9 @@ class RolloutWorker:
             self._step(play, reply)
             return request(play, 1) if play.stop is None else None
 
-        self.sampler.generate([request(plays[0], len(plays)) for plays in same], on_token, follow)
+        if same:
+            self.sampler.generate([request(plays[0], len(plays)) for plays in same], on_token, follow)
+        self.failures.end()
         return [[play.episode() for play in group] for group in groups]
 
     def close(self) -> None:
@@ -158,30 +173,35 @@ class RolloutWorker:
             self._envs.pop().close()
 
     def first_prompt(self, seed: int) -> list[int]:
-        """The prompt of a problem: what is known of it without a model."""
+        """The prompt of a problem: what is known of it without a model. Raises TaskError if it cannot be played."""
         if not self._envs:
             self._envs.append(self.make_env())
-        return list(self._reset(self._envs[0], seed, None, 0).prompt_ids)
+        env = self._envs[0]
+        return list(prompt_of(env, seed, begin(env, seed), self.chat, self.config, self.context_length))
 
     def _reset(self, env: Env, seed: int, adapter: str | None, k: int) -> _Play:
-        start, name = begin(env, seed), env_id(env)
         version = self.versions(adapter) if adapter is not None else 0
-        play = _Play(env, name, seed, adapter, version, k)
-        play.observations.append(start.observation)
-        play.prompt_ids = tuple(self.chat.start(start.observation, self.config.system_prompt, start.messages))
-        room = self.context_length - self.config.max_tokens
-        if len(play.prompt_ids) > room:
-            raise ValueError(
-                f"the prompt of {name}, seed {seed}, has {len(play.prompt_ids)} tokens, but the model's context of "
-                f"{self.context_length} leaves {room} beside rollout.max_tokens={self.config.max_tokens}; "
-                "shorten the prompt or lower max_tokens"
-            )
+        play = _Play(env, env_id(env), seed, adapter, version, k)
+        try:
+            start = begin(env, seed)
+            play.observations.append(start.observation)
+            play.prompt_ids = prompt_of(env, seed, start, self.chat, self.config, self.context_length)
+        except TaskError as error:
+            self._fail(play, error)
         return play
 
     def _step(self, play: _Play, reply: Completion) -> None:
         text = self.chat.decode(reply.token_ids)
         play.turns.append(Turn(play.prompt_ids, reply.token_ids, reply.logprobs, reply.stop, text))
-        self._take(play, reply, advance(play.env, play.seed, text))
+        try:
+            self._take(play, reply, advance(play.env, play.seed, text))
+        except TaskError as error:
+            self._fail(play, error)
+
+    def _fail(self, play: _Play, error: TaskError) -> None:
+        """Leave an episode out. Raises TaskError where too many have failed."""
+        self.failures.add(error)
+        play.stop, play.unscorable, play.failed = Stop.UNSCORABLE, error.reason, True
 
     def _take(self, play: _Play, reply: Completion, outcome: Outcome) -> None:
         """Write down what came of a reply, and what is asked next, if anything is."""
@@ -191,7 +211,7 @@ class RolloutWorker:
         for name, value in outcome.reward_parts.items():
             play.parts[name] = play.parts.get(name, 0.0) + value
         if outcome.unscorable is not None:
-            play.stop = Stop.UNSCORABLE
+            play.stop, play.unscorable = Stop.UNSCORABLE, outcome.unscorable
         elif outcome.terminated:
             play.stop = Stop.END
         elif outcome.truncated or len(play.turns) >= self.config.max_turns:
@@ -203,7 +223,43 @@ class RolloutWorker:
                 play.stop = Stop.LENGTH  # the conversation has outgrown the model
 
 
+def prompt_of(
+    env: Env, seed: int, start: Start, chat: Chat, config: EpisodeConfig, context_length: int
+) -> tuple[int, ...]:
+    """The tokens that a problem begins with. Raises TaskError if they leave no room for a reply."""
+    prompt_ids = tuple(chat.start(start.observation, config.system_prompt, start.messages))
+    room = context_length - config.max_tokens
+    if len(prompt_ids) > room:
+        raise TaskError(
+            f"the prompt of {env_id(env)}, seed {seed}, has {len(prompt_ids)} tokens, but the model's context of "
+            f"{context_length} leaves {room} beside rollout.max_tokens={config.max_tokens}; "
+            "shorten the prompt or lower max_tokens",
+            "the prompt does not fit the model's context",
+        )
+    return prompt_ids
+
+
+def check_one_problem(plays: Sequence[_Play]) -> None:
+    """Raises TaskError unless the episodes of a seed begin with the same observation: their mean is a baseline only if
+    they are of one problem."""
+    begun = [play.observations[0] for play in plays if play.observations]
+    if other := next((text for text in begun if text != begun[0]), None):
+        raise unsteady(plays[0].env_id, plays[0].seed, begun[0], other)
+
+
+def unsteady(name: str, seed: int, one: str, other: str) -> TaskError:
+    """A seed has led to two problems."""
+    return TaskError(
+        f"{name}, seed {seed}, is another problem each time: {shown(one)} and {shown(other)}; the episodes of a seed "
+        "are compared with each other, so reset(seed=...) must always lead to the same problem: draw at random from "
+        "random.Random(seed) or numpy.random.default_rng(seed), and not from what earlier episodes left behind",
+        "a seed that is another problem each time",
+        stops=True,
+    )
+
+
 def group_of(episodes: Sequence[Episode]) -> Group:
     """The group that episodes of one problem make."""
     scored = tuple(episode for episode in episodes if episode.stop is not Stop.UNSCORABLE)
-    return Group(episodes[0].env_id, episodes[0].seed, episodes[0].adapter, scored, len(episodes) - len(scored))
+    reasons = tuple(episode.unscorable or "" for episode in episodes if episode.stop is Stop.UNSCORABLE)
+    return Group(episodes[0].env_id, episodes[0].seed, episodes[0].adapter, scored, len(reasons), reasons)

@@ -7,13 +7,13 @@ how it is judged. Names and paths do not count.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from rl_lora import files
+from rl_lora import finite_json as json
 from rl_lora.types import Episode, Stop
 
 Sample = dict[str, Any]
@@ -38,6 +38,8 @@ def sample_of(episode: Episode, k: int = 0, **more: Any) -> Sample:
         "stop": str(episode.stop),
         "truncated": episode.truncated,
         "unscorable": episode.stop is Stop.UNSCORABLE,
+        "reason": episode.unscorable,
+        "failed": episode.failed,
         "tokens": episode.n_tokens,
         **more,
     }
@@ -85,7 +87,7 @@ class SampleStore:
             key = key_of(sample)
             there[("unknown", i) if None in key else key] = sample
         found = {key: there.pop(key) for key in self.wanted if key in there}
-        self.samples = {key: sample for key, sample in found.items() if resume}
+        self.samples = {key: sample for key, sample in found.items() if resume and not sample.get("failed")}
         self.n_found = len(self.samples)
         others = bool(there) or earlier.exists()
         if others:
@@ -95,10 +97,17 @@ class SampleStore:
             _replace(earlier, there.values())
 
     def append(self, samples: Iterable[Sample]) -> None:
-        """Samples that were drawn: on the disk when this returns."""
+        """Samples that were drawn: on the disk when this returns, but for those that failed (`append_failed`)."""
         samples = list(samples)
-        files.append_text(self.path, "".join(json.dumps(row) + "\n" for row in self._rows(samples)))
         self.samples |= {key_of(sample): sample for sample in samples}
+        self._write([sample for sample in samples if not sample["failed"]])
+
+    def append_failed(self) -> None:
+        """At the end of an evaluation: write down the samples that failed. The next evaluation draws them again."""
+        self._write([sample for sample in self.samples.values() if sample.get("failed")])
+
+    def _write(self, samples: Sequence[Sample]) -> None:
+        files.append_text(self.path, "".join(json.dumps(row) + "\n" for row in self._rows(samples)))
 
     def row(self, name: str) -> list[Sample]:
         """The samples of one row of the table so far, in the order of `wanted`."""

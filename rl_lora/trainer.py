@@ -46,7 +46,7 @@ from rl_lora.types import Group
 ADAPTER = "policy"
 """The name of the adapter that is trained."""
 MAX_CHECKED = 2048
-"""Training problems whose prompts are checked against the model's context before it is loaded."""
+"""Training problems that are looked at before the model is loaded, where they are made from the seed without end."""
 
 
 def train(config: TrainConfig) -> Path:
@@ -168,12 +168,13 @@ class Trainer:
             "context_length": self.policy.context_length,
             "versions": lambda name: self.policy.bank[name].version,
         }
-        self.eval_worker = RolloutWorker(make_eval_env, sampler, self.policy.chat, config.rollout, **limits)
+        said = {**limits, "on_failure": self.report.failed}
+        self.eval_worker = RolloutWorker(make_eval_env, sampler, self.policy.chat, config.rollout, **said)
         self.worker: RolloutWorker | Demonstrations
         if self.learner.given:
             self.worker = Demonstrations(environment(config.env), self.policy.chat, config.rollout, **limits)
         else:
-            self.worker = RolloutWorker(environment(config.env), sampler, self.policy.chat, config.rollout, **limits)
+            self.worker = RolloutWorker(environment(config.env), sampler, self.policy.chat, config.rollout, **said)
         best = self.checkpoints.best()
         self.scores = {best.step: best.state["score"]} if config.resume and best else {}
         """Held-out score after each step that was evaluated."""
@@ -290,7 +291,8 @@ class Trainer:
         record = evaluation.record | {"seconds/evaluate": seconds.seconds["evaluate"]}
         with later() as hold:
             hold()
-            self.scores[self.step] = evaluation.score
+            if evaluation.score > -math.inf:  # where nothing could be scored, nothing is best
+                self.scores[self.step] = evaluation.score
             if self.accelerator.is_main_process:
                 self.metrics.append("eval", self.step, record)
                 self.report.evaluation(self.step, evaluation)
@@ -344,7 +346,7 @@ class Trainer:
         self._track(record, "train")
 
     def _track(self, record: Record, kind: str) -> None:
-        numbers = {f"{kind}/{name}": value for name, value in record.items() if value is not None}
+        numbers = {f"{kind}/{name}": value for name, value in record.items() if isinstance(value, int | float)}
         with writing(self.run_dir / "trackers"):
             self.accelerator.log(numbers, step=self.step)
 

@@ -5,12 +5,12 @@ Held-out episodes are in evals/. Left out: what was learned from them, which met
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
 from rl_lora import files
+from rl_lora import finite_json as json
 from rl_lora.page import lines
 from rl_lora.samples import Sample, sample_of
 from rl_lora.types import Group

@@ -66,6 +66,10 @@ class Episode:
     answer: str | None = None
     """What the environment took for the answer, in one spelling, so that equal answers are equal texts; None where it
     found none, or reports none."""
+    unscorable: str | None = None
+    """Why it could not be judged, where `stop` is UNSCORABLE."""
+    failed: bool = False
+    """Whether that is a fault of the task, an exception for example: it may be mended, and the episode played again."""
 
     @property
     def n_tokens(self) -> int:
@@ -82,7 +86,7 @@ class Episode:
 class Group:
     """Episodes of one problem (environment and seed) under one adapter; the unit over which a baseline is taken.
 
-    Unscorable episodes are not in `episodes`; `n_unscorable` counts them.
+    Unscorable episodes are not in `episodes`; `n_unscorable` counts them, and `reasons` has the reason of each.
     """
 
     env_id: str
@@ -90,6 +94,7 @@ class Group:
     adapter: str | None
     episodes: tuple[Episode, ...]
     n_unscorable: int = 0
+    reasons: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

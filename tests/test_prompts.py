@@ -17,7 +17,7 @@ from envs.prompts import PromptsEnv
 from rl_lora.chat import Chat
 from rl_lora.config import RolloutConfig
 from rl_lora.demonstrations import Demonstrations
-from rl_lora.preflight import check_prompts
+from rl_lora.problems import check_problems
 from tests.tiny import tiny_tokenizer
 
 ROWS = [{"prompt": f"What is {i} + {i}?", "answer": 2 * i, "level": "easy" if i < 5 else "hard"} for i in range(10)]
@@ -236,7 +236,7 @@ def test_a_second_system_prompt_is_refused_before_a_model_is_there() -> None:
     def check(data: Any) -> None:
         chat = Chat(tiny_tokenizer(True))
         config = RolloutConfig(system_prompt="Think.", max_tokens=4)
-        check_prompts(lambda: PromptsEnv(data, eval_fraction=0.0), [0], chat, config, 512)
+        check_problems(lambda: PromptsEnv(data, eval_fraction=0.0), [0], chat, config, 512)
 
     check(ROWS)
     with pytest.raises(ValueError, match=r"a system message of its own.*'Be brief\.'"):

@@ -1,0 +1,94 @@
+"""Whether the problems of an environment can be played: looked at before the model is loaded, however many there are.
+
+An environment may know more of a problem than its text. Two methods are asked where it has them: `problem_place`,
+the file and line that a seed comes from, and `problem_fault`, why no reply to it could be judged, by the reward's own
+rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from rl_lora.chat import Chat
+from rl_lora.config import EpisodeConfig
+from rl_lora.contract import Env, TaskError, begin, env_id
+from rl_lora.rollout import MakeEnv, prompt_of, unsteady
+
+N_STEADY = 4
+"""Problems that are asked for several times: whether a seed leads to one problem shows in the first ones."""
+TOKENS_PER_BYTE = 3
+"""More than any tokenizer makes, normalisation included: a text that fits at this rate need not be tokenised."""
+A_FEW = 2
+"""So many of the problems that are looked at may be faulty, whatever share they are, if they are made from the seed."""
+MAX_LISTED = 5
+"""Faulty problems that a message names; the others are counted."""
+
+
+def check_problems(
+    make_env: MakeEnv, seeds: Iterable[int], chat: Chat, config: EpisodeConfig, context: int, *, judged: bool = True
+) -> None:
+    """Raises ValueError where a seed leads to several problems, or a problem cannot be played: its prompt does not fit
+    the model's context, or nothing could be judged (not asked unless `judged`).
+
+    Of an environment that makes its problems from the seed, the share `config.max_failed` may be such: nobody can mend
+    one of them, and they are left out when their turn comes.
+    """
+    seeds = list(seeds) if not isinstance(seeds, Sequence) else seeds
+    if not seeds:
+        return
+    env = make_env()
+    try:
+        check_steady(env, make_env, seeds[:N_STEADY])
+        faults = list(faults_of(env, seeds, chat, config, context, judged))
+        made = getattr(env.unwrapped, "n_problems", None) is None
+    finally:
+        env.close()
+    allowed = max(config.max_failed * len(seeds), A_FEW) if made and config.max_failed else 0
+    if len(faults) > allowed or len(faults) == len(seeds):
+        raise ValueError(listed(faults, len(seeds)))
+
+
+def listed(faults: Sequence[str], n: int) -> str:
+    """The first faulty problems and how many there are."""
+    if len(faults) == 1:
+        return faults[0]
+    more = f"\n  ... and {len(faults) - MAX_LISTED} more" if len(faults) > MAX_LISTED else ""
+    first = "".join(f"\n  {fault}" for fault in faults[:MAX_LISTED])
+    return f"{len(faults)} of {n} problems cannot be played:{first}{more}"
+
+
+def faults_of(
+    env: Env, seeds: Iterable[int], chat: Chat, config: EpisodeConfig, context: int, judged: bool
+) -> Iterable[str]:
+    """What is wrong with each problem that cannot be played, with the place that it comes from."""
+    fault_of: Callable[[int], str | None] = getattr(env.unwrapped, "problem_fault", lambda seed: None)
+    place_of: Callable[[int], str] = getattr(env.unwrapped, "problem_place", lambda seed: "")
+    around = len(chat.start("?", config.system_prompt))
+    surely_fits = (context - config.max_tokens - around) // TOKENS_PER_BYTE
+    for seed in seeds:
+        fault = fault_of(seed) if judged else None
+        if fault is not None:
+            fault = f"{env_id(env)}, seed {seed}: {fault}"
+        else:
+            start = begin(env, seed)
+            if start.messages is not None or len(start.observation.encode("utf-8", "replace")) > surely_fits:
+                try:
+                    prompt_of(env, seed, start, chat, config, context)
+                except TaskError as error:
+                    fault = str(error)
+        if fault is not None:
+            place = place_of(seed)
+            yield f"{place}: {fault}" if place else fault
+
+
+def check_steady(env: Env, make_env: MakeEnv, seeds: Sequence[int]) -> None:
+    """Raises TaskError unless each seed leads to the same text again, in whatever order, and in another copy."""
+    first = [begin(env, seed).observation for seed in seeds]
+    copy = make_env()
+    try:
+        for again in (env, copy):
+            for seed, text in reversed(list(zip(seeds, first, strict=True))):
+                if (other := begin(again, seed).observation) != text:
+                    raise unsteady(env_id(env), seed, text, other)
+    finally:
+        copy.close()
