@@ -31,7 +31,9 @@ from rewards import (
     RewardSpec,
     Score,
     Unscorable,
+    WeightedSum,
     code_of,
+    name_of,
     reference_fault,
     resolve,
 )
@@ -183,6 +185,13 @@ class SingleTurnEnv(TextEnv):
     def problem(self, seed: int) -> Problem:
         """The problem of `seed`, a function of `seed` alone."""
         raise NotImplementedError
+
+    @property
+    def judged_by(self) -> str:
+        """Who is waited for in `step`."""
+        parts = self.reward.parts if isinstance(self.reward, WeightedSum) else None
+        names = [name_of(self.reward)] if parts is None else [part.name for part in parts]
+        return f"the reward {' + '.join(names)}"
 
     def problem_place(self, seed: int) -> str:
         """The file and line that the problem of `seed` comes from; empty where there is none."""

