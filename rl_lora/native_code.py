@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,14 +20,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rl_lora.cache import cache_folder
+from rl_lora.cache import not_ours, private_folder
 
 FLAGS = ["-O3", "-std=c++17", "-march=native", "-fopenmp", "-shared", "-fPIC"]
 OPERATIONS = torch.library.Library("rl_lora", "DEF")
 
 
 def load(source: Path, *more_flags: str) -> ctypes.CDLL | None:
-    """A C++ file of this package, compiled at the first call on a machine; None, without a word, where it cannot be."""
+    """A C++ file of this package, compiled at the first call on a machine; None where it cannot be.
+
+    What is loaded is what was made then, by this user: its hash is kept beside it.
+    """
     flags, compiler, openmp = [*FLAGS, *more_flags], shutil.which("g++"), _openmp()
     if compiler is None or openmp is None:
         return None
@@ -35,23 +39,48 @@ def load(source: Path, *more_flags: str) -> ctypes.CDLL | None:
     sources = [path.read_text() for path in (source, *sorted(source.parent.glob("*.h")))]
     text = "\n".join([*sources, compiler, version, openmp, *flags, *cpu[:2]])
     try:
-        folder = cache_folder() / "compiled"
+        if (folder := private_folder("compiled")) is None:
+            return None
         path = folder / f"{source.stem}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
-        if path.exists():
+        if _is_as_made(path):
             try:
                 return ctypes.CDLL(str(path))
             except OSError:  # another system's: made anew
                 pass
-        folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as work:
-            made = Path(work, path.name)
+            made, record = Path(work, path.name), Path(work, _record(path).name)
             subprocess.run([compiler, *flags, source, openmp, "-o", made], check=True, capture_output=True)
-            with made.open("rb") as file:
-                os.fsync(file.fileno())  # half of one, after a loss of power, would not fail to load but crash
-            os.replace(made, path)
+            record.write_text(_hash(made))
+            path.unlink(missing_ok=True)
+            for new, kept in ((record, _record(path)), (made, path)):
+                new.chmod(0o600)
+                with new.open("rb") as file:
+                    os.fsync(file.fileno())  # half of one, after a loss of power, would not fail to load but crash
+                os.replace(new, kept)
         return ctypes.CDLL(str(path))
     except (OSError, RuntimeError, subprocess.CalledProcessError):  # nowhere to keep it, another kind of processor
         return None
+
+
+def _is_as_made(path: Path) -> bool:
+    """Whether a library is there, is this user's, and is what was compiled; a warning where it has been changed."""
+    record = _record(path)
+    if not path.exists() or not record.exists():
+        return False
+    reason = not_ours(path) or not_ours(record)
+    if reason is None and _hash(path) != record.read_text():
+        reason = f"{path} is not what was compiled"
+    if reason:
+        warnings.warn(f"C++ is compiled anew: {reason}", stacklevel=3)
+    return reason is None
+
+
+def _record(path: Path) -> Path:
+    return path.with_suffix(".sha256")
+
+
+def _hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _openmp() -> str | None:

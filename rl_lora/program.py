@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from rl_lora.cache import place_compiler_cache
+
 MOST_SIZES = 1 << 12
 """Sizes of inputs of which it is remembered whether a program holds for them."""
 
@@ -85,6 +87,7 @@ class Program:
         """
         if not all(x.is_contiguous() for x in inputs):
             raise ValueError("a layer is given tensors that are not contiguous")
+        place_compiler_cache()
         from torch._dispatch.python import enable_python_dispatcher
         from torch._inductor import compile as compile_graph
         from torch._subclasses.fake_tensor import FakeTensorMode
