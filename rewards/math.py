@@ -22,10 +22,11 @@ from typing import Any
 
 from rewards import math_workers
 from rewards.math_clocks import Clock, clock
+from rewards.math_compounds import Compound, compound, same_compound
 from rewards.math_dress import clean
 from rewards.math_extraction import boxed, extract, methods_of
 from rewards.math_numbers import Quantity, quantity
-from rewards.math_text import base_numeral, canonical, choice, chosen, nothing, ratio, same_ratio, words
+from rewards.math_text import base_numeral, canonical, choice, chosen, nothing, ratio, roman, same_ratio, words
 from rewards.score import Score, Unscorable
 
 MAX_ANSWER_CHARS = 1000
@@ -111,13 +112,17 @@ def verify(
     **What is equal.** Values are compared exactly: 0.333 is not 1/3, and 3.14 is not \pi. Choices made:
 
     - *Units* are compared, not converted; one on one side only is ignored, also in parentheses: 9 (apples).
-      5 cm is not 5 m, nor 15 cm^2 15 cm. Currency signs are units. 5 million is 5000000.
+      5 cm is not 5 m, nor 15 cm^2 15 cm. Currency signs are units. 5 million is 5000000
+      and 4 dozen is 48. 6 feet 4 inches is equal to the same numbers of the same units only.
     - *Nouns* behind a number ("14 slices of bread", "16 left", "8 times") leave it as it is. Two of them must have a
       noun in common: 14 slices, but not 14 eggs. What bounds or changes a number ("5 at most", "5 and a half") counts.
     - *Percent*: a sign on one side only may be read both ways, so 50% equals 50 and equals 0.5; 50% is not 0.5%.
-    - *Commas*: 1,234 and 1{,}234 are one number; 1,23 and "1, 234" are two. Digits of other scripts are not read.
+    - *Commas*: 1,234 and 1{,}234 are one number; 1,23, 0,318 and "1, 234" are two. Digits of other scripts
+      are not read.
     - *Assignments*: x = 5 equals 5, and x \in S equals S; x = 5 is not y = 5. Equations are equal if one is a multiple
-      of the other. An inequality for one name equals its interval.
+      of the other; with sums, limits, integrals or determinants, if both their sides are equal. An inequality for one
+      name equals its interval. Equations on lines of their own or behind \quad are a list, as with commas between them.
+    - *Conditions*: 7t for 0 < t < 4 and k \text{ odd} equal the same value under the same condition only.
     - *Lists* bare or in {} are equal in any order, tuples and intervals in theirs, with their brackets; a bare list
       equals a tuple in the same order. A matrix is not a tuple.
     - *No solution*: "no solution", "no real roots", "none" and \emptyset are one answer.
@@ -127,6 +132,7 @@ def verify(
     - *Angles*: 90^\circ equals 90 and equals \pi/2.
     - *Words*: numbers in words are numbers: thirteen cookies, negative two, three quarters.
     - *Bases*: 52_8 equals itself only, neither 52 nor 42.
+    - *Roman numerals* of more than one letter, in capitals, equal themselves only: VI is not IV.
     - *Choices and names*: (A), A, \text{(A)} and "A. 12 cm" are one; names are compared without case.
     - *Logarithms*: \log without a base may be natural or decimal, as either makes it equal.
     - *Variables*: formulas are equal if they agree wherever both are real: sqrt(1/n) = 1/sqrt(n), but
@@ -187,6 +193,7 @@ class _Reference:
     choice: str | None
     words: str | None
     clock: Clock | None
+    compound: Compound | None
 
 
 def _reference(reference: Any) -> _Reference:
@@ -227,11 +234,11 @@ def _read_reference(reference: str) -> _Reference:
         answer = reference if held is None else held
     refused = _refused(answer)
     if refused:
-        return _Reference("", refused, None, None, None, None)
+        return _Reference("", refused, None, None, None, None, None)
     text = clean(answer)
     if not text:
         raise ValueError(f"the math reward needs a reference with an answer in it, got {reference[:200]!r}")
-    return _Reference(text, "", quantity(text), choice(text), words(text), clock(text))
+    return _Reference(text, "", quantity(text), choice(text), words(text), clock(text), compound(text))
 
 
 def _refused(text: str) -> str:
@@ -257,6 +264,11 @@ def _plain_verdict(answer: str, expected: _Reference) -> bool | None:
         return True
     if nothing(answer) and nothing(expected.text):
         return True
+    if (numeral := roman(expected.text)) and roman(answer):
+        return roman(answer) == numeral
+    if expected.compound is not None:
+        parts = compound(answer)
+        return parts is not None and same_compound(parts, expected.compound)
     time, expected_time = clock(answer), expected.clock
     is_time = any(read is not None and read.certain for read in (time, expected_time))
     if is_time and time is not None and expected_time is not None:
@@ -267,7 +279,7 @@ def _plain_verdict(answer: str, expected: _Reference) -> bool | None:
     if expected.choice is not None:
         return chosen(answer) == expected.choice.upper()
     if expected.words is not None:
-        return words(answer) == expected.words
+        return (words(answer) or words(canonical(answer))) == expected.words
     if words(answer) is not None or not answer.isascii():
         return False  # a name for a formula; or digits or letters that no rule reads
     if base_numeral(answer) is not None or base_numeral(expected.text) is not None:

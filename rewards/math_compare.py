@@ -14,10 +14,12 @@ from fractions import Fraction
 from typing import Any
 
 from rewards.math_clocks import clock
+from rewards.math_compounds import compound, same_compound
 from rewards.math_dress import clean
 from rewards.math_expression import TooLarge, Tree, Undefined, Unreadable, read, same_value
+from rewards.math_lines import side_by_side
 from rewards.math_numbers import quantity
-from rewards.math_text import base_numeral, canonical
+from rewards.math_text import base_numeral, canonical, roman
 from rewards.math_unit_names import units_conflict
 from rewards.math_units import split_unit
 
@@ -30,8 +32,15 @@ class UnreadableReference(Exception):
     """Neither this module nor Math-Verify can read the reference."""
 
 
+_SUM_OF_MONEY = re.compile(r"[$€£₹¥]\s?[1-9][0-9]{0,2}(?:,[0-9]{3})+(?!,?[0-9])")  # $26,000 is no list
+
+
 def compare(answer: str, reference: str) -> str:
     """EQUAL, DIFFERENT or UNREADABLE. An answer that cannot be read is DIFFERENT from a reference that can."""
+    answer, reference = (_SUM_OF_MONEY.sub(lambda sum_: sum_[0].replace(",", ""), text) for text in (answer, reference))
+    several, others = side_by_side(answer), side_by_side(reference)
+    if _is_bare_list(several) and _is_bare_list(others):
+        answer, reference = several, others
     try:
         return EQUAL if _same(answer, reference) else DIFFERENT
     except UnreadableReference:
@@ -103,12 +112,15 @@ def _same(answer: str, reference: str) -> bool:
         return _same_scalar(*in_radians)
     if (base_numeral(answer) or base_numeral(reference)) is not None:
         return base_numeral(answer) == base_numeral(reference)
-    for compare_parts in (_congruences, _plus_minus, _assignments, _unions, _relations, _matrices, _collections):
+    for compare_parts in _BY_PARTS:
         verdict = compare_parts(answer, reference)
         if verdict is not None:
             return verdict
     if certain:
         return False  # a time is no number
+    if (parts := compound(reference)) is not None:
+        others = compound(answer)
+        return others is not None and same_compound(others, parts)
     (answer, unit), (reference, expected_unit) = _without_unit(answer), _without_unit(reference)
     if units_conflict(unit, expected_unit):
         return False
@@ -141,6 +153,59 @@ def _without_unit(text: str) -> tuple[str, str | None]:
         stem = re.sub(r"^(?:\\\$|[$€£])\s*", "", text)
         return stem, "$" if stem != text else None
     return stem, unit
+
+
+_CONDITION_WORD = r"(?:for|if|when(?:ever)?|where|provided(?:\s+that)?|with)"
+_CONDITION = (
+    rf"\\(?:text|mbox|textrm|mathrm)\s*\{{[\s,]*{_CONDITION_WORD}(?:\s+(?:all|any|every|some))?\s*\}}"
+    rf"|(?<![a-zA-Z\\{{]){_CONDITION_WORD}(?:\s+(?:all|any|every|some))?(?![a-zA-Z])"
+)
+_REMARK = re.compile(r"(.*\S)\s*\\(?:text|mbox|textrm|textit)\s*\{([^{}]*[a-zA-Z]{2}[^{}]*)\}", re.DOTALL)
+_KIND_NAMES = """
+    odd even prime composite rational irrational real complex imaginary integer integers whole natural positive negative
+    nonnegative nonzero divisible multiple constant finite infinite convergent divergent
+"""
+_KINDS = frozenset(_KIND_NAMES.split())
+_PLAIN_REMARK = re.compile(rf"(.*\S)\s+((?:is|are)\s+[a-z -]+|(?:not\s+)?(?:{'|'.join(_KINDS)})(?:\s[a-z ]+)?)")
+
+
+def _conditions(answer: str, reference: str) -> bool | None:
+    r"""7t for 0 < t < 4, or k \text{ odd}: a value under a condition is equal to none under another."""
+    a, b = _with_condition(answer), _with_condition(reference)
+    if a is None and b is None:
+        return None
+    return a is not None and b is not None and all(_same_side(x, y) for x, y in zip(a, b, strict=True))
+
+
+def _with_condition(text: str) -> tuple[str, str] | None:
+    parts = _top_level(text, _CONDITION)
+    if len(parts) == 2 and all(parts) and not any(_is_bare_list(part.strip(" ,;")) for part in parts):
+        return parts[0].rstrip(" ,;"), parts[1]
+    match = _REMARK.fullmatch(text) or _PLAIN_REMARK.fullmatch(text)
+    if match is None or not re.search("[a-zA-Z]", match[1]) or _is_bare_list(text):
+        return None
+    words = re.sub(r"^(?:is|are)\s+|[ .,]+$", "", match[2].strip(" ,").lower())
+    kind = match[2].strip(" ,").startswith(("is ", "are ")) or _KINDS & set(words.split())
+    return (match[1], words) if kind else None
+
+
+_BETWEEN = re.compile(r"([^a-z]*[0-9)}])\s+(by|of|per|in|at|on|to|out of|for|and then)\s+([0-9(\\-].*)")
+
+
+def _words_between(answer: str, reference: str) -> bool | None:
+    """3 by 4: the same word between the same values."""
+    a, b = _BETWEEN.fullmatch(answer), _BETWEEN.fullmatch(reference)
+    if a is None or b is None:
+        return None
+    return a[2] == b[2] and _same_side(a[1], b[1]) and _same_side(a[3], b[3])
+
+
+def _same_side(answer: str, reference: str) -> bool:
+    """As `_same`; what cannot be read is equal to itself only."""
+    try:
+        return _same(answer, reference)
+    except UnreadableReference:
+        return False
 
 
 def _top_level(text: str, separator: str) -> list[str]:
@@ -256,8 +321,10 @@ def _is_equation(text: str) -> bool:
 
 def _relations(answer: str, reference: str) -> bool | None:
     a, b = _top_level(answer, _EQUALS), _top_level(reference, _EQUALS)
-    if len(a) == 2 and len(b) == 2 and not _is_bare_list(answer) and not _is_bare_list(reference):
-        return _same_equation((a[0], a[1]), (b[0], b[1]))
+    if min(len(a), len(b)) > 1 and not _is_bare_list(answer) and not _is_bare_list(reference):
+        if len(a) == len(b) > 2:
+            return all(map(_same_side, a, b))
+        return _same_equation((a[0], a[-1]), (b[0], b[-1]))  # a chain says what its ends say
     if len(a) == 1 and len(b) > 1 and not _inequality(answer) and not _is_bare_list(reference):
         return False  # an equation says more than a value does
     if len(a) > 1 and len(b) == 1 and not _is_bare_list(answer) and not _inequality(reference):
@@ -266,9 +333,35 @@ def _relations(answer: str, reference: str) -> bool | None:
     both = _inequality(answer) and _inequality(reference)
     if (interval != answer and expected != reference) or ((interval, expected) != (answer, reference) and not both):
         return _same(interval, expected)
+    if _BIG.search(answer) or _BIG.search(reference):
+        return _same_relation(answer, reference)
     if _inequality(answer) or _inequality(reference):
         return bool(_math_verify(answer, reference))
     return None
+
+
+_BIG = re.compile(r"\\(?:sum|prod|i+nt|oint|lim(?:sup|inf)?|det|begin)(?![a-zA-Z])")
+"""Operators beside whose value Math-Verify does not look at the other side of a relation."""
+_UNEQUAL = r"\\(?:neq?|approx|equiv|sim|cong|propto|simeq)(?![a-zA-Z])"
+
+
+def _same_relation(answer: str, reference: str) -> bool | None:
+    r"""\lim a_n \le 5 beside 5 \ge \lim a_n: the same sign between the same sides; None without a sign in either."""
+    signs = []
+    for text in (answer, reference):
+        sides = _top_level(text, rf"{_LESS}|{_MORE}|{_UNEQUAL}")
+        found = re.findall(rf"{_LESS}|{_MORE}|{_UNEQUAL}", text)
+        more = len(sides) == 2 and len(found) == 1 and re.fullmatch(_MORE, found[0]) is not None
+        signs.append((sides[::-1] if more else sides, [_SIGNS.get(sign, sign) for sign in found]))
+    (sides, sign), (others, expected) = signs
+    if len(sides) == len(others) == 1:
+        return None
+    same = sign == expected and len(sides) == len(others)
+    return same and all(_same_side(a, b) for a, b in zip(sides, others, strict=True))
+
+
+_SIGNS = dict.fromkeys(("<", ">", r"\lt", r"\gt"), "<") | {r"\ne": r"\neq"}
+_SIGNS |= dict.fromkeys((r"\le", r"\leq", r"\leqslant", "<=", r"\ge", r"\geq", r"\geqslant", ">="), "<=")
 
 
 def _same_equation(a: tuple[str, str], b: tuple[str, str]) -> bool:
@@ -276,8 +369,8 @@ def _same_equation(a: tuple[str, str], b: tuple[str, str]) -> bool:
     try:
         difference = ("sum", read(a[0]), ("negative", read(a[1])))
         expected = ("sum", read(b[0]), ("negative", read(b[1])))
-    except Unreadable:
-        return bool(_math_verify("=".join(a), "=".join(b)))
+    except Unreadable:  # sums, limits: Math-Verify would look at one side only
+        return any(all(map(_same_side, a, sides)) for sides in (b, b[::-1]))
     return _proportional(difference, expected)
 
 
@@ -358,6 +451,9 @@ def _united(text: str) -> list[str]:
 _MATRIX = re.compile(r"\\begin\{([pb]?matrix|array)\}(?:\{[clr|]*\})?(.*)\\end\{\1\}", re.DOTALL)
 
 
+_FACTOR = re.compile(r"([^=<>]*?[^=<>\s+-])\s*(?:\\cdot|\\times|\*)?\s*(?=\\begin\{([pbBvV]?matrix|array)\})")
+
+
 def _matrices(answer: str, reference: str) -> bool | None:
     a, b = _rows(answer), _rows(reference)
     if a is None and b is None:
@@ -374,11 +470,14 @@ def _matrices(answer: str, reference: str) -> bool | None:
 def _rows(text: str) -> list[list[str]] | None:
     """The entries of a matrix; brackets around a bare one change nothing. A determinant (vmatrix) is none."""
     text = re.sub(r"^[(\[]\s*(?=\\begin)|(?<=\})\s*[)\]]$", "", text)
-    match = _MATRIX.fullmatch(text)
+    factor = _FACTOR.match(text)
+    factor = None if factor and r"\begin" in factor[1] else factor
+    match = _MATRIX.fullmatch(text[factor.end() :] if factor else text)
     if match is None or r"\begin" in match[2]:
         return None
     rows = [row for row in re.split(r"\\\\(?:\[[^\]]*\])?|\\cr(?![a-z])", match[2]) if row.strip()]
-    return [[clean(cell) for cell in row.replace(r"\hline", "").split("&")] for row in rows]
+    cells = [[clean(cell) for cell in row.replace(r"\hline", "").split("&")] for row in rows]
+    return [[f"({factor[1]})({cell})" for cell in row] for row in cells] if factor else cells
 
 
 def _collections(answer: str, reference: str) -> bool | None:
@@ -396,7 +495,12 @@ def _collections(answer: str, reference: str) -> bool | None:
         return _same_unordered(items, expected)
     if kind != expected_kind and {kind, expected_kind} not in ({"()", ""}, {"[]", ""}, {"()", r"\langle"}):
         return False
-    return all(_same(a, b) for a, b in zip(items, expected, strict=True))
+    return all(_same_item(a, b) for a, b in zip(items, expected, strict=True))
+
+
+def _same_item(answer: str, reference: str) -> bool:
+    numeral = roman(reference)
+    return roman(answer) == numeral if numeral and roman(answer) else _same(answer, reference)
 
 
 def _items(text: str) -> tuple[str, list[str]]:
@@ -412,9 +516,11 @@ def _items(text: str) -> tuple[str, list[str]]:
         inner, kind = text[1:-1], text[0] + text[-1]
     words = r",?\s*(?:\\(?:text|mbox)\s*\{\s*,?\s*(?:and|or)\s*\}|(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z]))\s*"
     separator = rf"{words}|,|;" if kind in ("", r"\{") else ","
+    if kind == "" and "," in text and quantity(text) is not None:
+        return "", [text]
     items = [clean(item) for item in _top_level(inner, separator)]
     if kind == "" and all(re.fullmatch(r"[0-9]{3}", item) for item in items[1:]) and re.search(r"[0-9],[0-9]", text):
-        return "", [text] if len(items) > 1 and re.fullmatch(r"-?[0-9]{1,3}(,[0-9]{3})+", text) else items
+        return "", [text] if len(items) > 1 and re.fullmatch(r"-?[1-9][0-9]{0,2}(,[0-9]{3})+", text) else items
     return kind, items
 
 
@@ -438,11 +544,24 @@ def _same_unordered(items: list[str], expected: list[str]) -> bool:
         return False
     left = list(items)
     for wanted in expected:
-        match = next((item for item in left if _same(item, wanted)), None)
+        match = next((item for item in left if _same_item(item, wanted)), None)
         if match is None:
             return False
         left.remove(match)
     return True
+
+
+_BY_PARTS: tuple[Callable[[str, str], bool | None], ...] = (
+    _conditions,
+    _words_between,
+    _congruences,
+    _plus_minus,
+    _assignments,
+    _unions,
+    _relations,
+    _matrices,
+    _collections,
+)
 
 
 # ---- single values ----------------------------------------------------------------------------------------------

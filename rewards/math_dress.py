@@ -8,11 +8,12 @@ from __future__ import annotations
 import re
 
 from rewards.math_characters import ascii_text
+from rewards.math_lines import equations_as_list
 from rewards.math_words import digits
 
 # What changes only how a formula looks.
 _SPACING = re.compile(r"(?<!\\)\\[,;:> ]|\\(?:quad|qquad|displaystyle|textstyle|limits|thinspace)(?![a-zA-Z])|~")
-_THOUSANDS_SPACE = re.compile(r"(?<![0-9.])([0-9]{1,3})((?:(?:\\,|\\ |\{\\,\}|~| )[0-9]{3})+)(?![0-9/])")
+_THOUSANDS_SPACE = re.compile(r"(?<![0-9.])([1-9][0-9]{0,2})((?:(?:\\,|\\ |\{\\,\}|~| )[0-9]{3})+)(?![0-9/])")
 _SIZING = re.compile(r"\\(?:left|right)(?![a-zA-Z])\s*\.?|\\(?:big|Big|bigg|Bigg)[lrm]?(?![a-zA-Z])")
 _FRACTION_COMMAND = re.compile(r"\\[dtc]frac(?![a-zA-Z])")
 _SKIP = re.compile(
@@ -37,7 +38,8 @@ _AS_TEXT = re.compile(
 _COLOR = re.compile(r"\\(?:text)?color\s*\{[a-zA-Z]*\}|\\(?:underline|bm|boldsymbol)(?=\s*\{)")
 _DRESSED = re.compile(r"\\(?:mathbf|mathrm|mathit|mathsf|text|textbf)\s*\{\s*([-+]?[0-9][0-9.,/]*)\s*\}")
 _WORDED = re.compile(
-    r"\\(?:text|mbox|mathrm)\s*\{\s*((?:(?:hundred|thousand|million|billion|trillion)\b[a-z ]*|Rs\.?|USD|\\?\$))\s*\}"
+    r"\\(?:text|mbox|mathrm)\s*\{"
+    r"\s*((?:(?:dozens?|hundred|thousand|million|billion|trillion)\b[a-z ]*|Rs\.?|USD|\\?\$))\s*\}"
 )
 _RAISED_ORDINAL = re.compile(
     r"(?<=[0-9])\s*\^\s*\{?\s*(?:\\(?:text|mathrm|textrm|rm|mathit)\s*\{?)?\s*(st|nd|rd|th)(?![a-zA-Z])\s*\}{0,2}"
@@ -62,6 +64,7 @@ def clean(text: str) -> str:
     """The text without what changes only its looks: delimiters, markdown, spacing and sizing commands, a full stop."""
     if not text.isascii():
         text = ascii_text(text)
+    text = equations_as_list(text)
     if r"\begin" not in text:
         text = text.replace("\\\\", "\\")  # escaped once too often; in a matrix it ends a row
     text = _strip_delimiters(re.sub(r"\\!\s*", "", text))
@@ -75,7 +78,7 @@ def clean(text: str) -> str:
     text = _SIZING.sub("", _FRACTION_COMMAND.sub(r"\\frac", text))
     text = _CHOOSE.sub(r"\\binom{\1}{\2}", _OVER.sub(r"\\frac{\1\3}{\2\4}", text))
     text = re.sub(r"\s*\{\s*,\s*\}\s*", ",", text).replace(r"\lbrace", r"\{").replace(r"\rbrace", r"\}")
-    return digits(_strip_delimiters(text))
+    return digits(_strip_delimiters(text.replace("\n", " ")))
 
 
 def _undressed(text: str) -> str:

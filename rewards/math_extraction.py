@@ -158,10 +158,11 @@ _CLOCK = (
     rf"(?=[0-9]+:[0-9]){_NO_LABEL}(?:[0-9]{{1,2}}:[0-5][0-9](?::[0-5][0-9])?(?![0-9:])(?:(?i:{_HALF_BEHIND.pattern}))?"
     rf"|[0-9]+(?::[0-9]+)+)|[0-9]{{1,2}}(?i:{_HALF_BEHIND.pattern})"
 )
+_WRITTEN = rf"(?:0,[0-9]{{3}}(?![0-9])|{DECIMAL})"  # 0,318 is no number, but not half of it either
 _NUMBER = re.compile(
     rf"(?<![^\W_])(?<![A-Za-z0-9]_)(?<![.,/])(?:{_SIGN}?\s?[\\$£€₹]{{0,3}}{_SIGN}?)?"
     rf"(?:{_CLOCK}|[0-9]+\s+[0-9]+/[0-9]+|[0-9]+\s*\\[dt]?frac\{{[0-9]+\}}\{{[0-9]+\}}"
-    rf"|\\[dt]?frac\{{{_SIGN}?[0-9.]+\}}\{{[0-9.]+\}}|{DECIMAL}(?:[eE]{_SIGN}?[0-9]+)?(?:\s*/\s*{DECIMAL})?)"
+    rf"|\\[dt]?frac\{{{_SIGN}?[0-9.]+\}}\{{[0-9.]+\}}|{_WRITTEN}(?:[eE]{_SIGN}?[0-9]+)?(?:\s*/\s*{_WRITTEN})?)"
     r"(?:\s?\\?%|\s(?:percent|hundred|thousand|million|billion|trillion)\b)?"
 )
 
@@ -181,6 +182,8 @@ def phrase(text: str) -> str | None:
     found = boxed(rest)
     if found is not None:
         return found
+    if (formula := _over_lines(rest)) is not None:
+        return _last_side(formula)
     opening = _MATH.match(rest)
     more = opening and re.match(r"\s*(?:,\s*)?(?:,|and|or)\s*(?:\$|\\\()", rest[opening.end() :])
     several = more or (opening and goes_on(_spoken(rest[opening.end() :])))
@@ -217,6 +220,14 @@ def _half_behind(text: str, time: re.Match[str]) -> str:
     """The half of the day that follows a match: "$9:00$ PM"."""
     half = _HALF_BEHIND.match(text, time.end())
     return half[0] if half else ""
+
+
+def _over_lines(rest: str) -> str | None:
+    """The formula in single dollars that a text begins with, if it goes on over a line break."""
+    end = rest.find("$", 1)
+    inside = rest[1:end]
+    broken = rest[:1] == "$" and 1 < end <= 1000 and "\n" in inside and "\\" in inside
+    return inside if broken and not re.search(r"\n[ \t]*\n", inside) else None
 
 
 def _sentence(rest: str) -> tuple[str, str]:

@@ -39,7 +39,7 @@ class Quantity:
         return percent.value == 100 * plain.value
 
 
-_GROUPED = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
+_GROUPED = r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
 DECIMAL = rf"(?:{_GROUPED}(?:\.[0-9]*)?|\.[0-9]+)"
 _SIGNED = rf"[+-]?\s*{DECIMAL}"
 _ARGUMENT = rf"(?:\{{\s*({_SIGNED})\s*\}}|\s*([0-9]))"

@@ -13,6 +13,8 @@ _CHOICE = re.compile(
 _BARE_CHOICE = re.compile(r"\(\s*([A-Z])\s*\)|([A-J])|\(\s*([A-J])\s*\)")
 _NUMERAL = re.compile(r"([+-]?)([0-9A-Z.]+)\s*_\s*(?:\{\s*([0-9]+)\s*\}|([0-9]+)|\{\s*\\text\s*\{([a-z]+)\}\s*\})")
 _WORDS = re.compile(r"[^\W\d_]+(?:(?: |, |\. |'|-|/| & | - )[^\W\d_]+)*")
+_ROMAN = re.compile(r"M{0,3}(?:CM|CD|D?C{0,3})(?:XC|XL|L?X{0,3})(?:IX|IV|V?I{0,3})")
+_SHORT_WORDS = frozenset(("no", "on", "up", "go", "ok", "hi", "he", "we"))
 _FORMULA_WORDS = frozenset(("sqrt", "sin", "cos", "tan", "log", "exp", "infinity", "inf"))
 
 
@@ -53,9 +55,17 @@ def words(text: str) -> str | None:
     r"""A name or phrase in one spelling (case, spaces, \text{} and a leading "the" do not matter), or None if the
     text is not made of words. A single letter is a variable."""
     text = plain(text).strip("\"'*_ ")
-    if not _WORDS.fullmatch(text) or not re.search(r"[^\W\d_]{3}", text) or text.lower() in _FORMULA_WORDS:
+    if not _WORDS.fullmatch(text) or text.lower() in _FORMULA_WORDS:
         return None
-    return re.sub(r"^(?:the|a|an) ", "", " ".join(re.split(r"[ ,-]+", text.lower())))
+    if not re.search(r"[^\W\d_]{3}", text) and text.lower() not in _SHORT_WORDS:
+        return None
+    return re.sub(r"^(?:the|a|an) |(?<=^[a-z] )(?:is|are) ", "", " ".join(re.split(r"[ ,-]+", text.lower())))
+
+
+def roman(text: str) -> str | None:
+    """A Roman numeral of more than one letter, or None. In capitals only: iv is a product."""
+    text = plain(text).strip("*_. ")
+    return text if len(text) > 1 and _ROMAN.fullmatch(text) else None
 
 
 def nothing(text: str) -> bool:

@@ -99,7 +99,15 @@ CURRENCY = {
     r"\pounds": "£",
     r"\euro": "€",
 }
-MULTIPLIERS = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+MULTIPLIERS = {
+    "dozen": 12,
+    "dozens": 12,
+    "hundred": 10**2,
+    "thousand": 10**3,
+    "million": 10**6,
+    "billion": 10**9,
+    "trillion": 10**12,
+}
 
 
 _FACTOR = re.compile(r"([A-Za-z¢%Ω元.]+?)\.?(?:\^?\{?(-?[1-4])\}?)?")

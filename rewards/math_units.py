@@ -34,6 +34,7 @@ _NUMBER_STEM = re.compile(
 
 
 _ONLY_WORDS = re.compile(r"[A-Za-z .,'()/-]*")
+_FACTOR_FIRST = re.compile(r"[a-zA-Z]\s*\\")  # 2x \text{ dollars}
 _REMARK = re.compile(r"(?<=[A-Za-z])\s*\([A-Za-z ]+\)$")
 
 
@@ -57,7 +58,7 @@ def split_unit(text: str) -> tuple[str, str | None]:
     if head and head.end() < len(text) and re.search(r"[0-9]\)?\}?[\s-]*$", head[0]):
         if (said := _behind_number(head[0], text[head.end() :])) is not None:
             return said
-        if _ONLY_WORDS.fullmatch(_opened(text[head.end() :])):
+        if _ONLY_WORDS.fullmatch(_opened(text[head.end() :])) and not _FACTOR_FIRST.match(text, head.end()):
             return text, None
     if (match := _WRAPPED_UNIT.search(text)) and text[: match.start()].strip(" {}"):
         words = match[1].strip()
@@ -90,7 +91,7 @@ def _behind_number(stem: str, rest: str) -> tuple[str, str | None] | None:
         return None if unit is None else (stem.strip(), unit)
     wrapped = rest.startswith("\\")
     said = _opened(rest)
-    scale = re.match(r"(?:(?:hundred|thousand|million|billion|trillion)\b\s*)+", said, re.IGNORECASE)
+    scale = re.match(r"(?:(?:dozens?|hundred|thousand|million|billion|trillion)\b\s*)+", said, re.IGNORECASE)
     if scale:
         if scale.end() == len(said):
             return None
@@ -132,4 +133,4 @@ def _is_wrapped_unit(words: str) -> bool:
 
 def _unit(words: str, power: str | None) -> str:
     """The one spelling of a unit behind a formula; "" if it is of no known kind."""
-    return known_unit(f"{words}^{power}" if power else words) or ""
+    return known_unit(f"{words}^{power}" if power else words) or noun_phrase(words) or ""

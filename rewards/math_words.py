@@ -31,6 +31,7 @@ _ORDINAL = re.compile(
     r"(?:first|third|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|[a-z]+teen|[a-z]+tie|hundred|thousand|[mbtr]+illion)th)s?"
 )
 _SIGN = re.compile(r"(?:negative|minus)\s+(?=\S)", re.IGNORECASE)
+_DOZEN = re.compile(r"(half (?:a )?)?(?(1)|an? )dozen\b", re.IGNORECASE)
 _WORD = re.compile(r"[a-z]+")
 
 
@@ -41,6 +42,8 @@ def digits(text: str) -> str:
     minus = "-" if sign else ""
     if sign and re.match(r"[0-9\\$.(]", rest):
         return minus + rest
+    if dozen := _DOZEN.match(rest):
+        return f"{minus}{6 if dozen[1] else 12}{rest[dozen.end() :]}"
     if not rest[:1].isalpha() or re.search(r"[0-9\\]", rest):
         return text
     found = list(_WORD.finditer(rest.lower()))
