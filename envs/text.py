@@ -222,7 +222,7 @@ class SingleTurnEnv(TextEnv):
         if not isinstance(action, str):
             raise ValueError(f"{where}: an action must be a str, got {action!r}")
         if self._ahead is None or self._ahead[0] != action:
-            self.judge_ahead([(self, action, None)])
+            self._judge([(self, action, None)], None)
         assert self._ahead is not None
         (_, verdict), self._ahead, self._problem = self._ahead, None, None
         reward, info = _reported(verdict, where)
@@ -237,9 +237,14 @@ class SingleTurnEnv(TextEnv):
         self, replies: Sequence[tuple[SingleTurnEnv, str, Sequence[int] | None]], calls: Calls | None = None
     ) -> None:
         """Begin to judge replies to this problem, each given to a copy of this environment, with its tokens where they
-        are known; `step` of the copies, with the same reply, then only waits for the verdict."""
-        assert self._problem is not None
+        are known; `step` of the copies, with the same reply, then only waits for the verdict. Left to `step` where a
+        subclass has its own."""
+        if self._problem is not None and type(self).step is SingleTurnEnv.step:
+            self._judge(replies, calls)
+
+    def _judge(self, replies: Sequence[tuple[SingleTurnEnv, str, Sequence[int] | None]], calls: Calls | None) -> None:
         problem = self._problem
+        assert problem is not None
         prompt = problem.question if problem.messages is None else problem.messages
         judged = [Reply(text, None if ids is None else tuple(ids)) for _, text, ids in replies]
         verdicts = self.judge.start(Case(problem.reference, prompt, problem.record or {}), judged, calls)

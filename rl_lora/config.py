@@ -83,6 +83,9 @@ class EpisodeConfig:
     """Share of the episodes of the last ten steps that may fail: the environment or the reward function raises, or
     returns what it may not, or the prompt does not fit the model. They are left out and counted, never scored 0. Beyond
     that share (and more than 32) the run stops; also where all fail, and at 0 with the first one."""
+    reward_threads: int = 32
+    """Calls of reward functions, or of an environment's step, that run at a time while sampling goes on, where they
+    wait for something, such as a judge on a network; 1: one after another, in the main thread."""
 
 
 @dataclass
@@ -256,6 +259,7 @@ MAY_DIFFER = {
     "rollout.max_cache_gib",
     "rollout.check_every",
     "rollout.max_failed",
+    "rollout.reward_threads",
     "learner.tokens_per_microbatch",
     "learner.max_activation_gib",
 }
@@ -303,6 +307,7 @@ def validate(config: TrainConfig) -> None:
         ),
         ("rollout.max_turns", c.rollout.max_turns, c.rollout.max_turns >= 1, ">= 1"),
         ("rollout.max_rows", c.rollout.max_rows, c.rollout.max_rows >= 1, ">= 1"),
+        ("rollout.reward_threads", c.rollout.reward_threads, c.rollout.reward_threads >= 1, ">= 1"),
         *[
             (name, gib, gib >= 0, ">= 0 (GiB)")
             for name, gib in (

@@ -18,6 +18,8 @@ from rl_lora.types import Episode, Group, Stop, Turn
 class Demonstrations:
     """Stands where a `RolloutWorker` stands in training, and answers as it does."""
 
+    reward_seconds = 0.0
+
     def __init__(
         self,
         make_env: MakeEnv,

@@ -33,7 +33,8 @@ class Job:
         return [Job(self.request, self.of[i : i + n], self.first + i) for i in range(0, len(self.of), n)]
 
 
-Finish = Callable[[Job, int, Completion], Job | None]
+Finish = Callable[[Job, int, Completion], Callable[[], Job | None]]
+"""Hands over completion number `place` of a job; what it returns says, once all are handed over, what comes next."""
 
 
 class Row:

@@ -173,7 +173,7 @@ def evaluate(config: EvaluateConfig) -> Record:
 
 def validate(config: EvaluateConfig) -> None:
     """Raises ValueError with every number that cannot be meant."""
-    least = {"n": 1, "max_tokens": 1, "max_turns": 1, "max_rows": 1, "seed": 0, "temperature": 0}
+    least = {"n": 1, "max_tokens": 1, "max_turns": 1, "max_rows": 1, "reward_threads": 1, "seed": 0, "temperature": 0}
     optional = {"limit": 1, "max_cache_gib": 0, "check_every": 1}
     least |= {name: low for name, low in optional.items() if getattr(config, name) is not None}
     wrong = [

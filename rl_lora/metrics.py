@@ -36,6 +36,11 @@ class Stopwatch:
         finally:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
+    def move(self, stage: str, to: str, seconds: float) -> None:
+        """Of the seconds of a stage, so many belong to another."""
+        self.seconds[to] = self.seconds.get(to, 0.0) + seconds
+        self.seconds[stage] -= seconds
+
 
 def mean(values: Sequence[float]) -> float | None:
     return float(np.mean(values)) if values else None

@@ -79,15 +79,21 @@ class NativeSampler:
         jobs = [Job(requests[i], [(i, k) for k in range(requests[i].n)], requests[i].first) for i in order]
         results: dict[tuple[int, int], Completion] = {}
 
-        def finish(job: Job, place: int, completion: Completion) -> Job | None:
+        def finish(job: Job, place: int, completion: Completion) -> Callable[[], Job | None]:
             i, k = job.of[place]
             results[i, k] = completion
-            if follow is None or (request := follow(i, k, completion)) is None:
-                return None
-            self._check(request)
-            if request.n != 1:
-                raise ValueError(f"what follows one completion is one completion, got a request of n={request.n}")
-            return Job(request, [(i, k)])
+            answer = None if follow is None else follow(i, k, completion)
+
+            def following() -> Job | None:
+                request = answer() if callable(answer) else answer
+                if request is None:
+                    return None
+                self._check(request)
+                if request.n != 1:
+                    raise ValueError(f"what follows one completion is one completion, got a request of n={request.n}")
+                return Job(request, [(i, k)])
+
+            return following
 
         (_PlainRun if self.policy.not_shared else _Run)(self, jobs, finish, on_token or (lambda n: None)).run()
         return [[results[i, k] for k in range(request.n)] for i, request in enumerate(requests)]
@@ -165,13 +171,16 @@ class _Run:
 
     def _retire(self, running: Sequence[bool]) -> None:
         """Hand over the completions that have ended."""
+        ended: list[tuple[Row, Callable[[], Job | None]]] = []
         for place, (row, runs) in enumerate(zip(self.rows, running, strict=True)):
             if runs or row.finished:
                 continue
             row.finished = True
             completion = self.drawing.completion(place, row)
             row.ids = row.ids + completion.token_ids
-            if (job := self.finish(row.job, row.place, completion)) is not None:
+            ended.append((row, self.finish(row.job, row.place, completion)))
+        for row, following in ended:
+            if (job := following()) is not None:
                 ids = job.request.prompt_ids
                 if job.request.adapter == row.adapter and len(ids) > len(row.ids) and ids[: len(row.ids)] == row.ids:
                     self.turns[row] = job
@@ -328,6 +337,5 @@ class _PlainRun:
             drawn, running = drawing.draw(running)
             if n_running := int(running.sum()):  # finished rows stay: not every cache can give rows up
                 drawing.hidden = policy.hidden(drawn[:, None], adapters, cache=cache)[:, -1]
-        for place, row in enumerate(rows):
-            if (job := self.finish(row.job, row.place, drawing.completion(place, row))) is not None:
-                self.waiting.append(job)
+        ended = [self.finish(row.job, row.place, drawing.completion(place, row)) for place, row in enumerate(rows)]
+        self.waiting += [job for following in ended if (job := following()) is not None]

@@ -14,11 +14,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from rl_lora.calls import Calls
 from rl_lora.chat import Chat
 from rl_lora.config import EpisodeConfig
-from rl_lora.contract import Env, Outcome, Start, TaskError, advance, begin, env_id, shown
+from rl_lora.contract import Env, Outcome, Start, TaskError, begin, env_id, shown
 from rl_lora.failures import Failures
-from rl_lora.sampler import Completion, Request, Sampler
+from rl_lora.sampler import Completion, Later, Request, Sampler
+from rl_lora.steps import Steps
 from rl_lora.types import Episode, Group, Stop, Turn
 
 MakeEnv = Callable[[], Env]
@@ -99,6 +101,9 @@ class RolloutWorker:
         self.make_env, self.sampler, self.chat, self.config = make_env, sampler, chat, config
         self.context_length, self.versions = context_length, versions
         self.failures = Failures(config.max_failed, on_failure)
+        self.calls = Calls(config.reward_threads)
+        self.reward_seconds = 0.0
+        """That sampling has waited for environments and their rewards."""
         self._envs: list[Env] = []
 
     def collect(
@@ -157,13 +162,18 @@ class RolloutWorker:
 
         same = list(requests.values())
 
-        def follow(i: int, k: int, reply: Completion) -> Request | None:
+        steps = Steps(groups, self.calls, self.config.max_turns, self._take)
+
+        def follow(i: int, k: int, reply: Completion) -> Request | Later | None:
             play = same[i][k]
-            self._step(play, reply)
-            return request(play, 1) if play.stop is None else None
+            text = self.chat.decode(reply.token_ids)
+            play.turns.append(Turn(play.prompt_ids, reply.token_ids, reply.logprobs, reply.stop, text))
+            return steps.reply(play, lambda: request(play, 1) if play.stop is None else None)
 
         if same:
             self.sampler.generate([request(plays[0], len(plays)) for plays in same], on_token, follow)
+        steps.finish(plays)
+        self.reward_seconds += steps.seconds
         self.failures.end()
         return [[play.episode() for play in group] for group in groups]
 
@@ -190,21 +200,17 @@ class RolloutWorker:
             self._fail(play, error)
         return play
 
-    def _step(self, play: _Play, reply: Completion) -> None:
-        text = self.chat.decode(reply.token_ids)
-        play.turns.append(Turn(play.prompt_ids, reply.token_ids, reply.logprobs, reply.stop, text))
-        try:
-            self._take(play, reply, advance(play.env, play.seed, text))
-        except TaskError as error:
-            self._fail(play, error)
-
     def _fail(self, play: _Play, error: TaskError) -> None:
         """Leave an episode out. Raises TaskError where too many have failed."""
         self.failures.add(error)
         play.stop, play.unscorable, play.failed = Stop.UNSCORABLE, error.reason, True
 
-    def _take(self, play: _Play, reply: Completion, outcome: Outcome) -> None:
+    def _take(self, play: _Play, step: Callable[[], Outcome]) -> None:
         """Write down what came of a reply, and what is asked next, if anything is."""
+        try:
+            outcome = step()
+        except TaskError as error:
+            return self._fail(play, error)
         play.reward += outcome.reward
         play.success = outcome.success if outcome.success is not None else play.success
         play.answer = outcome.answer if outcome.answer is not None else play.answer
@@ -218,7 +224,8 @@ class RolloutWorker:
             play.stop = Stop.LENGTH
         else:
             play.observations.append(outcome.observation)
-            play.prompt_ids = tuple(self.chat.extend(play.prompt_ids, reply.token_ids, outcome.observation))
+            said = play.turns[-1].completion_ids
+            play.prompt_ids = tuple(self.chat.extend(play.prompt_ids, said, outcome.observation))
             if len(play.prompt_ids) + self.config.max_tokens > self.context_length:
                 play.stop = Stop.LENGTH  # the conversation has outgrown the model
 

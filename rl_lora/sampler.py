@@ -36,7 +36,9 @@ class Completion:
     stop: Stop
 
 
-Follow = Callable[[int, int, Completion], Request | None]
+Later = Callable[[], Request | None]
+"""An answer that takes a while: to be called when everybody that ended in the same step has been told."""
+Follow = Callable[[int, int, Completion], Request | Later | None]
 """Told completion k of request i as soon as it ends; may answer with what is asked for next, n = 1, such as the next
 turn of a conversation. Its completion comes under the same i and k."""
 

@@ -198,8 +198,10 @@ class Trainer:
             self.checkpoint_if_due()
         while self.step < self.config.steps:
             seconds = Stopwatch()
+            waited = self.worker.reward_seconds
             with seconds("rollout"):
                 groups, sampled = self.rollout()
+            seconds.move("rollout", "reward", self.worker.reward_seconds - waited)
             everything = gather_object(sampled)
             record = summarize_groups(everything)  # before any group is left out
             record["groups_replaced"] = sum(gather_object([len(sampled) - len(groups)]))

@@ -185,7 +185,9 @@ def test_every_reply_is_drawn_from_a_stream_of_its_own(policy: Policy) -> None:
         ) -> list[list[Completion]]:
             def listen(i: int, k: int, completion: Completion) -> Request | None:
                 assert follow is not None
-                if (request := follow(i, k, completion)) is not None:
+                request = follow(i, k, completion)
+                assert not callable(request)
+                if request is not None:
                     streams.append((request.seed, 0))
                 return request
 

@@ -51,7 +51,7 @@ TRAIN = """
     reward_std groups_without_signal groups_solved completion_tokens tokens_per_episode_max version learning_rate
     groups_replaced layers_recomputed tokens_learned sampler_learner_kl ratio_max loss entropy clip_fraction grad_norm
     step_norm A_norm B_norm
-    seconds/rollout seconds/learn rollout_tokens_per_second learn_tokens_per_second
+    seconds/rollout seconds/reward seconds/learn rollout_tokens_per_second learn_tokens_per_second
 """.split()  # noqa: SIM905
 EVAL = ["episodes", "accuracy_low", "accuracy_high", "format", "same_reply", "seconds/evaluate"]
 

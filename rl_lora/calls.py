@@ -1,0 +1,106 @@
+"""Calls of other people's code, environments and reward functions, while sampling goes on.
+
+What computes runs in the main thread, one call after another: threads would not make it faster, and need not bear it.
+What waits, for a network or another process, is handed to threads, as soon as its like have been seen to wait.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from queue import SimpleQueue
+from typing import Any
+
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None  # type: ignore[assignment]
+
+WAITS, WAITS_LONG = 0.05, 1.0
+"""Seconds off the processor: two calls in a row, or a single one, after which others of their kind run in threads."""
+
+
+class Calls:
+    """Starts calls, `limit` at a time at most; with a limit of 1 one after another.
+
+    Where a call ran decides neither what it returns nor in which order results are used: the same seed gives the same
+    run. Threads are daemons: a call that hangs does not keep a process that was interrupted.
+    """
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self.n_elsewhere = 0
+        """Calls that did not end before `start` did."""
+        self._waiting: dict[object, int] = {}
+        """By key: calls in a row that have waited."""
+        self._tasks: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
+        self._n_threads = self._n_open = 0
+        self._lock = threading.Lock()
+
+    def start(self, key: object, call: Callable[[], Any]) -> Future[Any]:
+        """Start a call; where it returns a Future, that one's result is meant. What it raises, the Future does, but for
+        KeyboardInterrupt. Calls of one `key` are alike; None: never in another thread."""
+        future: Future[Any] = Future()
+        if key is not None and self.limit > 1 and self._waiting.get(key, 0) > 1:
+            self.n_elsewhere += 1
+            with self._lock:
+                self._n_open += 1
+                more = self._n_threads < min(self.limit, self._n_open)
+                self._n_threads += more
+            if more:
+                threading.Thread(target=self._work, name="rewards", daemon=True).start()
+            self._tasks.put((future, call))
+            return future
+        begin, busy, pauses = time.perf_counter(), time.thread_time(), _pauses()
+        try:
+            value = call()
+        except (Exception, SystemExit) as error:
+            future.set_exception(error)
+        else:
+            if isinstance(value, Future):
+                return self._elsewhere(value)
+            future.set_result(value)
+        seconds = time.perf_counter() - begin
+        paused = _pauses() != pauses
+        self._note(key, seconds - (time.thread_time() - busy) if paused else 0.0)
+        return future
+
+    def _elsewhere(self, future: Future[Any]) -> Future[Any]:
+        """A call that goes on in an event loop."""
+        if self.limit == 1:
+            future.exception()
+        else:
+            self.n_elsewhere += 1
+        return future
+
+    def _work(self) -> None:
+        """What a thread does."""
+        while True:
+            future, call = self._tasks.get()
+            value, raised = None, None
+            try:
+                value = call()
+                value = value.result() if isinstance(value, Future) else value
+            except BaseException as error:
+                raised = error
+            with self._lock:
+                self._n_open -= 1
+            if raised is None:
+                future.set_result(value)
+            else:
+                future.set_exception(raised)
+            del future, call, value, raised  # until there is more to do
+
+    def _note(self, key: object, waited: float) -> None:
+        if key is not None:
+            self._waiting[key] = 2 if waited > WAITS_LONG else self._waiting.get(key, 0) + 1 if waited > WAITS else 0
+
+
+def _pauses() -> float:
+    """How often this thread has given up the processor by itself, which a thread that others displace does not. Where
+    that is not counted, a number that changes."""
+    if resource is None or not hasattr(resource, "RUSAGE_THREAD"):
+        return time.perf_counter()
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
