@@ -26,6 +26,7 @@ from rewards.math_compounds import Compound, compound, same_compound
 from rewards.math_dress import clean
 from rewards.math_extraction import boxed, extract, methods_of
 from rewards.math_numbers import Quantity, quantity
+from rewards.math_prose import told
 from rewards.math_text import base_numeral, canonical, choice, chosen, nothing, ratio, roman, same_ratio, words
 from rewards.score import Score, Unscorable
 
@@ -93,14 +94,19 @@ def verify(
     **Where the answer stands.** `extract` names the methods, tried in order; the first whose place exists decides:
 
     - "boxed": the last `\boxed{...}`, `\fbox{...}` or `\boxed 5`. Empty or never closed: no answer. Boxes with
-      nothing but a comma, "and" or "or" between them are one list, so that "\boxed{18} or \boxed{17}" is not 17.
+      nothing but a comma, "and" or "or" between them are one list, so that "\boxed{18} or \boxed{17}" is not 17
+      (but "\boxed{0.4} or \boxed{2/5}" is 0.4).
     - "hash": behind the last `#### ` on its line; markdown headings are not answers.
-    - "tag": the last `<answer>...</answer>`; never closed, it runs to the end.
+    - "tag": the last `<answer>...</answer>`, or the "answer" of a JSON object at the end; never closed, it runs to the
+      end.
     - "phrase": behind the last "the answer is" (also "Final answer:", "**Answer:**"), up to the end of the sentence.
       A value that is denied, a bound or one of several there is no answer: "not 36", "greater than 19", "14 or 23".
-    - "whole": all of a short text that is no sentence: "x^2 + 1", "Yes", "12 eggs".
+    - "whole": all of a short text that is no sentence: "x^2 + 1", "Yes", "12 eggs"; behind a label: "Total: 19".
     - "last_number": the last number.
     - "last_expression": the last formula in `$...$`, `\(...\)`, `\[...\]` or the last number, whichever ends later.
+
+    Of a sentence or a label in such a place ("The answer is 28", "Area: 54", "He has 12 stamps") the one value that it
+    names counts, unless it is denied or bounded.
 
     "strict" is ("boxed", "hash", "tag"): only an answer that is marked as one. "flexible" is all but "last_number".
     A place that is there but empty is no answer, whatever else the text says. Only the last 20,000 characters count,
@@ -158,25 +164,34 @@ def verify(
         return Verdict(Outcome.NO_ANSWER)
     if expected.refused:
         return Verdict(Outcome.UNSCORABLE, found.text, found.method, f"the reference is {expected.refused}")
-    refused = _refused(found.text)
+    verdict = _judged(found.text, found.method, expected, timeout)
+    if verdict.outcome is Outcome.WRONG and found.boxes:  # 0.4, or 2/5
+        each = [_judged(text, found.method, expected, timeout) for text in found.boxes]
+        if all(one.outcome is Outcome.CORRECT for one in each):
+            return Verdict(Outcome.CORRECT, found.text, found.method)
+    return verdict
+
+
+def _judged(found: str, method: str, expected: _Reference, timeout: float) -> Verdict:
+    refused = _refused(found)
     if refused:
-        return Verdict(Outcome.WRONG, found.text[:MAX_ANSWER_CHARS], found.method, f"the answer is {refused}")
-    answer = clean(found.text)
+        return Verdict(Outcome.WRONG, found[:MAX_ANSWER_CHARS], method, f"the answer is {refused}")
+    answer = clean(found)
     if not re.search(r"[^\W_]|\\", answer):
         return Verdict(Outcome.NO_ANSWER)
     equal = _plain_verdict(answer, expected)
     if equal is not None:
-        return Verdict(Outcome.CORRECT if equal else Outcome.WRONG, found.text, found.method)
+        return Verdict(Outcome.CORRECT if equal else Outcome.WRONG, found, method)
     try:
         outcome = math_workers.ask({"answer": answer, "reference": expected.text}, timeout)["outcome"]
     except Unscorable as error:
-        return Verdict(Outcome.UNSCORABLE, found.text, found.method, str(error))
+        return Verdict(Outcome.UNSCORABLE, found, method, str(error))
     if outcome == "unreadable reference":
         reason = f"the reference {expected.text!r} cannot be read as mathematics"
-        return Verdict(Outcome.UNSCORABLE, found.text, found.method, reason)
+        return Verdict(Outcome.UNSCORABLE, found, method, reason)
     if outcome not in ("equal", "different"):
-        return Verdict(Outcome.UNSCORABLE, found.text, found.method, f"the math verifier failed: {outcome}")
-    return Verdict(Outcome.CORRECT if outcome == "equal" else Outcome.WRONG, found.text, found.method)
+        return Verdict(Outcome.UNSCORABLE, found, method, f"the math verifier failed: {outcome}")
+    return Verdict(Outcome.CORRECT if outcome == "equal" else Outcome.WRONG, found, method)
 
 
 _extract = extract  # the name that `verify` gives to its parameter
@@ -235,7 +250,7 @@ def _read_reference(reference: str) -> _Reference:
     refused = _refused(answer)
     if refused:
         return _Reference("", refused, None, None, None, None, None)
-    text = clean(answer)
+    text = clean(told(answer))
     if not text:
         raise ValueError(f"the math reward needs a reference with an answer in it, got {reference[:200]!r}")
     return _Reference(text, "", quantity(text), choice(text), words(text), clock(text), compound(text))

@@ -46,6 +46,7 @@ _RAISED_ORDINAL = re.compile(
 )
 _OVER = re.compile(r"\{([^{}]*)\}\s*\\over(?![a-z])\s*\{([^{}]*)\}|\{([^{}]*?)\s*\\over(?![a-z])\s*([^{}]*)\}")
 _CHOOSE = re.compile(r"\{([^{}]*?)\s*\\choose(?![a-zA-Z])\s*([^{}]*)\}")
+_EXCLAIMED = re.compile(r"(?:.*[\s'-])?(?:[^\W\d_]{4,}|[^\W\d_a-z][a-z]+|yes|no)\s*!+")  # not the factorial of n
 _LEADING = re.compile(r"^(?:\\approx(?![a-z])|\\sim(?![a-z])|\\equiv(?![a-z])|=)\s*")
 _WRAPPED = re.compile(r"(?:\\(?:text|mbox|textbf|textit|textrm|mathrm|mathbf|mathit)\s*)\{|\{(?=\s*\\)")
 _DELIMITERS = (
@@ -96,6 +97,8 @@ def _strip_delimiters(text: str) -> str:
     while True:
         before = text
         text = _LEADING.sub("", text.strip().rstrip(".,;:")).strip()
+        if text.endswith("!") and _EXCLAIMED.fullmatch(text):
+            text = text.rstrip("!").rstrip()
         if text.endswith("\\") and not text.endswith("\\\\"):  # what is left of a "\\ " at the end
             text = text[:-1].rstrip()
         if (wrapped := _WRAPPED.match(text)) and _closes_at_the_end(text, wrapped.end()):

@@ -5,15 +5,17 @@ The work is linear in the length of the text, which is capped.
 
 from __future__ import annotations
 
-import collections
 import itertools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from rewards.math_characters import ascii_text
 from rewards.math_clocks import HALF_DAY
 from rewards.math_hedges import goes_on, unsettled
+from rewards.math_marked import boxed, boxes, hashes, last_match
 from rewards.math_numbers import DECIMAL
+from rewards.math_prose import in_json, labelled, said_elsewhere, told, unsure_elsewhere, without_html
 from rewards.math_text import nothing
 from rewards.math_words import NUMBER_WORDS
 
@@ -27,6 +29,8 @@ class Found:
 
     text: str
     method: str
+    boxes: tuple[str, ...] = ()
+    """What each of several joined boxes holds."""
 
 
 def extract(text: str, methods: Sequence[str]) -> Found | None:
@@ -34,89 +38,36 @@ def extract(text: str, methods: Sequence[str]) -> Found | None:
     a completion that declares an answer is not searched for a better one. What stands before </think> is not looked
     at."""
     text = _SPECIAL_TOKENS.sub("", text[-MAX_CHARS:].rpartition("</think>")[2])
+    text = without_html(text if text.isascii() else ascii_text(text))
     for method in methods:
         found = METHODS[method](text)
         if found is not None:
-            return Found(found.strip(), method)
+            held = tuple(boxes(text) or ()) if method == "boxed" and ", " in found else ()
+            return Found(_value(found) if method in STRICT else found.strip(), method, held if len(held) > 1 else ())
     return None
+
+
+def _value(marked: str) -> str:
+    """A marked answer without the words around it: "The answer is 28", "Area: 54"."""
+    if marked.isascii() and not re.search(r"[a-zA-Z]{2}", marked):
+        return marked.strip()
+    spoken = phrase(marked.replace(r"\text{", " ").replace("}", " ")) if re.search(r"\bis\b", marked) else None
+    return (spoken or told(marked)).strip()
 
 
 _SPECIAL_TOKENS = re.compile(r"(?:<\|[a-zA-Z_]{1,30}\|>|</s>|<eos>)\s*\Z")
 
 
-def _last(matches: Iterable[re.Match[str]]) -> re.Match[str] | None:
-    return next(iter(collections.deque(matches, maxlen=1)), None)
-
-
-# ---- marked answers ---------------------------------------------------------------------------------------------
-
-_BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
-
-
-def boxed(text: str) -> str | None:
-    r"""What the last `\boxed{...}` or `\fbox{...}` holds; of `\boxed 5` the token behind it. A box inside the last
-    box gives the inner one. A box that is never closed (a truncated completion) is empty, not a shorter answer."""
-    last = _last(_BOX.finditer(text))
-    if last is None:
-        return None
-    rest = text[last.end() :]
-    if not rest.startswith("{"):
-        token = re.match(rf"[-+\N{{MINUS SIGN}}]?(?:{DECIMAL}|\\[a-zA-Z]+(?:\{{[^{{}}]*\}})*|[a-zA-Z])", rest)
-        return token[0] if token else ""
-    end = _closing_brace(rest)
-    return _joined(text[: last.start()], rest[1:end]) if end else ""
-
-
-def _joined(before: str, answer: str) -> str:
-    r"""The answer together with boxes joined to it: "\boxed{1} and \boxed{-2}" has two."""
-    for _ in range(8):
-        previous = _last(_BOX.finditer(before))
-        if previous is None:
-            break
-        rest = before[previous.end() :]
-        end = _closing_brace(rest)
-        if not end or not _BETWEEN_BOXES.fullmatch(rest[end + 1 :]):
-            break
-        if rest[1:end].strip() not in answer.split(", "):
-            answer = f"{rest[1:end].strip()}, {answer}"
-        before = before[: previous.start()]
-    return answer
-
-
-_BETWEEN_BOXES = re.compile(
-    r"(?:\s|\$|\\[()]|\\q?quad)*(?:,|;|\band\b|\bor\b|\\text\s*\{\s*,?\s*(?:and|or)\s*\})"
-    r"(?:\s|\$|\\[()]|\\q?quad|\band\b|\bor\b|[a-zA-Z]\s*=)*"
-)
-
-
-def _closing_brace(text: str) -> int:
-    """Index of the brace that closes the one at 0; 0 if there is none."""
-    depth = 0
-    for match in re.finditer(r"\\.|[{}]", text, re.DOTALL):
-        if match[0] in "{}":
-            depth += 1 if match[0] == "{" else -1
-            if depth == 0:
-                return match.start()
-    return 0
-
-
-def hashes(text: str) -> str | None:
-    """What stands behind the last "####" on its line, as in GSM8K. A markdown heading ("#### Step 2", "#### 1. Add")
-    is not an answer: a number, a formula or nothing must follow."""
-    for line in reversed(re.findall(r"####(?!#)[ \t]*([^\n]*)", text)):
-        if not line.strip():
-            return ""
-        if re.match(r"[-+\N{MINUS SIGN}*($£€{\[.\s]*[0-9\\]", line) and not re.match(r"[0-9]+[.)]\s+\S", line):
-            return str(line)
-    return None
+# ---- marked and spoken answers ----------------------------------------------------------------------------------
 
 
 def tagged(text: str) -> str | None:
-    """What the last <answer>...</answer> holds (any case); one that is never closed runs to the end of the text, as a
-    stop string often takes the closing tag. A box, a line of #### or "the answer is" inside it is looked into."""
-    start = _last(re.finditer(r"<answer>", text, re.IGNORECASE))
+    """What the last <answer>...</answer> holds (any case), or the "answer" of a JSON object at the end; one that is
+    never closed runs to the end of the text, as a stop string often takes the closing tag. A box, a line of #### or
+    "the answer is" inside it is looked into."""
+    start = last_match(re.finditer(r"<answer>", text, re.IGNORECASE))
     if start is None:
-        return None
+        return in_json(text)
     inside = re.split(r"</answer>", text[start.end() :], maxsplit=1, flags=re.IGNORECASE)[0]
     for method in (boxed, hashes, phrase):
         found = method(inside)
@@ -170,8 +121,13 @@ _NUMBER = re.compile(
 def phrase(text: str) -> str | None:
     """What "the answer is ..." says last (also "Final answer: ...", "**Answer:** ..."): the formula in dollars that it
     names, else up to the end of the sentence; behind an equals sign only its last side ("12 + 6 = 18" is 18)."""
-    last = _last(_PHRASE.finditer(text))
-    if (maybe := _last(_MAYBE.finditer(text))) and (last is None or last.end() < maybe.end()):
+    last = last_match(_PHRASE.finditer(text))
+    elsewhere = None if text.isascii() else said_elsewhere(text)
+    if elsewhere and (last is None or last.end() < elsewhere.end()):
+        last = elsewhere
+        if elsewhere["not"]:
+            return f"not {text[last.end() :]}"
+    if (maybe := last_match(_MAYBE.finditer(text))) and (last is None or last.end() < maybe.end()):
         unsure = _unsure(maybe)
         if unsure is not None:
             return unsure
@@ -268,6 +224,10 @@ def whole(text: str) -> str | None:
         return None
     if nothing(text):
         return text
+    if (segment := _MATH.fullmatch(text)) and _is_math(segment):
+        return _last_side(_inside(segment).strip())
+    if (value := labelled(text)) is not None:
+        return _last_side(value.strip("* "))
     bare = re.sub(r"\\(?:text|mbox|begin|end)\s*\{[^{}]*\}(?:\{[clr|]*\})?|\\[a-zA-Z]+", " ", text)
     bare = re.sub(r"\b[A-Z]{2,3}\b", " ", bare) if "=" in text else bare  # AB = CD
     words = [word for word in re.findall(r"[^\W\d_]{2,}", bare) if word.lower() not in _FORMULA_WORDS]
@@ -284,7 +244,7 @@ _FORMULA_WORDS = frozenset(_FORMULA_NAMES.split())
 
 def last_number(text: str) -> str | None:
     """The last number, with its sign, currency and percent sign: 1,234.5, 3/4, 1 1/2, \\frac{3}{4}."""
-    last = _last(_numbers(text))
+    last = _last_numeral(text)
     return None if last is None else _signed(last)
 
 
@@ -295,7 +255,7 @@ def last_expression(text: str) -> str | None:
     for match in _MATH.finditer(text):
         if _is_math(match):
             formula = match
-    last = _last(_numbers(text))
+    last = _last_numeral(text)
     if formula is not None and (last is None or last.end() <= formula.end()):
         return _unsettled_end(text, formula) or _last_side(_inside(formula))
     return None if last is None else _unsettled_end(text, last) or _signed(last)
@@ -311,14 +271,21 @@ def _unsettled_end(text: str, last: re.Match[str]) -> str | None:
     return None
 
 
-def _numbers(text: str) -> list[re.Match[str]]:
-    """Numbers in a text. A digit of another script next to one spoils it: it is not half a number."""
-    found = []
-    for match in _NUMBER.finditer(text):
-        behind = text[match.end() : match.end() + 1]
-        if not behind.isdigit() and not text[match.start() - 1 : match.start()].isdigit():
-            found.append(match)
-    return found
+def _last_numeral(text: str) -> re.Match[str] | None:
+    """The last number of a text; it is looked for at the end first, as numerals are short."""
+    for start in (max(0, len(text) - 200), 0):
+        last = last_match(match for match in _NUMBER.finditer(text, start) if _is_whole(match))
+        if start == 0 or (last is not None and last.start() > start + 60):
+            return last
+    return None
+
+
+def _is_whole(match: re.Match[str]) -> bool:
+    """Whether no digit of another script next to a number spoils it, and no word of doubt in another language."""
+    text = match.string
+    if text[match.end() : match.end() + 1].isdigit() or text[match.start() - 1 : match.start()].isdigit():
+        return False
+    return text.isascii() or not unsure_elsewhere(text[max(0, match.start() - 20) : match.end() + 8])
 
 
 def _signed(match: re.Match[str]) -> str:
