@@ -6,6 +6,7 @@ PYTEST_ARGS ?=
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 INSTALL_FILES := setup.cfg pyproject.toml constraints.txt
+SOURCES := rl_lora envs rewards scripts tests
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo seeds legs benchmark peers lm-eval test lint clean
@@ -54,8 +55,8 @@ test: lint ## lint, then run the tests (PYTEST_ARGS='-m slow' for the slow ones)
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
 lint: $(VENV)/.test ## ruff and mypy
-	$(VENV)/bin/ruff check
-	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/ruff check $(SOURCES)
+	$(VENV)/bin/ruff format --check $(SOURCES)
 	$(VENV)/bin/mypy
 
 $(VENV)-peers/.ready:
@@ -77,7 +78,7 @@ $(VENV)-lm-eval/.ready:
 
 clean: ## remove .venv, caches and build products (runs/ and the model cache stay)
 	rm -rf $(VENV) $(VENV)-peers $(VENV)-vllm $(VENV)-lm-eval build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find rl_lora envs rewards scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An install that was cut off may leave half a package that pip takes for a whole one: after it, the next call starts over.
 $(VENV)/.created:

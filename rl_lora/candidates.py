@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rl_lora.adapter_io import check_adapter
 from rl_lora.checkpoint import PATTERN, Checkpoints, check_whole
-from rl_lora.config import EvaluateConfig
+from rl_lora.config import EvaluateConfig, EvaluationSettings, as_typed
 from rl_lora.files import read_json, read_yaml
 
 BASE = "base"
@@ -66,7 +66,7 @@ def step_of(adapter: Path) -> int | None:
     return int(read_json(summary, "the run writes it again with --resume true").get("steps", 0)) or None
 
 
-def differences(folder: Path, config: EvaluateConfig) -> Iterator[str]:
+def differences(folder: Path, config: EvaluateConfig | EvaluationSettings) -> Iterator[str]:
     """Where an adapter comes from something else than it is evaluated on. Raises ValueError if it cannot be read."""
     check_whole(folder)
     base = check_adapter(folder).get("base_model_name_or_path")
@@ -76,12 +76,19 @@ def differences(folder: Path, config: EvaluateConfig) -> Iterator[str]:
         yield f"{folder} was trained with {task}, and is evaluated otherwise"
 
 
-def other_task(folder: Path, config: EvaluateConfig) -> str:
+def record_of(folder: Path) -> Path | None:
+    """The config.yaml of the run that an adapter folder belongs to: RUN/adapter, or RUN/checkpoints/step-N/adapter."""
+    places = [folder.resolve().parents[i] for i in (0, 2) if len(folder.resolve().parents) > i]
+    kept = [place / "config.yaml" for place in places if (place / "metrics.jsonl").is_file()]
+    return next((record for record in kept if record.is_file()), None)
+
+
+def other_task(folder: Path, config: EvaluateConfig | EvaluationSettings) -> str:
     """What the run that a folder belongs to was trained on, if that is not what is evaluated."""
-    record = next((parent / "config.yaml" for parent in folder.parents if (parent / "config.yaml").is_file()), None)
+    record = record_of(folder)
     if record is None:
         return ""
     run = read_yaml(record, "put it back from a copy, or remove it")
     mine = {"env": asdict(config.env), "max_tokens": config.max_tokens, "system_prompt": config.system_prompt}
     trained = {"env": run["env"], **{name: run["rollout"][name] for name in ("max_tokens", "system_prompt")}}
-    return ", ".join(f"{name} {value}" for name, value in trained.items() if value != mine[name])
+    return ", ".join(f"{name} {as_typed(value)}" for name, value in trained.items() if value != mine[name])

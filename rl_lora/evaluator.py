@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 from accelerate import PartialState
-from rich.console import Console
 from rich.progress import Progress
 from rich.text import Text
 
@@ -26,7 +25,7 @@ from rl_lora.adapter import Adapter
 from rl_lora.adapter_io import load_adapter
 from rl_lora.candidates import BASE, differences, is_unfinished, named, stand_ins, step_of
 from rl_lora.collapse import reply_warning
-from rl_lora.config import EvaluateConfig
+from rl_lora.config import EvaluateConfig, EvaluationSettings
 from rl_lora.environment import held_out
 from rl_lora.evaluation import compared, pairs, row
 from rl_lora.evaluation_table import show
@@ -37,8 +36,10 @@ from rl_lora.policy import Policy
 from rl_lora.preflight import check_model
 from rl_lora.problems import check_problems
 from rl_lora.rollout import MakeEnv, Plays, RolloutWorker
+from rl_lora.run_task import whose_task
 from rl_lora.samples import Key, SampleStore, content_hash, sample_of
 from rl_lora.task import Problem, problems_of, sources
+from rl_lora.terminal import Terminal, in_line
 from rl_lora.trainer import no_accelerator
 
 AHEAD = 4
@@ -86,18 +87,24 @@ def evaluate(config: EvaluateConfig) -> Record:
     Raises:
         ValueError: something is wrong with the config; before the model is loaded wherever it can be known before.
     """
-    console = Console(highlight=False, soft_wrap=True)
-    validate(config)
+    console = Terminal()
+    unfinished = [path for path in config.adapters if is_unfinished(Path(path))]
+    for path in unfinished:
+        console.print(f"{in_line(path)} has no checkpoint yet, and is left out", style="yellow")
+    paths = [path for path in config.adapters if path not in unfinished]
+    whose = whose_task(config, paths)
+    validate(whose.settings)
+    console.print(whose.line)
+    return _evaluate(whose.settings, paths, console)
+
+
+def _evaluate(config: EvaluationSettings, paths: Sequence[str], console: Terminal) -> Record:
     state = PartialState(cpu=no_accelerator())
     if state.num_processes > 1:
         raise ValueError(f"evaluation runs in one process, got {state.num_processes}; start it without a launcher")
-    for path in config.adapters:
-        if is_unfinished(Path(path)):
-            console.print(f"{path} has no checkpoint yet, and is left out", style="yellow", markup=False)
-    paths = [path for path in config.adapters if not is_unfinished(Path(path))]
     folders = named(paths)
     for note in stand_ins(paths, folders):
-        console.print(note, markup=False)
+        console.print(in_line(note))
     names = [BASE, *folders]
     if config.against is not None and config.against not in names:
         raise ValueError(f"against must be one of the rows {', '.join(names)}, got {config.against!r}")
@@ -108,13 +115,13 @@ def evaluate(config: EvaluateConfig) -> Record:
     check_problems(make_env, seeds, chat, config, context_length)
 
     start = time.perf_counter()
-    with console.status(Text(f"loading {config.model.name} ...")):
+    with console.status(Text(f"loading {in_line(config.model.name)} ...")):
         policy = Policy.from_config(config.model, state.device)
     seconds_loading = time.perf_counter() - start
     hashes = {BASE: BASE} | {name: hash_of(load_adapter(folder, policy.bank, name)) for name, folder in folders.items()}
     settings = sampling_settings(config, policy, make_env)
     for note in notes:
-        console.print(note, style="yellow", markup=False)
+        console.print(in_line(note), style="yellow")
     plan = planned(config, problems, hashes, content_hash(settings))
     rows_of = {weights: [name for name in names if hashes[name] == weights] for weights in hashes.values()}
     wanted = {asked.key(k): rows_of[asked.weights] for batch in plan for asked in batch for k in range(config.n)}
@@ -125,7 +132,7 @@ def evaluate(config: EvaluateConfig) -> Record:
         policy.chat,
         config,
         context_length=policy.context_length,
-        on_failure=lambda error: console.print(f"left out: {error}", style="yellow", markup=False),
+        on_failure=lambda error: console.print(f"left out: {error}", style="yellow"),
     )
     decoding = Decoding(1 if policy.not_shared else sampler.check_every)
     out = Path(config.out)
@@ -138,8 +145,8 @@ def evaluate(config: EvaluateConfig) -> Record:
             draw_missing(config, worker, plan, store, decoding, console)
         except BaseException:
             n_kept = sum(not sample.get("failed") for sample in store.samples.values())
-            there = f"{n_kept} of {len(wanted)} samples are in {store.path}"
-            console.print(f"stopped; {there}, and the same command goes on from there", markup=False)
+            there = f"{n_kept} of {len(wanted)} samples are in {in_line(store.path)}"
+            console.print(f"stopped; {there}, and the same command goes on from there")
             raise
         worker.close()
         store.append_failed()
@@ -162,16 +169,18 @@ def evaluate(config: EvaluateConfig) -> Record:
     write(evaluation_page(results, itertools.chain(*rows)), out / "report.html")
     show(console, results)
     for warning in results["warnings"]:
-        console.print(warning, style="yellow", markup=False)
-    console.print(savings(config, results, len(problems), decoding), markup=False)
+        console.print(warning, style="yellow")
+    console.print(savings(config, results, len(problems), decoding))
     console.print(
-        f"results  {out / 'results.json'}\nsamples  {out / 'samples.jsonl'}\nreport   {out / 'report.html'}",
-        markup=False,
+        "\n".join(
+            f"{name.partition('.')[0]:8} {in_line(out / name)}"
+            for name in ("results.json", "samples.jsonl", "report.html")
+        )
     )
     return results
 
 
-def validate(config: EvaluateConfig) -> None:
+def validate(config: EvaluationSettings) -> None:
     """Raises ValueError with every number that cannot be meant."""
     least = {"n": 1, "max_tokens": 1, "max_turns": 1, "max_rows": 1, "reward_threads": 1, "seed": 0, "temperature": 0}
     optional = {"limit": 1, "max_cache_gib": 0, "check_every": 1}
@@ -196,7 +205,7 @@ def validate(config: EvaluateConfig) -> None:
     files.check_writable(Path(config.out), "out")
 
 
-def ks_of(config: EvaluateConfig) -> list[int]:
+def ks_of(config: EvaluationSettings) -> list[int]:
     """The k of pass@k and maj@k."""
     powers = [2**i for i in range(config.n.bit_length())]
     return sorted(set(config.k or [*powers, config.n]))
@@ -207,7 +216,7 @@ def hash_of(adapter: Adapter) -> str:
     return content_hash(adapter.hash(), adapter.ranks, adapter.alphas, adapter.rslora)
 
 
-def sampling_settings(config: EvaluateConfig, policy: Policy, make_env: MakeEnv) -> Record:
+def sampling_settings(config: EvaluationSettings, policy: Policy, make_env: MakeEnv) -> Record:
     """What decides, beside problem and adapter, which samples are drawn and how they are judged.
 
     Left out is what changes rounding only: how many rows are decoded at a time, and on which device. Of code,
@@ -230,7 +239,7 @@ def sampling_settings(config: EvaluateConfig, policy: Policy, make_env: MakeEnv)
 
 
 def planned(
-    config: EvaluateConfig, problems: Sequence[Problem], hashes: dict[str, str], sampling_hash: str
+    config: EvaluationSettings, problems: Sequence[Problem], hashes: dict[str, str], sampling_hash: str
 ) -> list[list[Asked]]:
     """Batches of equal shares of the problems, each under every model: the same ones when an evaluation goes on, so
     that it comes to the same in any arithmetic. A batch has about AHEAD * max_rows rows; adapters with the same weights
@@ -246,12 +255,12 @@ def planned(
 
 
 def draw_missing(
-    config: EvaluateConfig,
+    config: EvaluationSettings,
     worker: RolloutWorker,
     plan: Sequence[Sequence[Asked]],
     store: SampleStore,
     decoding: Decoding,
-    console: Console,
+    console: Terminal,
 ) -> None:
     """Draw what is not in the store, batch by batch."""
     with Progress(console=console, transient=True) as progress:
@@ -290,7 +299,7 @@ def draw_missing(
             progress.update(task, completed=(len(store.samples) - store.n_found) * config.max_tokens)
 
 
-def results_of(config: EvaluateConfig, folders: dict[str, Path], rows: Sequence[list[dict[str, Any]]]) -> Record:
+def results_of(config: EvaluationSettings, folders: dict[str, Path], rows: Sequence[list[dict[str, Any]]]) -> Record:
     """The figures: a row for the base and each adapter, and all pairs of them."""
     names, ks = [BASE, *folders], ks_of(config)
     matrix = pairs(rows, config.n, config.seed)
@@ -310,7 +319,7 @@ def results_of(config: EvaluateConfig, folders: dict[str, Path], rows: Sequence[
     return {"kind": "evaluation", "config": asdict(config), **figures}
 
 
-def savings(config: EvaluateConfig, results: Record, n_problems: int, decoding: Decoding) -> str:
+def savings(config: EvaluationSettings, results: Record, n_problems: int, decoding: Decoding) -> str:
     """What was done, and what it cost less than one command for each row."""
     n_rows, seconds, loading = len(results["rows"]), results["seconds"], results["seconds_loading"]
     found = f", {results['n_found']} of them from before" if results["n_found"] else ""

@@ -34,9 +34,13 @@ def load(source: Path, *more_flags: str) -> ctypes.CDLL | None:
     flags, compiler, openmp = [*FLAGS, *more_flags], shutil.which("g++"), _openmp()
     if compiler is None or openmp is None:
         return None
-    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("model name", "flags"))]
+    cpu = [
+        line
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        if line.startswith(("model name", "flags"))
+    ]
     version = str(Path(compiler).resolve().stat().st_mtime_ns)
-    sources = [path.read_text() for path in (source, *sorted(source.parent.glob("*.h")))]
+    sources = [path.read_text(encoding="utf-8") for path in (source, *sorted(source.parent.glob("*.h")))]
     text = "\n".join([*sources, compiler, version, openmp, *flags, *cpu[:2]])
     try:
         if (folder := private_folder("compiled")) is None:
@@ -50,7 +54,7 @@ def load(source: Path, *more_flags: str) -> ctypes.CDLL | None:
         with tempfile.TemporaryDirectory(dir=folder) as work:
             made, record = Path(work, path.name), Path(work, _record(path).name)
             subprocess.run([compiler, *flags, source, openmp, "-o", made], check=True, capture_output=True)
-            record.write_text(_hash(made))
+            record.write_text(_hash(made), encoding="utf-8")
             path.unlink(missing_ok=True)
             for new, kept in ((record, _record(path)), (made, path)):
                 new.chmod(0o600)
@@ -68,7 +72,7 @@ def _is_as_made(path: Path) -> bool:
     if not path.exists() or not record.exists():
         return False
     reason = not_ours(path) or not_ours(record)
-    if reason is None and _hash(path) != record.read_text():
+    if reason is None and _hash(path) != record.read_text(encoding="utf-8"):
         reason = f"{path} is not what was compiled"
     if reason:
         warnings.warn(f"C++ is compiled anew: {reason}", stacklevel=3)
@@ -86,7 +90,7 @@ def _hash(path: Path) -> str:
 def _openmp() -> str | None:
     """Where torch's own threads come from, if that is GNU's library: others would wait beside them, spinning."""
     try:
-        maps = Path("/proc/self/maps").read_text()
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8")
     except OSError:  # no Linux
         return None
     places = {line.split(maxsplit=5)[5] for line in maps.splitlines() if "/libgomp" in line}

@@ -7,16 +7,12 @@ from __future__ import annotations
 
 import io
 import os
-import shlex
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -34,13 +30,15 @@ from rl_lora import finite_json as json
 from rl_lora.adapter import Adapter
 from rl_lora.checkpoint import Checkpoints
 from rl_lora.collapse import reply_warning, run_warnings
-from rl_lora.config import EvaluateConfig, TrainConfig, flatten
+from rl_lora.config import TrainConfig
 from rl_lora.contract import TaskError
 from rl_lora.evaluation import Evaluation, change
 from rl_lora.metrics import MAX_REASONS, MetricsFile, Record
+from rl_lora.next_command import next_command
 from rl_lora.page import lines, write
 from rl_lora.policy import Policy
 from rl_lora.samples import Sample, content_hash
+from rl_lora.terminal import Terminal, in_line, visible
 from rl_lora.training_page import training_page
 from rl_lora.training_samples import rewind_samples
 from rl_lora.types import Group
@@ -58,7 +56,7 @@ class RunReport:
 
     def __init__(self, run_dir: Path, visible: bool = True):
         self.run_dir, self.visible = run_dir, visible
-        self.console = Console(quiet=not visible, highlight=False, soft_wrap=True)
+        self.console = Terminal(quiet=not visible)
         self._progress: Progress | None = None
         self._task = TaskID(0)
         self._what, self._n = "", 0
@@ -67,7 +65,7 @@ class RunReport:
     @contextmanager
     def stage(self, what: str) -> Iterator[None]:
         """A line that says what takes a moment."""
-        with self.console.status(f"{escape(what)} ..."):
+        with self.console.status(Text(f"{in_line(what)} ...")):
             yield
 
     @contextmanager
@@ -108,28 +106,30 @@ class RunReport:
         """What is about to run, what is special about it, and how to read the lines that follow."""
         r = config.rollout
         self.console.print(
-            f"[bold]{escape(config.env.id)}[/]: {r.prompts_per_step} problems x {r.group_size} episodes a step, "
-            f"{config.learner.objective}, learning rate {config.learner.learning_rate:g}, seed {config.seed}"
+            Text(in_line(config.env.id), "bold"),
+            f": {r.prompts_per_step} problems x {r.group_size} episodes a step, {config.learner.objective}, learning "
+            f"rate {config.learner.learning_rate:g}, seed {config.seed}",
+            sep="",
         )
         processes = "1 process" if n_processes == 1 else f"{n_processes} processes"
         base = sum(parameter.numel() for parameter in policy.model.parameters())
         self.console.print(
-            f"{escape(policy.name)}: {base / 1e6:,.0f}M parameters frozen ({str(policy.dtype).removeprefix('torch.')}, "
-            f"{policy.device}, {processes}), {adapter.n_parameters:,} trained (rank {adapter.rank})"
+            f"{in_line(policy.name)}: {base / 1e6:,.0f}M parameters frozen ("
+            f"{str(policy.dtype).removeprefix('torch.')}, {policy.device}, {processes}), "
+            f"{adapter.n_parameters:,} trained (rank {adapter.rank})"
         )
         for remark in policy.remarks(adapter):
-            self.console.print(escape(remark))
+            self.console.print(remark)
         if policy.not_shared:
-            self.console.print(
-                f"[yellow]prompts are not shared by their completions, which is slower:[/] {escape(policy.not_shared)}"
-            )
+            what = Text("prompts are not shared by their completions, which is slower:", "yellow")
+            self.console.print(what, policy.not_shared)
         if n_processes == 1 and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
             self.console.print(
-                "[yellow]the launcher was asked for several processes and started one:[/] accelerate launch --cpu "
-                "needs MPI for more; torchrun --nproc_per_node N scripts/train.py ... does not"
+                Text("the launcher was asked for several processes and started one:", "yellow"),
+                "accelerate launch --cpu needs MPI for more; torchrun --nproc_per_node N scripts/train.py ... does not",
             )
         if config.shuffle_rewards:
-            self.console.print("[yellow]control: rewards are shuffled, there is nothing to learn[/]")
+            self.console.print("control: rewards are shuffled, there is nothing to learn", style="yellow")
         legend = (
             "a line a step; loss: -log p of a token of the demonstrations, in nats; seconds: reading + learning"
             if config.learner.objective == "likelihood"
@@ -170,17 +170,17 @@ class RunReport:
 
     def failed(self, error: TaskError) -> None:
         """The first episode that failed, while the run goes on."""
-        self.console.print(f"an episode failed, and is left out: {error}", style="yellow", markup=False)
+        self.console.print(f"an episode failed, and is left out: {error}", style="yellow")
 
     def evaluation(self, step: int, evaluation: Evaluation) -> None:
         """One line, and the episodes as `evals/step-N.jsonl`."""
-        self.console.print(f"[cyan]step {step:>3}  held out: {held_out_line(evaluation.record)}[/]")
+        self.console.print(f"step {step:>3}  held out: {held_out_line(evaluation.record)}", style="cyan")
         path = self._evals(step)
         with files.writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         files.write_text(path, "".join(json.dumps(sample) + "\n" for sample in evaluation.samples()))
         if step and (warning := reply_warning(evaluation.samples(), self._held_out(0))):
-            self.console.print(f"[yellow]{escape(warning)}[/]")
+            self.console.print(warning, style="yellow")
 
     def samples(self, step: int, groups: Sequence[Group]) -> None:
         """A table of sampled completions: of the first groups, the best and the worst episode."""
@@ -224,7 +224,7 @@ class RunReport:
             "best_checkpoint": str(best.folder) if best else None,
             "best_score": best.state["score"] if best else None,
             "transcripts": newly_solved(before, after),
-            "next": shlex.join([_python(), "scripts/evaluate.py", *_flags(config), "--adapters", adapter]),
+            "next": next_command(config, adapter),
         }
         plot_rewards(train, evals, self.run_dir / "reward.png")
         write(training_page(self.run_dir), self.run_dir / "report.html")
@@ -258,13 +258,13 @@ class RunReport:
     def say(self, *notes: str) -> None:
         """What the user should know of the run's files."""
         for note in filter(None, notes):
-            self.console.print(note, style="yellow", markup=False)
+            self.console.print(note, style="yellow")
 
     def show(self) -> None:
         """The summary: before and after, problems solved now and not before, where things are, what to try next."""
         summary = self._read_summary()
         out = self.console.print
-        out(f"\n[bold]{summary['steps']} steps in {summary['seconds'] / 60:.1f} minutes[/]")
+        out(f"\n{summary['steps']} steps in {summary['seconds'] / 60:.1f} minutes", style="bold")
         for when in ("before", "after"):
             if summary[when]:
                 out(f"  {when:<6}  {held_out_line(summary[when])}")
@@ -276,36 +276,36 @@ class RunReport:
         unscorable, held_out = summary.get("unscorable"), summary.get("unscorable_held_out")
         nothing = bool(unscorable) and not summary["scored"]
         if unscorable:
-            said = "[yellow]nothing could be scored:[/]" if nothing else "  sampled episodes that could not be scored:"
-            out(f"{said} {escape(_counted(unscorable))}")
+            said = "  sampled episodes that could not be scored:"
+            out(Text("nothing could be scored:", "yellow") if nothing else said, in_line(_counted(unscorable)))
         if held_out:
-            out(f"  held-out episodes that could not be scored: {escape(_counted(held_out))}")
+            out(f"  held-out episodes that could not be scored: {in_line(_counted(held_out))}")
         if not summary["learned"] and not nothing:
             out(
-                "[yellow]nothing was learned: no group had different rewards.[/] Problems may be too hard or too easy; "
-                "look at the samples, raise rollout.max_tokens where replies are cut off, raise rollout.group_size, or "
-                "reward partial success"
+                Text("nothing was learned: no group had different rewards.", "yellow"),
+                "Problems may be too hard or too easy; look at the samples, raise rollout.max_tokens where replies are "
+                "cut off, raise rollout.group_size, or reward partial success",
             )
         for warning in summary.get("warnings", []):
-            out(f"[yellow]{escape(warning)}[/]")
+            out(warning, style="yellow")
         if summary["transcripts"]:
-            out("\n[bold]solved now and not before[/]")
+            out("\nsolved now and not before", style="bold")
         for transcript in summary["transcripts"]:
-            out(f"  {escape(_short(transcript['problem'], 200))}")
-            out(f"    before: {escape(_short(transcript['before']))}", style="red")
-            out(f"    after:  {escape(_short(transcript['after']))}", style="green")
-        places = [f"\nadapter       {summary['adapter']}  (PEFT format)"]
+            out(f"  {_short(transcript['problem'], 200)}")
+            out(f"    before: {_short(transcript['before'])}", style="red")
+            out(f"    after:  {_short(transcript['after'])}", style="green")
+        places = [f"\nadapter       {in_line(summary['adapter'])}  (PEFT format)"]
         if summary["best_checkpoint"]:
-            places.append(f"best held out {summary['best_checkpoint']}  ({summary['best_score']:.3f})")
+            places.append(f"best held out {in_line(summary['best_checkpoint'])}  ({summary['best_score']:.3f})")
             before = summary["before"] or {}
             score = before.get("reward") if before.get("accuracy") is None else before["accuracy"]
             if score is not None and summary["best_score"] <= score:
                 places.append("              (no better than before training)")
-        places.append(f"report        {self.run_dir / 'report.html'}")
-        places.append(f"curve         {self.run_dir / 'reward.png'}")
-        places.append(f"all numbers   {self.run_dir / 'metrics.jsonl'}")
+        places.append(f"report        {in_line(self.run_dir / 'report.html')}")
+        places.append(f"curve         {in_line(self.run_dir / 'reward.png')}")
+        places.append(f"all numbers   {in_line(self.run_dir / 'metrics.jsonl')}")
         places.append(f"next          {summary['next']}\n")
-        out("\n".join(places), markup=False)
+        out("\n".join(places))
 
     def _evals(self, step: int) -> Path:
         return self.run_dir / "evals" / f"step-{step:06d}.jsonl"
@@ -387,28 +387,10 @@ def plot_rewards(train: Sequence[Record], evals: Sequence[Record], path: Path) -
     files.write_bytes(path, image.getbuffer())
 
 
-def _python() -> str:
-    """This Python, as a command typed here would name it: an environment of the project is seldom activated."""
-    here, python = Path.cwd(), Path(sys.executable)
-    return str(python.relative_to(here)) if python.is_relative_to(here) else "python"
-
-
-def _flags(config: TrainConfig) -> list[str]:
-    """What `scripts/evaluate.py` has to be told to evaluate on this run's task."""
-    mine, flags = flatten(config), []
-    elsewhere: dict[str, tuple[str, ...]] = {"limit": ("eval.episodes",), "resume": ()}
-    for name, default in flatten(EvaluateConfig()).items():
-        places = elsewhere.get(name, (f"eval.{name}", f"rollout.{name}", name))
-        value = next((mine[place] for place in places if place in mine), default)
-        if value != default and (name, value) != ("limit", 0):  # none held out in the run is no reason for none later
-            flags += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
-    return flags
-
-
 def _number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
 def _short(text: str, n: int = 100) -> str:
-    text = " ".join(text.split())
+    text = visible(" ".join(text.split()))
     return text if len(text) <= n else text[: n - 1] + "…"

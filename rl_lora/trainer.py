@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, gather_object, set_seed
 
@@ -33,6 +32,7 @@ from rl_lora.interrupts import later
 from rl_lora.learner import Learner
 from rl_lora.metrics import MetricsFile, Record, Stopwatch, summarize_groups, summarize_updates, with_speed
 from rl_lora.native_sampler import NativeSampler
+from rl_lora.plain_yaml import dump
 from rl_lora.policy import Policy
 from rl_lora.preflight import preflight
 from rl_lora.report import RunReport
@@ -119,6 +119,13 @@ class Finished:
     evaluated: bool
     random_states: list[dict[str, Any]]
     curriculum: dict[str, Any] | None
+
+
+def tracker_kwargs(name: str) -> dict[str, dict[str, Any]]:
+    """What accelerate's trackers take, each in its own words, to call a run by its name."""
+    words = {"wandb": "name", "trackio": "name", "mlflow": "run_name", "clearml": "task_name"}
+    words |= {"swanlab": "experiment_name", "aim": "experiment"}
+    return {tracker: {word: name} for tracker, word in words.items()}
 
 
 class Trainer:
@@ -235,7 +242,7 @@ class Trainer:
             return
         if self.finished.step > (latest.step if latest else 0):
             folder = self._save(self.finished).folder
-            self.report.console.print(f"step {self.finished.step} is kept in {folder}", markup=False)
+            self.report.console.print(f"step {self.finished.step} is kept in {folder}")
 
     def rollout(self) -> tuple[list[Group], list[Group]]:
         """This process's share of the step's groups, and all that were sampled: those that were replaced too.
@@ -378,15 +385,17 @@ class Trainer:
             with writing(record):
                 self.run_dir.mkdir(parents=True, exist_ok=True)
             clear_left_overs(self.run_dir)
-            write_text(record, yaml.safe_dump(dataclasses.asdict(self.config), sort_keys=False))
+            write_text(record, dump(dataclasses.asdict(self.config)))
             self.report.say(*(f"{damage}: passed over for the newest that is whole" for damage in self.damaged))
             self.report.say(self.metrics.rewind(self.step if self.step else -1, self.evaluated))
             self.report.rewind(self.step, self.evaluated)
             self.report.header(self.config, self.policy, self.policy.bank[ADAPTER], self.step, self.world)
         flat = {k: v if isinstance(v, int | float | str) else str(v) for k, v in flatten(self.config).items()}
-        purge = {"tensorboard": {"purge_step": self.step + 1}} if self.step else {}  # what will be said again
+        kwargs = tracker_kwargs(self.run_dir.resolve().name)
+        if self.step:
+            kwargs["tensorboard"] = {"purge_step": self.step + 1}  # what will be said again
         with writing(self.run_dir / "trackers"):
-            self.accelerator.init_trackers("rl_lora", config=flat, init_kwargs=purge)
+            self.accelerator.init_trackers("rl_lora", config=flat, init_kwargs=kwargs)
         self._stands(self.evaluated)
 
     def _close(self) -> None:

@@ -16,13 +16,14 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).parent.parent))  # also when the package is not installed
 
 import torch
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 import envs  # noqa: F401  registers the environments
 from rl_lora import models
-from rl_lora.config import LearnerConfig, ModelConfig
+from rl_lora.config import LearnerConfig, ModelConfig, expand_home
 from rl_lora.learner import Learner
+from rl_lora.terminal import Terminal, in_line
 from scripts.breakdown import Part, breakdown, breakdown_table
 from scripts.command import main as command
 from scripts.measurements import Bench, Shape, shape
@@ -64,13 +65,19 @@ class BenchmarkConfig:
     out: str = "benchmark.json"
     """File for all figures of all rounds."""
 
+    def __post_init__(self) -> None:
+        expand_home(self, "peer_python", "vllm_python", "out")
+
 
 def run(config: BenchmarkConfig) -> Figures:
     """Measure, print the tables, write the file."""
-    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+    console = Terminal(width=None if sys.stdout.isatty() else 120)
     rollouts, steps = ([shape(text) for text in texts] for texts in (config.rollouts, config.steps))
-    if config.rounds < 1:
-        raise ValueError(f"rounds must be >= 1, got {config.rounds}")
+    for name in ("rounds", "rank"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be >= 1, got {getattr(config, name)}")
+    if not rollouts and not steps:
+        raise ValueError("there is nothing to measure: name rollouts, or steps")
     for name in config.peer:
         if name not in PEERS:
             raise ValueError(f"no peer {name!r}; there are {', '.join(PEERS)}")
@@ -81,7 +88,7 @@ def run(config: BenchmarkConfig) -> Figures:
     if config.random and config.peer:
         raise ValueError("peers read a model's folder: with random there is none; save one, and name it as model.name")
     models.check_model(config.model.name, config.model.trust_remote_code)
-    with console.status(f"loading {config.random or config.model.name} ..."):
+    with console.status(Text(f"loading {in_line(config.random or config.model.name)} ...")):
         bench = Bench(config.model, random=config.random, rank=config.rank, seed=config.seed)
         result: Figures = {
             "machine": bench.machine() | {"bytes_per_second": bench.bandwidth()},
@@ -99,8 +106,8 @@ def run(config: BenchmarkConfig) -> Figures:
         with console.status(f"steps, {case} ..."):
             result["steps"].append(measure_steps(bench, case, config))
         console.print(step_table(result["steps"][-1]))
-    Path(config.out).write_text(json.dumps(result, indent=1, default=asdict) + "\n")
-    console.print(f"machine  {json.dumps(result['machine'])}\nfigures  {config.out}")
+    Path(config.out).write_text(json.dumps(result, indent=1, default=asdict) + "\n", encoding="utf-8")
+    console.print(f"machine  {json.dumps(result['machine'])}\nfigures  {in_line(config.out)}")
     return result
 
 

@@ -20,13 +20,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))  # also when the package is not installed
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from rl_lora.adapter_io import save_adapter
-from rl_lora.config import ModelConfig
+from rl_lora.config import ModelConfig, expand_home
 from rl_lora.policy import Policy
 from rl_lora.samples import key_of, read_samples
+from rl_lora.terminal import Terminal
 from scripts.command import main as command
 
 NOISE = 1e-3
@@ -50,6 +50,9 @@ class BenchmarkConfig:
     out: str = "benchmark_evaluate"
     """Folder for adapters, samples and figures.json; what is there is replaced."""
 
+    def __post_init__(self) -> None:
+        expand_home(self, "out")
+
 
 def run(config: BenchmarkConfig) -> dict[str, Any]:
     """Measure, print the table, write figures.json."""
@@ -68,8 +71,8 @@ def run(config: BenchmarkConfig) -> dict[str, Any]:
     figures: dict[str, Any] = {"config": asdict(config), "rounds": rounds, "samples": samples}
     for name in ("seconds", "seconds_sampling"):
         figures[f"ratio_{name}"] = statistics.median(r["in a row"][name] / r["together"][name] for r in rounds)
-    (out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
-    console = Console(highlight=False, soft_wrap=True)
+    (out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    console = Terminal()
     console.print(table(rounds))
     console.print(
         f"{config.adapters} adapters and the base, {config.limit} problems: together {figures['ratio_seconds']:.2f} "
@@ -106,7 +109,7 @@ def measured(config: BenchmarkConfig, commands: Sequence[Sequence[str]], out: Pa
             [sys.executable, str(EVALUATE), *arguments, "--adapters", *adapters], check=True, stdout=subprocess.DEVNULL
         )
         seconds += time.perf_counter() - start
-        sampling += json.loads((out / "results.json").read_text())["seconds"]
+        sampling += json.loads((out / "results.json").read_text(encoding="utf-8"))["seconds"]
     return {"seconds": seconds, "seconds_sampling": sampling}
 
 

@@ -18,12 +18,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))  # also when the package is not installed
 
 import yaml
-from rich.console import Console
 
 import envs  # noqa: F401  registers the environments
-from rl_lora.adapter_io import load_adapter
+from rl_lora.adapter_io import check_adapter, load_adapter
 from rl_lora.candidates import adapter_in
-from rl_lora.config import EnvConfig, EpisodeConfig, ModelConfig
+from rl_lora.config import EnvConfig, EpisodeConfig, ModelConfig, expand_home
 from rl_lora.environment import held_out
 from rl_lora.evaluation import evaluate_adapters
 from rl_lora.evaluator import problems_of
@@ -33,6 +32,7 @@ from rl_lora.native_sampler import NativeSampler
 from rl_lora.policy import Policy
 from rl_lora.rollout import RolloutWorker
 from rl_lora.samples import Sample
+from rl_lora.terminal import Terminal
 from scripts.command import main as command
 
 TASK = "rl_lora_gsm8k"
@@ -62,12 +62,20 @@ class CompareConfig:
     out: str = "lm_eval_comparison"
     """Folder for what the harness is told and says, and comparison.json."""
 
+    def __post_init__(self) -> None:
+        expand_home(self, "adapter", "path", "lm_eval_python", "out")
+
 
 def run(config: CompareConfig) -> Record:
     """Evaluate on both sides, print what differs, write comparison.json."""
+    wrong = [name for name in ("limit", "max_tokens", "max_rows", "batch_size") if getattr(config, name) < 1]
+    if wrong:
+        raise ValueError("; ".join(f"{name} must be >= 1, got {getattr(config, name)}" for name in wrong))
+    if config.adapter:
+        check_adapter(adapter_in(Path(config.adapter)))
     if not Path(config.lm_eval_python).exists():
         raise ValueError(f"{config.lm_eval_python} is not there: run `make lm-eval`, or name its interpreter")
-    console, out = Console(highlight=False, soft_wrap=True), Path(config.out)
+    console, out = Terminal(), Path(config.out)
     adapter = str(adapter_in(Path(config.adapter))) if config.adapter else ""
     out.mkdir(parents=True, exist_ok=True)
     samples = evaluated(config, adapter)
@@ -87,8 +95,8 @@ def run(config: CompareConfig) -> Record:
     )
     for row in rows:
         if row["ours"] != row["theirs"] or row["reply"] != row["their_reply"]:
-            console.print(described(row), markup=False)
-    (out / "comparison.json").write_text(json.dumps(summary | {"rows": rows}, indent=1) + "\n")
+            console.print(described(row))
+    (out / "comparison.json").write_text(json.dumps(summary | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
     return summary
 
 
@@ -116,7 +124,7 @@ def lm_eval(config: CompareConfig, adapter: str, samples: list[Sample]) -> dict[
     out = Path(config.out).resolve()
     data = out / "problems.jsonl"
     problems = [{"question": s["observations"][0], "answer": s["reference"]} for s in samples]
-    data.write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    data.write_text("".join(json.dumps(problem) + "\n" for problem in problems), encoding="utf-8")
     tokenizer = load_tokenizer(config.model.name, config.model.trust_remote_code)
     task = {
         "task": TASK,
@@ -153,7 +161,7 @@ def lm_eval(config: CompareConfig, adapter: str, samples: list[Sample]) -> dict[
         ],
         "metadata": {"version": 3.0},
     }
-    (out / f"{TASK}.yaml").write_text(yaml.safe_dump(task, sort_keys=False))
+    (out / f"{TASK}.yaml").write_text(yaml.safe_dump(task, sort_keys=False), encoding="utf-8")
     model = {"pretrained": Path(resolve_model(config.model.name)), "dtype": config.model.dtype}
     model |= {"peft": Path(adapter).resolve()} if adapter else {}
     arguments = {
@@ -172,7 +180,9 @@ def lm_eval(config: CompareConfig, adapter: str, samples: list[Sample]) -> dict[
         [config.lm_eval_python, "-m", "lm_eval", *called, *chat, "--log_samples"], env=os.environ | offline, check=True
     )
     newest = max((out / "lm_eval").rglob(f"samples_{TASK}_*.jsonl"), key=lambda path: path.stat().st_mtime)
-    return {record["doc"]["question"]: record for record in map(json.loads, newest.read_text().splitlines())}
+    return {
+        record["doc"]["question"]: record for record in map(json.loads, newest.read_text(encoding="utf-8").splitlines())
+    }
 
 
 def compared(sample: Sample, record: dict[str, Any]) -> Record:

@@ -17,7 +17,7 @@ class Peer:
         self.name = setup["peer"]
         peers = Path(__file__).with_name("peers.py")
         self.log = Path(f"{self.name}.log")
-        with self.log.open("w") as log:
+        with self.log.open("w", encoding="utf-8") as log:
             self.process = subprocess.Popen(
                 [python, str(peers)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
             )

@@ -50,7 +50,7 @@ class Meter:
             self.cuda.reset_peak_memory_stats()
         else:
             with suppress(OSError):  # where it is forbidden, the peak is that since the process began
-                Path("/proc/self/clear_refs").write_text("5")
+                Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
         self.began = self.now()
 
     def stop(self) -> Message:
@@ -59,7 +59,7 @@ class Meter:
 
 
 def peak_resident() -> int:
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
@@ -196,7 +196,7 @@ class Vllm(Generation):
         if self.adapter:
             from vllm.lora.request import LoRARequest
 
-            rank = json.loads(Path(self.adapter, "adapter_config.json").read_text())["r"]
+            rank = json.loads(Path(self.adapter, "adapter_config.json").read_text(encoding="utf-8"))["r"]
             options |= {"enable_lora": True, "max_lora_rank": next(r for r in VLLM_LORA_RANKS if r >= rank)}
             self.lora = LoRARequest("adapter", 1, self.adapter)
         self.engine = LLM(
@@ -364,7 +364,7 @@ def build(setup: Message) -> Generation | Trl:
 
 
 def main() -> int:
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    answers = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     os.dup2(2, 1)  # what libraries print must not run into the answers
 
     def reply(message: Message) -> None:

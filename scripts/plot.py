@@ -19,7 +19,9 @@ import yaml
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from rl_lora.config import expand_home
 from rl_lora.metrics import MetricsFile, Record
+from rl_lora.terminal import say
 from scripts.command import main as command
 
 DASHES = ("-", "--", "-.")
@@ -33,6 +35,9 @@ class PlotConfig:
     """Run folders. One whose adapter.init_from is another one's adapter starts where that one ended."""
     out: str = "accuracy.png"
     """The picture: .png, .svg or .pdf."""
+
+    def __post_init__(self) -> None:
+        expand_home(self, "runs", "out")
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ def run(config: PlotConfig) -> Path:
         figure.savefig(out, dpi=150)
     except OSError as error:
         raise ValueError(f"cannot write {out}: {error}") from error
-    print(out)
+    say(out)
     return out
 
 
@@ -83,7 +88,7 @@ def curve_of(folder: Path) -> Curve:
 def parent_of(folder: Path) -> Path | None:
     """The run whose adapter this one starts from, if it is there."""
     path = folder / "config.yaml"
-    init_from = yaml.safe_load(path.read_text())["adapter"]["init_from"] if path.is_file() else None
+    init_from = yaml.safe_load(path.read_text(encoding="utf-8"))["adapter"]["init_from"] if path.is_file() else None
     parent = Path(init_from).parent if init_from else None
     return parent if parent and (parent / "metrics.jsonl").is_file() else None
 

@@ -8,31 +8,38 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # also when the package is not installed
 
 import scripts.signals  # noqa: F401  first: the other imports take seconds
 
 # isort: split
+import rl_lora
 from rl_lora.page import evaluation_page, lines, write
+from rl_lora.terminal import guard, say
 from rl_lora.training_page import training_page
 from scripts.command import run
 
 
-def report(folder: Path) -> None:
-    """Raises ValueError where there is nothing to report of."""
-    evaluation, page = folder / "results.json", folder / "report.html"
+def report(folder: Path, page: Path | None = None) -> None:
+    """Write the page of a folder, by default into it. Raises ValueError where there is nothing to report of, and where
+    the page cannot be written."""
+    evaluation, page = folder / "results.json", page or folder / "report.html"
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
     if evaluation.is_file():
-        results = json.loads(evaluation.read_text())
+        results = json.loads(evaluation.read_text(encoding="utf-8"))
         if results.get("kind") != "evaluation":
             raise ValueError(f"{evaluation} is not of an evaluation, or of an older one: evaluate again")
-        write(evaluation_page(results, samples_by_row(results, lines(folder / "samples.jsonl"))), page)
+        html = evaluation_page(results, samples_by_row(results, lines(folder / "samples.jsonl")))
     else:
-        write(training_page(folder), page)
-    print(page)
+        html = training_page(folder)
+    try:
+        write(html, page)
+    except OSError as error:
+        raise ValueError(f"cannot write {page}: {error.strerror or error}; name another file with --out") from error
+    say(page)
 
 
 def samples_by_row(results: dict[str, Any], samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -45,14 +52,26 @@ def samples_by_row(results: dict[str, Any], samples: Iterable[dict[str, Any]]) -
             yield sample | {"adapter": name}
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong as the other commands do."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; --help shows all options")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="runs/NAME, or an evaluation's folder")
-    folders = parser.parse_args().folders
+    guard()
+    parser = Parser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="runs/NAME, or an evaluation's folder")
+    parser.add_argument("--out", metavar="FILE", help="the page of one folder; by default report.html in it")
+    parser.add_argument("--version", action="version", version=f"rl_lora {rl_lora.__version__}")
 
     def work() -> None:
-        for folder in folders:
-            report(folder)
+        given = parser.parse_args()
+        if given.out is not None and len(given.folders) > 1:
+            raise ValueError(f"--out is for the page of one folder, got {len(given.folders)} folders")
+        for folder in given.folders:
+            report(Path(folder).expanduser(), None if given.out is None else Path(given.out).expanduser())
 
     sys.exit(run(work))
 

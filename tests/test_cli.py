@@ -17,7 +17,7 @@ import yaml
 import scripts.evaluate
 import scripts.train
 from rl_lora.candidates import named, other_task
-from rl_lora.config import EvaluateConfig, TrainConfig, flatten
+from rl_lora.config import EvaluationSettings, TrainConfig, flatten
 from rl_lora.trainer import train
 from scripts.command import parse, run
 from tests.test_trainer import metrics, tiny_config
@@ -317,7 +317,7 @@ def test_a_run_folder_stands_for_its_adapter_or_its_last_checkpoint_and_names_st
 
 def test_an_evaluation_on_another_task_than_the_run_was_trained_on_is_said(finished: TrainConfig) -> None:
     folder = Path(finished.run_dir) / "adapter"
-    config = EvaluateConfig(env=finished.env, max_tokens=finished.rollout.max_tokens)
+    config = EvaluationSettings(env=finished.env, max_tokens=finished.rollout.max_tokens)
     assert other_task(folder, config) == ""
     config.max_tokens += 1
     assert "max_tokens" in other_task(folder, config)

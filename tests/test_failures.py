@@ -241,7 +241,7 @@ def test_an_evaluation_leaves_failed_episodes_out_and_says_why(model: Path, tmp_
     samples = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
     assert [sample["seed"] % 10 for sample in samples if sample["unscorable"]] == [0, 0]
     assert all(("LookupError" in sample["reason"]) == sample["unscorable"] for sample in samples if sample["reason"])
-    config.env.kwargs["rows"], config.out = 10, str(tmp_path / "other")
+    config.env, config.out = EnvConfig("Word-v0", {"bad": "raise", "rows": 10}), str(tmp_path / "other")
     with pytest.raises(TaskError, match="raised LookupError"):
         evaluate(config)
 

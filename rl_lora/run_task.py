@@ -1,0 +1,125 @@
+"""Whose task and base an evaluation takes: what the user says, else what the adapters' runs agree on, else defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+
+from rl_lora.adapter_io import check_adapter
+from rl_lora.candidates import adapter_in, record_of
+from rl_lora.config import EnvConfig, EvaluateConfig, EvaluationSettings, ModelConfig, as_typed, flatten
+from rl_lora.default_model import DEFAULT_MODEL
+from rl_lora.files import read_yaml
+from rl_lora.terminal import in_line
+
+OF_RUN = {
+    "env.id": "env.id",
+    "env.kwargs": "env.kwargs",
+    "env_kwargs": "eval.env_kwargs",
+    "max_tokens": "rollout.max_tokens",
+    "system_prompt": "rollout.system_prompt",
+    "max_turns": "rollout.max_turns",
+    "model.name": "model.name",
+    "model.dtype": "model.dtype",
+    "model.stop_tokens": "model.stop_tokens",
+    "model.template_kwargs": "model.template_kwargs",
+}
+"""Options of an evaluation that a run answers, and where its config.yaml has them."""
+TASK = ("env.id", "env.kwargs", "env_kwargs")
+"""What belongs together: a task of the user's own has nothing of a run's."""
+
+
+@dataclass(frozen=True)
+class Whose:
+    """What is evaluated, and where the task comes from."""
+
+    settings: EvaluationSettings
+    origin: str
+
+    @property
+    def line(self) -> str:
+        """One line for the terminal."""
+        s = self.settings
+        kwargs = f" {as_typed(s.env.kwargs | (s.env_kwargs or {}))}" if s.env.kwargs or s.env_kwargs else ""
+        return in_line(f"task  {s.env.id}{kwargs}, max_tokens {s.max_tokens}, {s.model.name}: {self.origin}")
+
+
+def whose_task(config: EvaluateConfig, paths: Sequence[str]) -> Whose:
+    """Fill in what `config` leaves open. `paths`: the adapters that are there.
+
+    Raises:
+        ValueError: the runs disagree about what is open, or a run's config.yaml cannot be read.
+    """
+    said = flatten(config)
+    given = {name: value for name, value in said.items() if name in OF_RUN and value is not None}
+    own_task = "env.id" in given
+    records = {shown(record.parent): task_of(record) for path in paths if (record := record_of(adapter_in(Path(path))))}
+    open_names = [name for name in OF_RUN if name not in given and not (own_task and name in TASK)]
+    if "env.kwargs" in given and not own_task:
+        open_names.append("env.kwargs")  # what is given goes over the run's
+    found, wrong = {}, {}
+    for name in open_names:
+        answers = [task[name] for task in records.values()]
+        if answers and all(answer == answers[0] for answer in answers):
+            found[name] = answers[0]
+        elif answers and not own_task:
+            wrong[name] = ", ".join(f"{as_typed(task[name])} in {folder}" for folder, task in records.items())
+    if wrong:
+        what = "; ".join(f"{name}: {each}" for name, each in wrong.items())
+        options = " ".join(f"--{name} ..." for name in wrong)
+        raise ValueError(f"the runs differ in what they were trained on ({what}): say what to evaluate with {options}")
+    if "model.name" not in given | found and (base := base_of(paths)):
+        found["model.name"] = base
+    rest = {name: value for name, value in said.items() if name not in OF_RUN}
+    values = flatten(EvaluationSettings()) | rest | {k: v for k, v in found.items() if v is not None} | given
+    if "env.kwargs" in found and "env.kwargs" in given:
+        values["env.kwargs"] = found["env.kwargs"] | given["env.kwargs"]
+    values["system_prompt"] = values["system_prompt"] or None
+    if own_task or not records:
+        origin = "as given" if own_task else "the default task"
+    else:
+        origin = f"the task of {', '.join(records)}" + (", with what is given" if given else "")
+    return Whose(settings_of(values), origin)
+
+
+def shown(folder: Path) -> str:
+    """A path as it would be typed here."""
+    return str(folder.relative_to(Path.cwd())) if folder.is_relative_to(Path.cwd()) else str(folder)
+
+
+def settings_of(values: dict[str, Any]) -> EvaluationSettings:
+    """Settings from dotted names."""
+    nested: dict[str, dict[str, Any]] = {"model": {}, "env": {}}
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        group, dot, inner = name.rpartition(".")
+        (nested[group] if dot else flat)[inner if dot else name] = value
+    return EvaluationSettings(**flat, model=ModelConfig(**nested["model"]), env=EnvConfig(**nested["env"]))
+
+
+def task_of(record: Path) -> dict[str, Any]:
+    """What a run's config.yaml says of the options in OF_RUN; defaults for what an older one lacks."""
+    run = read_yaml(record, "put it back from a copy, or remove it")
+    defaults = flatten(EvaluationSettings())
+    found = {}
+    for name, place in OF_RUN.items():
+        group, _, inner = place.partition(".")
+        section = run.get(group)
+        found[name] = section.get(inner, defaults[name]) if isinstance(section, dict) else defaults[name]
+    return found
+
+
+def base_of(paths: Sequence[str]) -> str | None:
+    """The base that all adapters were made for, if they say the same one and it is on this machine."""
+    bases = {str(check_adapter(adapter_in(Path(path))).get("base_model_name_or_path") or "") for path in paths}
+    if len(bases) != 1:
+        return None
+    (base,) = bases
+    here = base == DEFAULT_MODEL or (Path(base).expanduser() / "config.json").is_file()
+    if not here and base.count("/") == 1 and not base.startswith((".", "/", "~")):
+        here = isinstance(try_to_load_from_cache(base, "config.json"), str)
+    return base if here else None
