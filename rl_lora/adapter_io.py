@@ -59,7 +59,8 @@ def save_adapter(adapter: Adapter, folder: str | Path, base_model: str, *, overw
 def load_adapter(folder: str | Path, bank: AdapterBank, name: str | None = None) -> Adapter:
     """Read an adapter that PEFT or `save_adapter` wrote and put it into `bank`, as `name` (default: the folder's).
 
-    Tensors of any dtype become float32. `lora_dropout` has no counterpart here and is not taken over.
+    Tensors of any dtype become float32. `lora_dropout` has no counterpart here and is not taken over: a run that starts
+    from such an adapter says so.
 
     Raises:
         ValueError: what `check_adapter` finds, or the adapter does not fit the bank's model; says which tensor.
@@ -99,6 +100,11 @@ def check_adapter(folder: str | Path) -> dict[str, Any]:
         ValueError: a file is missing or unreadable; not a plain LoRA; a tensor that no linear layer or expert has.
     """
     return _read(Path(folder))[0]
+
+
+def lora_dropout(folder: Path) -> float:
+    """The share of inputs that whoever trained an adapter dropped while training; ours, and those that we save, 0."""
+    return float(read_config(folder / CONFIG).get("lora_dropout") or 0)
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Levels], dict[str, Tensor]]:

@@ -28,6 +28,7 @@ from rich.text import Text
 from rl_lora import files
 from rl_lora import finite_json as json
 from rl_lora.adapter import Adapter
+from rl_lora.adapter_io import lora_dropout
 from rl_lora.checkpoint import Checkpoints
 from rl_lora.collapse import reply_warning, run_warnings
 from rl_lora.config import TrainConfig
@@ -128,6 +129,11 @@ class RunReport:
                 Text("the launcher was asked for several processes and started one:", "yellow"),
                 "accelerate launch --cpu needs MPI for more; torchrun --nproc_per_node N scripts/train.py ... does not",
             )
+        dropout = 0.0 if step or config.adapter.init_from is None else lora_dropout(Path(config.adapter.init_from))
+        if dropout:
+            start = in_line(str(config.adapter.init_from))
+            what = Text(f"{start} was trained with lora_dropout {dropout:g}:", "yellow")
+            self.console.print(what, "here nothing is dropped, and the adapter that is saved says 0")
         if config.shuffle_rewards:
             self.console.print("control: rewards are shuffled, there is nothing to learn", style="yellow")
         legend = (

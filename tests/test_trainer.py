@@ -439,6 +439,22 @@ def test_training_starts_from_a_given_adapter(whole: Path, model: Path, tmp_path
     assert adapter_hash(run_dir) != adapter_hash(whole)
 
 
+def test_dropout_of_a_given_adapter_is_not_dropped_in_silence(
+    whole: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = shutil.copytree(whole / "adapter", tmp_path / "given")
+    config = json.loads((given / "adapter_config.json").read_text())
+    (given / "adapter_config.json").write_text(json.dumps({**config, "lora_dropout": 0.05, "use_rslora": True}))
+    run_dir = train(tiny_config(model, tmp_path / "run", adapter__init_from=str(given), steps=1))
+    assert "was trained with lora_dropout 0.05: here nothing is dropped, and the adapter that is saved says 0" in (
+        " ".join(capsys.readouterr().out.split())
+    )
+    saved = json.loads((run_dir / "adapter" / "adapter_config.json").read_text())
+    assert (saved["lora_dropout"], saved["use_rslora"], saved["lora_alpha"]) == (0, True, config["lora_alpha"])
+    train(tiny_config(model, tmp_path / "plain", adapter__init_from=str(whole / "adapter"), steps=1))
+    assert "lora_dropout" not in capsys.readouterr().out
+
+
 def test_grpo_trains_and_takes_its_papers_advantage(model: Path, tmp_path: Path) -> None:
     grpo = train(tiny_config(model, tmp_path / "grpo", learner__objective="grpo", learner__updates_per_step=2))
     named = {"learner__objective": "grpo", "learner__updates_per_step": 2, "learner__advantage": "standardized"}
