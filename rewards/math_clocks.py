@@ -15,6 +15,7 @@ _CLOCK = re.compile(
     r"(?:,? ?(?:(?P<half>[ap])\.? ?m\.?|in the (?P<part>morning|afternoon|evening)|(?P<named>noon|midnight)))?",
     re.IGNORECASE,
 )
+_HINT = re.compile(r":|colon|[0-9}\s.]\s*[ap]\.?\s?m|{[ap]\.?m|clock|noon|night|morning|evening", re.IGNORECASE)
 _NAMED = re.compile(r"(?:at )?(noon|midnight)", re.IGNORECASE)
 _DRESS = re.compile(r"\\(?:text|mbox|mathrm|textbf|textrm|rm|colon)(?![a-zA-Z])|[*$~{}\\]|\s+")
 _HALVES = {"a": "am", "p": "pm", "morning": "am", "afternoon": "pm", "evening": "pm", "noon": "pm", "midnight": "am"}
@@ -40,7 +41,7 @@ class Clock:
 
 def clock(text: str) -> Clock | None:
     """The time of day that a text is, or None. A bare number is none."""
-    if len(text) > 60:
+    if len(text) > 60 or not _HINT.search(text):
         return None
     if r"\colon" in text:
         text = text.replace(r"\colon", ":")

@@ -127,7 +127,7 @@ def phrase(text: str) -> str | None:
         last = elsewhere
         if elsewhere["not"]:
             return f"not {text[last.end() :]}"
-    if (maybe := last_match(_MAYBE.finditer(text))) and (last is None or last.end() < maybe.end()):
+    if " be " in text and (maybe := last_match(_MAYBE.finditer(text))) and (last is None or last.end() < maybe.end()):
         unsure = _unsure(maybe)
         if unsure is not None:
             return unsure
