@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 
 HALF_DAY = r"[ap]\.?\s?m\b\.?"
+PART_OF_DAY = rf"(?:{HALF_DAY}|(?:in\s+the\s+(?:morning|afternoon|evening)|noon|midnight)\b)"
 _CLOCK = re.compile(
     r"(?:at )?(?P<hour>[0-9]{1,2})(?: ?: ?(?P<minute>[0-5][0-9])(?: ?: ?(?P<second>[0-5][0-9]))?)?"
     r"(?: ?(?P<sharp>o'clock))?"

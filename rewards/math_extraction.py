@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rewards.math_characters import ascii_text
-from rewards.math_clocks import HALF_DAY
+from rewards.math_clocks import HALF_DAY, PART_OF_DAY
 from rewards.math_hedges import goes_on, unsettled
 from rewards.math_marked import boxed, boxes, hashes, last_match
 from rewards.math_numbers import DECIMAL
@@ -102,12 +102,12 @@ _MATH = re.compile(
     re.DOTALL,
 )
 _SIGN = "[-+\N{MINUS SIGN}]"
-_HALF_BEHIND = re.compile(rf"[\s*$~]{{0,4}}(?:\\(?:text|mathrm)\s*\{{\s*)?{HALF_DAY}", re.IGNORECASE)
+_HALF_BEHIND = re.compile(rf"[\s*$~]{{0,4}}(?:\\(?:text|mathrm)\s*\{{\s*)?{PART_OF_DAY}", re.IGNORECASE)
 _LABELS = "week day month year step hour round case part box group game level stage question problem".split()  # noqa: SIM905
 _NO_LABEL = "".join(rf"(?<!(?i:{label}\s))" for label in _LABELS)  # "Week 3:210 pages"
 _CLOCK = (
     rf"(?=[0-9]+:[0-9]){_NO_LABEL}(?:[0-9]{{1,2}}:[0-5][0-9](?::[0-5][0-9])?(?![0-9:])(?:(?i:{_HALF_BEHIND.pattern}))?"
-    rf"|[0-9]+(?::[0-9]+)+)|[0-9]{{1,2}}(?i:{_HALF_BEHIND.pattern})"
+    rf"|[0-9]+(?::[0-9]+)+)|[0-9]{{1,2}}(?i:[\s*$~]{{0,4}}(?:\\(?:text|mathrm)\s*\{{\s*)?(?:{HALF_DAY}|noon\b))"
 )
 _WRITTEN = rf"(?:0,[0-9]{{3}}(?![0-9])|{DECIMAL})"  # 0,318 is no number, but not half of it either
 _NUMBER = re.compile(

@@ -27,8 +27,13 @@ _COMPARED = (
     r"(?:(?:no|not|any|much|far|slightly|strictly)\s+)*(?:greater|more|less|fewer|larger|smaller|higher|lower|bigger)"
     r"\s+than(?:\s+or\s+equal\s+to)?|exceeds|exceeding|above|below|over|under|beyond|beneath|past"
 )
-_LIMITED = r"at\s+(?:the\s+)?(?:very\s+)?(?:least|most)|up\s+to|a\s+(?:minimum|maximum)\s+of"
-_FAR = r"anything\s+but|other\s+than|far\s+from|except(?:\s+for)?|instead\s+of|rather\s+than|unlike|nowhere\s+near"
+_LIMITED = (
+    r"at\s+(?:the\s+)?(?:very\s+)?(?:least|most|minimum|maximum)|bounded\s+by|up\s+to|a\s+(?:minimum|maximum)\s+of"
+)
+_FAR = (
+    r"anything\s+but|(?<!none\s)(?<!no\s)other\s+than|far\s+from|different\s+from|unequal\s+to|in\s+no\s+case|hardly"
+    r"|unlikely(?:\s+to\s+be)?|except(?:\s+for)?|instead\s+of|rather\s+than|unlike|nowhere\s+near"
+)
 _DENIED = re.compile(
     rf"(?:\b(?:not|never|neither|nor|cannot|no\s+longer|by\s+no\s+means|in\s+no\s+way|{_FAR})\b|n't\b)"
     rf"(?:\s+(?!and\b|but\b|or\b|so\b|only\b|just\b)[a-z']+){{0,3}}\s+{_N}{_TAIL}\Z",

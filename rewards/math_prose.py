@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 
+from rewards.math_clocks import clock
 from rewards.math_hedges import unsettled
 from rewards.math_marked import last_match
 from rewards.math_numbers import DECIMAL, quantity
@@ -78,7 +79,7 @@ def _labelled(label: str, value: str, text: str) -> str | None:
 
 def _plain_value(value: str) -> str | None:
     """A value without words around it (a unit aside) behind a label."""
-    if quantity(digits(value.strip().strip("*$.!"))) is not None:
+    if quantity(digits(value.strip().strip("*$.!"))) is not None or clock(value) is not None:
         return value
     bare = re.sub(r"\\[a-zA-Z]+", " ", value)
     return value if not re.search(r"[^\W\d_]{3,}|[:=<>]", bare) and re.search(r"[0-9\\^]", value) else None

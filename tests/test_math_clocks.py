@@ -82,5 +82,12 @@ def test_a_time_behind_dollars_or_stars_keeps_its_half_of_the_day() -> None:
             assert not right(sentence.format(dressed), "9:00 AM")
 
 
+def test_parts_of_the_day_in_words_count_in_prose() -> None:
+    assert right("He finishes at 4:05 in the afternoon.", "4:05 pm")
+    assert not right("He finishes at 4:05 in the afternoon.", "4:05 am")
+    assert right("He finishes at 12 noon.", "12:00 pm")
+    assert right("Time: 12:00", "12:00")
+
+
 def test_a_label_before_a_colon_is_no_time() -> None:
     assert right("Week 1:40 pages", "40")

@@ -45,6 +45,11 @@ REFUSED = (
     "a number below {}",
     "something other than {}",
     "up to {}",
+    "hardly {}",
+    "unlikely to be {}",
+    "definitely different from {}",
+    "bounded by {}",
+    "in no case {}",
 )
 VALUES = ("{}", "${}$", "{} apples", "**{}**", r"$\sqrt{{{}}}$", "${}")
 
@@ -99,6 +104,8 @@ def test_other_ways_to_settle_on_nothing(text: str, value: int) -> None:
         ("The answer is approximately 14.", 14),
         ("The answer is 14, maybe more if it rains.", 14),
         ("The answer is 5, not 6.", 5),
+        ("The answer is none other than 5.", 5),
+        ("The answer is 5 because it cannot be 6.", 5),
         ("The answer is the difference between 20 and 13: 7", 7),
         ("The answer is that she needs at least 5 boxes.", 5),
         ("The answer is that it takes 1 hour or 60 minutes.", 60),
