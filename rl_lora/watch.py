@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rl_lora.own_code import own_lines
+from rl_lora.terminal import visible
 
 PATIENCE = 60.0
 """Seconds until a call is named."""
@@ -80,4 +81,4 @@ def say(wait: Wait, seconds: float) -> None:
         inside = [] if Path(each.filename).is_relative_to(HERE) else [*inside, each]
     own = own_lines(inside)
     place = f" ({own[-1].filename}, line {own[-1].lineno}, in {own[-1].name})" if own else ""
-    print(f"{what} for {seconds:.0f} s{place}", file=sys.stderr, flush=True)
+    print(visible(f"{what} for {seconds:.0f} s{place}"), file=sys.stderr, flush=True)

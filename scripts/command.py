@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable
 
@@ -16,6 +17,7 @@ from scripts.options import Config, parse
 
 __all__ = ["main", "parse", "run"]
 USER_ERROR, FAILURE = 2, 1
+TYPED = {"None": "null", "True": "true", "False": "false"}
 LIBRARIES = {"accelerate", "numpy", "tokenizers", "torch", "transformers"}
 
 
@@ -27,7 +29,7 @@ def run(work: Callable[[], object], when_interrupted: str = "") -> int:
     except (ValueError, FloatingPointError) as error:
         if raised_by(error) in LIBRARIES:
             raise  # not a message of ours: the traceback is what helps
-        console.print(Text("error:", "bold red"), str(error))
+        console.print(Text("error:", "bold red"), as_options_have_it(str(error)))
         return USER_ERROR if isinstance(error, ValueError) else FAILURE
     except FileError as error:
         console.print(Text("error:", "bold red"), str(error))
@@ -37,6 +39,11 @@ def run(work: Callable[[], object], when_interrupted: str = "") -> int:
             console.print(f"interrupted{when_interrupted}")
         return signals.ended_by(error)
     return 0
+
+
+def as_options_have_it(message: str) -> str:
+    """With values as they are typed here: null, true and false are what Python calls None, True and False."""
+    return re.sub(r"\bgot (None|True|False)\b", lambda match: f"got {TYPED[match[1]]}", message)
 
 
 def raised_by(error: BaseException) -> str:

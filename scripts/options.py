@@ -20,6 +20,7 @@ from docstring_parser import parse_from_object
 import rl_lora
 from rl_lora.config import as_typed
 from rl_lora.plain_yaml import Loader, dump, items
+from rl_lora.terminal import Terminal, in_line
 from scripts.values import (
     described,
     explained,
@@ -239,7 +240,8 @@ def from_file(file: str, options: dict[str, Option], groups: dict[str, str], pre
     if node is None:
         return values
     for line, comment in comments_for_values(node):
-        print(f"{file}, line {line}: the value is empty: {comment!r} is a comment in YAML", file=sys.stderr)
+        note = f"{file}, line {line}: the value is empty: {comment!r} is a comment in YAML"
+        Terminal(stderr=True).print(in_line(note))
     try:
         if not isinstance(node, yaml.MappingNode):
             raise ValueError("it must hold options such as `steps: 20`")

@@ -176,6 +176,7 @@ def test_options_that_are_none_end_with_code_2(command: Callable[..., Result], a
         ("--env.id CartPole-v1", "CartPole-v1 gives ndarray observations; a text environment gives str"),
         ("--env.kwargs.digit 3", "environment 'rl_lora/Arithmetic-v0' does not take {'digit': 3}"),
         ("--env.kwargs.digits 0", "digits must be a number from 1 to 18, or (low, high) of such, got 0"),
+        ("--env.kwargs.digits null", "digits must be a number from 1 to 18, or (low, high) of such, got null"),
         ("--env.kwargs.reward nope", "no reward is called 'nope'; there are format, length, math, numeric"),
         ("--env.kwargs.reward nowhere:f", "reward 'nowhere:f': cannot import 'nowhere'"),
         ("--adapter.rank 0", "adapter.rank must be >= 1, got 0"),

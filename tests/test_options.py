@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,12 +22,14 @@ import scripts.benchmark
 import scripts.benchmark_evaluate
 import scripts.compare_lm_eval
 import scripts.plot
+import scripts.report
 from rl_lora.config import EvaluateConfig, TrainConfig, flatten
 from rl_lora.plain_yaml import dump
 from scripts.options import options_of, parse
 from scripts.sft import SftConfig
 from scripts.values import is_list
 
+ROOT = Path(__file__).parent.parent
 CONFIGS: list[type[Any]] = [
     TrainConfig,
     SftConfig,
@@ -290,3 +296,35 @@ def test_every_command_tells_its_version(config_type: type[Any], capsys: pytest.
     setup = (Path(__file__).parent.parent / "setup.cfg").read_text(encoding="utf-8")
     assert f"\nversion = {rl_lora.__version__}\n" in setup
     assert capsys.readouterr().out == f"rl_lora {rl_lora.__version__}\n"
+
+
+def test_a_page_is_written_elsewhere_where_its_folder_is_read_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    record = {"kind": "train", "step": 1, "reward": 0.5}
+    (run / "metrics.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    (run / "config.yaml").write_text("steps: 1\nenv: {id: Task-v0}\nmodel: {name: tiny}\n", encoding="utf-8")
+    monkeypatch.setattr("sys.argv", ["report.py", str(run), "--out", str(tmp_path / "page.html")])
+    with pytest.raises(SystemExit) as exit:
+        scripts.report.main()
+    assert exit.value.code == 0, capsys.readouterr().err
+    assert (tmp_path / "page.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "metrics.jsonl"]
+    monkeypatch.setattr("sys.argv", ["report.py", str(run), "--out", str(tmp_path / "no" / "page.html")])
+    with pytest.raises(SystemExit) as exit:
+        scripts.report.main()
+    assert exit.value.code == 2
+    assert "name another file with --out" in capsys.readouterr().err
+
+
+def test_what_users_write_beside_the_project_is_not_judged(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    for name in ("my_rewards.py", "runs/own.py", "rl_lora/ours.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("import os\nx = lambda: 1\n", encoding="utf-8")
+    ruff = [sys.executable, "-m", "ruff", "check", "--no-cache", "--output-format", "concise"]
+    found = subprocess.run(ruff, cwd=tmp_path, capture_output=True, text=True)
+    judged = {line.partition(":")[0] for line in found.stdout.splitlines() if line.count(":") > 2}
+    assert judged == {"rl_lora/ours.py"}
