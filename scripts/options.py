@@ -214,13 +214,12 @@ def take(
 def from_flow(text: str, name: str) -> yaml.MappingNode:
     """The mapping in braces behind a group of options."""
     try:
-        node = yaml.compose(text, Loader)
-        if isinstance(node, yaml.MappingNode):
-            from_text(text, dict[str, Any])  # nothing in it is lost
-            return node
-    except (yaml.YAMLError, ValueError):
-        pass
-    raise ValueError(f"{name} must be a mapping such as {{name: value}}, or a YAML file with one, got {text!r}")
+        from_text(text, dict[str, Any])  # nothing in it is lost
+    except ValueError as error:
+        raise ValueError(f"{name} {error}") from None
+    node = yaml.compose(text, Loader)
+    assert isinstance(node, yaml.MappingNode)
+    return node
 
 
 def from_file(file: str, options: dict[str, Option], groups: dict[str, str], prefix: str = "") -> dict[str, Any]:
