@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import traceback
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,10 @@ Env = gym.Env[str, str]
 
 MAX_SHOWN = 200
 """Characters of a value or a reply that a message shows."""
+
+
+MAX_MESSAGE = 2000
+"""Characters of an exception's own message."""
 
 
 class TaskError(ValueError):
@@ -102,6 +107,14 @@ def advance(env: Env, seed: int, reply: str) -> Outcome:
         raise TaskError(f"{where}: {error}; the reply was {shown(reply)}", str(error)) from None
 
 
+def close(env: Env) -> None:
+    """Close an environment. What that raises is said, and costs nothing: all has been played."""
+    try:
+        env.close()
+    except (Exception, SystemExit) as error:
+        warnings.warn(f"{env_id(env)}: close() raised {type(error).__name__}: {error}", stacklevel=1)
+
+
 def _asked(env: Env) -> str:
     """Who is waited for in a step: an environment may say so as `judged_by`."""
     name = getattr(env.unwrapped, "judged_by", None)
@@ -156,7 +169,7 @@ def number(value: Any, what: str) -> float:
         if not isinstance(plain, SupportsFloat) or isinstance(plain, complex):
             raise TypeError
         result = float(plain)
-    except (TypeError, ValueError, OverflowError):
+    except Exception:
         result = math.nan
     if not math.isfinite(result):
         raise ValueError(f"{what} must be a finite number, got {shown(value)}")
@@ -177,20 +190,32 @@ def shown(value: Any) -> str:
         text = repr(value)
     except Exception as error:
         text = f"<{type(value).__name__}, whose repr() raises {type(error).__name__}>"
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}... ({len(text)} characters)"
+    return shortened(text, MAX_SHOWN)
+
+
+def shortened(text: str, most: int = MAX_MESSAGE) -> str:
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception as other:
+        return f"<a message that raises {type(other).__name__}>"
 
 
 def raised(error: BaseException, where: str, what: str, reply: str | None = None) -> TaskError:
     """What an environment or a reward function raised, with the user's own part of the traceback."""
-    said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    named = isinstance(error, ValueError) and str(error).startswith(where)  # by the environment: of a reward function
-    reason = str(error).removeprefix(where).lstrip(": ") if named else f"{what} raised {said}"
+    text = shortened(_text(error))
+    said = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    named = isinstance(error, ValueError) and text.startswith(where)  # by the environment: of a reward function
+    reason = text.removeprefix(where).lstrip(": ") if named else f"{what} raised {said}"
     frames = own_frames(error)
     last = frames[-1] if frames else None
     place = "" if last is None else f" ({Path(last.filename).name}, line {last.lineno}, in {last.name})"
     message = f"{where}: {reason}{place}" + ("" if reply is None else f"; the reply was {shown(reply)}")
     if frames:  # as Python does: the code first, and what went wrong last
-        message = f"in your own code, most recent call last:\n{''.join(traceback.format_list(frames))}{message}"
+        message = f"in the code of the task, most recent call last:\n{''.join(traceback.format_list(frames))}{message}"
     return TaskError(message, reason, stops=any(isinstance(link, SystemExit) for link in causes(error)))
 
 
@@ -209,6 +234,11 @@ def _check_text(observation: Any) -> None:
     if not isinstance(observation, str):
         kind = type(observation).__name__
         raise ValueError(f"gives {kind} observations; a text environment gives str, got {shown(observation)}")
+    try:
+        observation.encode()
+    except UnicodeEncodeError as error:
+        part = observation[max(0, error.start - 20) : error.end + 20]
+        raise ValueError(f"gives a text that is no Unicode: half of a character in {part!r}") from None
 
 
 def _is_conversation(messages: Any) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rl_lora.config import TrainConfig
-from rl_lora.contract import env_id
+from rl_lora.contract import close, env_id
 from rl_lora.environment import environment
 from rl_lora.metrics import Record, mean
 from rl_lora.types import Group
@@ -149,7 +149,7 @@ def curriculum_of(config: TrainConfig) -> Curriculum | None:
         return None
     env = environment(config.env)()
     name, n_problems = env_id(env), getattr(env.unwrapped, "n_problems", None)
-    env.close()
+    close(env)
     if n_problems is None:
         raise ValueError(
             f"rollout.curriculum={r.curriculum} needs an environment with a finite list of problems, but {name} makes "

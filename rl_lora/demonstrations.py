@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from rl_lora.chat import Chat
 from rl_lora.config import RolloutConfig
-from rl_lora.contract import Env, begin, env_id
+from rl_lora.contract import Env, begin, close, env_id
 from rl_lora.rollout import MakeEnv
 from rl_lora.types import Episode, Group, Stop, Turn
 
@@ -54,7 +54,7 @@ class Demonstrations:
     def close(self) -> None:
         """Close the environment."""
         if self._env is not None:
-            self._env.close()
+            close(self._env)
             self._env = None
 
     def _group(self, seed: int, adapter: str | None) -> Group:

@@ -11,7 +11,8 @@ from typing import Any
 import gymnasium as gym
 
 from rl_lora.config import EnvConfig
-from rl_lora.contract import begin
+from rl_lora.contract import Env, TaskError, begin, close, raised
+from rl_lora.own_code import own_frames, own_lines
 from rl_lora.rollout import MakeEnv
 
 UNSPLIT_OFFSET = 3 * 10**9
@@ -24,28 +25,41 @@ def environment(config: EnvConfig, **overrides: Any) -> MakeEnv:
     """A function that makes the environment, after proof that it works.
 
     Raises:
-        ValueError: unknown id, module that cannot be imported, arguments that the environment does not take.
+        ValueError: unknown id, module that cannot be imported, arguments that the environment does not take, whatever
+            else making it raises.
     """
     kwargs = {**config.kwargs, **overrides}
 
-    def make() -> gym.Env[str, str]:
-        # The passive checker would warn about text observations that are fine; `check_env` is for tests.
-        return gym.make(config.id, disable_env_checker=True, **kwargs)
+    def make() -> Env:
+        try:
+            # The passive checker would warn about text observations that are fine; `check_env` is for tests.
+            return gym.make(config.id, disable_env_checker=True, **kwargs)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # SystemExit among them
+            raise _not_made(error, config.id, kwargs) from error
 
-    try:
-        make().close()
-    except gym.error.Error as error:
+    close(make())
+    return make
+
+
+def _not_made(error: BaseException, name: str, kwargs: dict[str, Any]) -> ValueError:
+    """Why there is no such environment, in the words of what went wrong."""
+    if isinstance(error, gym.error.Error):
         origin = {id: getattr(spec.entry_point, "__module__", spec.entry_point) for id, spec in gym.registry.items()}
         there = sorted(id for id, module in origin.items() if not str(module).startswith("gymnasium."))
-        raise ValueError(
-            f"unknown environment {config.id!r} ({error}); registered here: {', '.join(there) or 'none'}; an "
+        return ValueError(
+            f"unknown environment {name!r} ({error}); registered here: {', '.join(there) or 'none'}; an "
             "environment of your own is `module:id`, where importing the module registers the id"
-        ) from error
-    except ImportError as error:
-        raise ValueError(f"environment {config.id!r}: {error}") from error
-    except TypeError as error:
-        raise ValueError(f"environment {config.id!r} does not take {kwargs}: {error}") from error
-    return make
+        )
+    if isinstance(error, ImportError):
+        return ValueError(f"environment {name!r}: {error}")
+    if not own_lines(own_frames(error)):  # no line of a user's own was reached
+        if isinstance(error, TypeError):
+            return ValueError(f"environment {name!r} does not take {kwargs}: {error}")
+        if isinstance(error, ValueError):
+            return error
+    return raised(error, f"environment {name!r}", "making it")
 
 
 def held_out(config: EnvConfig, env_kwargs: dict[str, Any] | None, episodes: int | None) -> tuple[MakeEnv, list[int]]:
@@ -69,9 +83,15 @@ def held_out(config: EnvConfig, env_kwargs: dict[str, Any] | None, episodes: int
     for seed in range(start, start + TRIES * episodes):
         if len(seed_of) == episodes:
             break
-        seed_of.setdefault(begin(env, seed).observation, seed)
+        try:
+            seed_of.setdefault(begin(env, seed).observation, seed)
+        except TaskError as error:
+            if error.stops or (not seed_of and seed - start >= TRIES):
+                raise
+            if n_problems is not None:  # of a list, it is named by preflight; of problems without end, it is left out
+                seed_of[f"\0{seed}"] = seed
     hidden = len(seed_of) == 1 and n_problems is None
-    env.close()
+    close(env)
     return make, list(range(start, start + episodes)) if hidden else list(seed_of.values())
 
 
@@ -85,5 +105,5 @@ def _takes_split(config: EnvConfig) -> bool:
         except ValueError:
             raise error from None
         return True
-    env.close()
+    close(env)
     return "split" in inspect.signature(type(env.unwrapped).__init__).parameters

@@ -7,28 +7,32 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+import gymnasium as gym
+
 MAX_FRAMES = 6
 """Lines of code that a message shows."""
 _ROOT = Path(__file__).resolve().parents[1]
-OURS = tuple(_ROOT / name for name in ("rl_lora", "envs", "rewards", "scripts"))
-LIBRARIES = tuple({Path(sysconfig.get_path(kind)).resolve() for kind in ("stdlib", "purelib", "platlib")})
+OURS = (*(_ROOT / name for name in ("rl_lora", "envs", "rewards", "scripts")), Path(gym.__file__).resolve().parent)
+"""Environments are called through gymnasium's wrappers."""
+PYTHON = Path(sysconfig.get_path("stdlib")).resolve()
+LIBRARIES = tuple({Path(sysconfig.get_path(kind)).resolve() for kind in ("purelib", "platlib")})
 
 
 def own_frames(error: BaseException) -> list[traceback.FrameSummary]:
     """The frames of a traceback that are a user's, neither of this package nor of an installed library, and the last
-    one, where it happened; of the first exception in a chain of causes that has such. Where all are of libraries, the
-    last ones outside this package."""
+    one, where it happened; of the first exception in a chain of causes that has such. Where there are none, the last
+    ones of installed libraries: a user's environment may be one."""
     frames: list[traceback.FrameSummary] = []
     for link in causes(error):
         frames = [frame for frame in traceback.extract_tb(link.__traceback__) if not _is_under(frame, OURS)]
         if own := own_lines(frames):
             return [*own, *(frames[-1:] if frames[-1] is not own[-1] else [])]
-    return frames[-MAX_FRAMES:]
+    return [frame for frame in frames if _is_under(frame, LIBRARIES)][-MAX_FRAMES:]
 
 
 def own_lines(frames: Sequence[traceback.FrameSummary]) -> list[traceback.FrameSummary]:
     """The last frames that are neither of this package nor of an installed library."""
-    return [frame for frame in frames if not _is_under(frame, OURS + LIBRARIES)][-MAX_FRAMES:]
+    return [frame for frame in frames if not _is_under(frame, (*OURS, *LIBRARIES, PYTHON))][-MAX_FRAMES:]
 
 
 def causes(error: BaseException) -> list[BaseException]:
@@ -41,4 +45,6 @@ def causes(error: BaseException) -> list[BaseException]:
 
 def _is_under(frame: traceback.FrameSummary, folders: tuple[Path, ...]) -> bool:
     path = Path(frame.filename).resolve()
+    if path.is_relative_to(PYTHON) and not any(path.is_relative_to(folder) for folder in LIBRARIES):
+        return PYTHON in folders  # installed libraries have their place inside Python's own
     return frame.filename.startswith("<frozen") or any(path.is_relative_to(folder) for folder in folders)

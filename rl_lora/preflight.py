@@ -15,6 +15,7 @@ from rl_lora.adapter_io import check_adapter
 from rl_lora.chat import Chat
 from rl_lora.checkpoint import check_whole
 from rl_lora.config import ModelConfig, TrainConfig, flatten, validate
+from rl_lora.contract import close
 from rl_lora.demonstrations import Demonstrations
 from rl_lora.environment import environment, held_out
 from rl_lora.lora import AdapterBank
@@ -50,7 +51,7 @@ def whole(make_env: MakeEnv, seeds: Iterable[int]) -> Sequence[int]:
     """All problems, where they are a finite list; else those of `seeds`."""
     env = make_env()
     n = getattr(env.unwrapped, "n_problems", None)
-    env.close()
+    close(env)
     return list(seeds) if n is None else range(int(n))
 
 

@@ -7,11 +7,14 @@ rule.
 
 from __future__ import annotations
 
+import contextlib
+import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 
 from rl_lora.chat import Chat
 from rl_lora.config import EpisodeConfig
-from rl_lora.contract import Env, TaskError, begin, env_id
+from rl_lora.contract import Env, TaskError, begin, close, env_id
 from rl_lora.rollout import MakeEnv, prompt_of, unsteady
 
 N_STEADY = 4
@@ -20,6 +23,8 @@ TOKENS_PER_BYTE = 3
 """More than any tokenizer makes, normalisation included: a text that fits at this rate need not be tokenised."""
 A_FEW = 2
 """So many of the problems that are looked at may be faulty, whatever share they are, if they are made from the seed."""
+AT_LEAST, SECONDS = 2048, 120.0
+"""Problems that are checked in any case, and the time after which no more are: some environments make them slowly."""
 MAX_LISTED = 5
 """Faulty problems that a message names; the others are counted."""
 
@@ -42,7 +47,7 @@ def check_problems(
         faults = list(faults_of(env, seeds, chat, config, context, judged))
         made = getattr(env.unwrapped, "n_problems", None) is None
     finally:
-        env.close()
+        close(env)
     allowed = max(config.max_failed * len(seeds), A_FEW) if made and config.max_failed else 0
     if len(faults) > allowed or len(faults) == len(seeds):
         raise ValueError(listed(faults, len(seeds)))
@@ -58,24 +63,32 @@ def listed(faults: Sequence[str], n: int) -> str:
 
 
 def faults_of(
-    env: Env, seeds: Iterable[int], chat: Chat, config: EpisodeConfig, context: int, judged: bool
+    env: Env, seeds: Sequence[int], chat: Chat, config: EpisodeConfig, context: int, judged: bool
 ) -> Iterable[str]:
     """What is wrong with each problem that cannot be played, with the place that it comes from."""
     fault_of: Callable[[int], str | None] = getattr(env.unwrapped, "problem_fault", lambda seed: None)
     place_of: Callable[[int], str] = getattr(env.unwrapped, "problem_place", lambda seed: "")
     around = len(chat.start("?", config.system_prompt))
     surely_fits = (context - config.max_tokens - around) // TOKENS_PER_BYTE
-    for seed in seeds:
+    began = time.monotonic()
+    for i, seed in enumerate(seeds):
+        if i >= AT_LEAST and time.monotonic() - began > SECONDS:
+            warnings.warn(
+                f"{env_id(env)}: {i:,} of {len(seeds):,} problems were checked, in {SECONDS:.0f} s", stacklevel=2
+            )
+            return
         fault = fault_of(seed) if judged else None
         if fault is not None:
             fault = f"{env_id(env)}, seed {seed}: {fault}"
         else:
-            start = begin(env, seed)
-            if start.messages is not None or len(start.observation.encode("utf-8", "replace")) > surely_fits:
-                try:
+            try:
+                start = begin(env, seed)
+                if start.messages is not None or len(start.observation.encode()) > surely_fits:
                     prompt_of(env, seed, start, chat, config, context)
-                except TaskError as error:
-                    fault = str(error)
+            except TaskError as error:
+                if error.stops:
+                    raise
+                fault = str(error)
         if fault is not None:
             place = place_of(seed)
             yield f"{place}: {fault}" if place else fault
@@ -83,12 +96,15 @@ def faults_of(
 
 def check_steady(env: Env, make_env: MakeEnv, seeds: Sequence[int]) -> None:
     """Raises TaskError unless each seed leads to the same text again, in whatever order, and in another copy."""
-    first = [begin(env, seed).observation for seed in seeds]
+    first = {}
+    for seed in seeds:
+        with contextlib.suppress(TaskError):  # which `faults_of` counts
+            first[seed] = begin(env, seed).observation
     copy = make_env()
     try:
         for again in (env, copy):
-            for seed, text in reversed(list(zip(seeds, first, strict=True))):
+            for seed, text in reversed(first.items()):
                 if (other := begin(again, seed).observation) != text:
                     raise unsteady(env_id(env), seed, text, other)
     finally:
-        copy.close()
+        close(copy)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from rl_lora.calls import Calls
 from rl_lora.chat import Chat
 from rl_lora.config import EpisodeConfig
-from rl_lora.contract import Env, Outcome, Start, TaskError, begin, env_id, shown
+from rl_lora.contract import Env, Outcome, Start, TaskError, begin, close, env_id, shown
 from rl_lora.failures import Failures
 from rl_lora.sampler import Completion, Later, Request, Sampler
 from rl_lora.steps import Steps
@@ -180,7 +180,7 @@ class RolloutWorker:
     def close(self) -> None:
         """Close the environments."""
         while self._envs:
-            self._envs.pop().close()
+            close(self._envs.pop())
 
     def first_prompt(self, seed: int) -> list[int]:
         """The prompt of a problem: what is known of it without a model. Raises TaskError if it cannot be played."""
@@ -234,7 +234,10 @@ def prompt_of(
     env: Env, seed: int, start: Start, chat: Chat, config: EpisodeConfig, context_length: int
 ) -> tuple[int, ...]:
     """The tokens that a problem begins with. Raises TaskError if they leave no room for a reply."""
-    prompt_ids = tuple(chat.start(start.observation, config.system_prompt, start.messages))
+    try:
+        prompt_ids = tuple(chat.start(start.observation, config.system_prompt, start.messages))
+    except ValueError as error:  # the chat template refuses it
+        raise TaskError(f"{env_id(env)}, seed {seed}: {error}", str(error)) from error
     room = context_length - config.max_tokens
     if len(prompt_ids) > room:
         raise TaskError(

@@ -14,7 +14,7 @@ from typing import Any
 import gymnasium as gym
 
 from rl_lora.config import TrainConfig
-from rl_lora.contract import begin, env_id
+from rl_lora.contract import TaskError, begin, close, env_id
 from rl_lora.curriculum import SEED_STRIDE
 from rl_lora.environment import environment, held_out
 from rl_lora.rollout import MakeEnv
@@ -40,7 +40,11 @@ def problems_of(make_env: MakeEnv, seeds: Iterable[int]) -> list[Problem]:
     env = make_env()
     problems = []
     for seed in seeds:
-        start = begin(env, seed)
+        try:
+            start = begin(env, seed)
+        except TaskError as error:  # it is left out when its turn comes
+            problems.append(Problem(seed, None, content_hash(env_id(env), seed, error.reason)))
+            continue
         reference = start.info.get("reference")
         try:
             json.dumps(reference)
@@ -50,7 +54,7 @@ def problems_of(make_env: MakeEnv, seeds: Iterable[int]) -> list[Problem]:
         more = () if record is None else (record,)
         digest = content_hash(env_id(env), seed, start.observation, reference, *more)
         problems.append(Problem(seed, reference, digest, start.info.get("demonstration")))
-    env.close()
+    close(env)
     return problems
 
 
@@ -60,7 +64,7 @@ def sources(make_env: MakeEnv) -> tuple[list[str], Any]:
     env = make_env()
     kinds = [kind for kind in type(env.unwrapped).__mro__ if kind not in gym.Env.__mro__]
     code = getattr(env.unwrapped, "code", None)
-    env.close()
+    close(env)
     return [_source(kind) for kind in kinds], code
 
 
@@ -81,7 +85,7 @@ def task_record(config: TrainConfig) -> dict[str, Any]:
     (asks, judges), (eval_asks, eval_judges) = sources(make_env), sources(make_eval_env)
     env = make_env()
     n = getattr(env.unwrapped, "n_problems", None)
-    env.close()
+    close(env)
     first = config.seed * SEED_STRIDE
     seeds = range(first, first + N_ENDLESS) if n is None else range(first // n * n, first // n * n + n)
     return {

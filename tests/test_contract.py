@@ -14,7 +14,9 @@ import torch
 from envs import SingleTurnEnv, TextEnv
 from envs.text import Problem
 from rewards import Score
+from rl_lora.config import EnvConfig
 from rl_lora.contract import Outcome, TaskError, advance, begin
+from rl_lora.environment import environment
 from tests.tiny_reward import RAISES
 
 INFINITE = float("inf")
@@ -202,6 +204,62 @@ def test_no_exception_of_a_users_code_ends_the_run_as_if_it_were_finished(ends: 
     begin(env, 3)
     with pytest.raises(TaskError, match=f"Judged, seed 3: .*raised {type(ends).__name__}"):
         advance(env, 3, "four")
+
+
+class Unmade(TextEnv):
+    """Raises what it is told while it is made."""
+
+    def __init__(self, what: str = "") -> None:
+        super().__init__()
+        if what == "exit":
+            raise SystemExit(0)
+        len({"a key": [], "a type": 5}[what])  # type: ignore[arg-type]
+
+    def start(self, seed: int) -> tuple[str, dict[str, Any]]:
+        raise NotImplementedError
+
+    def step(self, action: str) -> Any:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        raise OSError("closed already")
+
+
+gym.register(id="Unmade-v0", entry_point="tests.test_contract:Unmade")
+
+
+@pytest.mark.parametrize(
+    ("what", "said"), [("exit", "SystemExit: 0"), ("other", "KeyError: 'other'"), ("a type", "TypeError: object of")]
+)
+def test_an_environment_that_cannot_be_made_is_an_error_with_its_own_lines(what: str, said: str) -> None:
+    with pytest.raises(ValueError, match="making it raised ") as error:
+        environment(EnvConfig("Unmade-v0", {"what": what}))
+    assert f"environment 'Unmade-v0': making it raised {said}" in str(error.value)
+    assert "test_contract.py, line " in str(error.value)
+    with pytest.raises(ValueError, match=r"environment 'Unmade-v0' does not take \{'wht': 'exit'\}"):
+        environment(EnvConfig("Unmade-v0", {"wht": "exit"}))
+
+
+def test_an_environment_that_cannot_be_closed_costs_nothing() -> None:
+    with pytest.warns(UserWarning, match=r"Unmade-v0: close\(\) raised OSError: closed already"):
+        environment(EnvConfig("Unmade-v0", {"what": "a key"}))
+
+
+def test_half_a_character_is_no_text() -> None:
+    with pytest.raises(TaskError, match=r"Given gives a text that is no Unicode: .*'a\\ud800b'"):
+        begin(Given(("a\ud800b", {})), 3)
+
+
+class Speechless(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError
+
+
+def test_an_exception_is_told_whatever_its_message() -> None:
+    with pytest.raises(TaskError, match=r"raised Speechless: <a message that raises RuntimeError>"):
+        advance(Given(result=Speechless()), 3, "four")
+    with pytest.raises(TaskError, match=r"raised ValueError: x+\.\.\. \(1000000 characters\)"):
+        advance(Given(result=ValueError("x" * 1_000_000)), 3, "four")
 
 
 def test_ctrl_c_inside_a_users_code_is_ctrl_c() -> None:

@@ -48,6 +48,8 @@ class Word(TextEnv):
             return f"Word {id(self)}", {}
         if self.bad == "what came before":
             return f"Word {self.n}", {}
+        if self.bad == "reset" and self.is_bad:
+            raise LookupError("no row")
         if self.bad == "long" and self.is_bad:
             return "word " * 200, {}
         return f"Word {seed}", {}
@@ -168,7 +170,7 @@ def test_demonstrations_need_no_reference_that_can_be_judged(model: Path, tmp_pa
 # ---- while it runs ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bad", ["raise", "nan", "long"])
+@pytest.mark.parametrize("bad", ["raise", "nan", "long", "reset"])
 def test_a_row_that_fails_costs_its_episodes_and_is_counted(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], bad: str
 ) -> None:
@@ -179,7 +181,12 @@ def test_a_row_that_fails_costs_its_episodes_and_is_counted(
     assert [record["unscorable"] for record in failed] == [0.25, 0.25]  # seeds 0 and 10 of 0 to 11
     reasons = [reason for record in failed for reason in record["unscorable_reasons"]]
     assert [sum(record["unscorable_reasons"].values()) for record in failed] == [3, 3]
-    what = {"raise": "raised LookupError: no word", "nan": "must be a finite number, got nan", "long": "not fit"}[bad]
+    what = {
+        "raise": "raised LookupError: no word",
+        "nan": "must be a finite number, got nan",
+        "long": "not fit",
+        "reset": "reset() raised LookupError",
+    }[bad]
     assert all(what in reason for reason in reasons)
     assert all(record["reward"] is not None for record in records)
     assert "left out: " in said
