@@ -56,7 +56,9 @@ class Calls:
         begin, busy, pauses = time.perf_counter(), time.thread_time(), _pauses()
         try:
             value = call()
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # the time-outs of some libraries are no Exceptions
             future.set_exception(error)
         else:
             if isinstance(value, Future):

@@ -10,6 +10,7 @@ import math
 import traceback
 import warnings
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, SupportsFloat
@@ -95,7 +96,7 @@ def advance(env: Env, seed: int, reply: str) -> Outcome:
     """Give a reply to an environment. Raises TaskError."""
     where = f"{env_id(env)}, seed {seed}"
     try:
-        with watched(lambda: f"{where}: {_asked(env)} has not answered"):
+        with waiting(env, seed):
             result = env.step(reply)
     except KeyboardInterrupt:
         raise
@@ -115,10 +116,12 @@ def close(env: Env) -> None:
         warnings.warn(f"{env_id(env)}: close() raised {type(error).__name__}: {error}", stacklevel=1)
 
 
-def _asked(env: Env) -> str:
-    """Who is waited for in a step: an environment may say so as `judged_by`."""
+def waiting(env: Env, seed: int) -> AbstractContextManager[None]:
+    """While the block runs: who is waited for, an environment or the reward function that it names as `judged_by`, is
+    said if it takes long."""
     name = getattr(env.unwrapped, "judged_by", None)
-    return name if isinstance(name, str) else "step()"
+    asked = name if isinstance(name, str) else "step()"
+    return watched(lambda: f"{env_id(env)}, seed {seed}: {asked} has not answered")
 
 
 def read_reset(result: Any) -> Start:

@@ -19,7 +19,7 @@ from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 from rl_lora.calls import Calls
-from rl_lora.contract import Env, Outcome, advance
+from rl_lora.contract import Env, Outcome, advance, waiting
 from rl_lora.sampler import Later, Request
 from rl_lora.types import Stop, Turn
 
@@ -98,7 +98,8 @@ class Steps(Generic[Play]):
             together = group
         before = self.calls.n_elsewhere
         replies = [(p.env.unwrapped, p.turns[-1].text, p.turns[-1].completion_ids) for p in together]
-        together[0].env.unwrapped.judge_ahead(replies, self.calls)  # type: ignore[attr-defined]
+        with waiting(play.env, play.seed):
+            together[0].env.unwrapped.judge_ahead(replies, self.calls)  # type: ignore[attr-defined]
         for p in together:
             if self.calls.n_elsewhere == before:
                 self.take(p, _step(p))

@@ -235,6 +235,14 @@ def test_a_task_that_exits_is_an_error_whatever_share_may_fail(model: Path, tmp_
         run(model, tmp_path / "run", "exit", rows=1, rollout__max_failed=1.0, eval__episodes=0)
 
 
+@pytest.mark.parametrize("name", ["late", "exits", "keyed"])
+def test_whatever_a_reward_function_raises_is_an_error_with_its_place(model: Path, tmp_path: Path, name: str) -> None:
+    config = tiny_config(model, tmp_path, steps=1)
+    config.env.kwargs["reward"] = f"tests.tiny_reward:{name}"
+    with pytest.raises(TaskError, match=rf"(?s)tiny_reward.py\", line .*rl_lora/Arithmetic-v0, seed .*in {name}\)"):
+        train(config)
+
+
 def test_an_evaluation_leaves_failed_episodes_out_and_says_why(model: Path, tmp_path: Path) -> None:
     config = EvaluateConfig(
         model=ModelConfig(name=str(model), dtype="float32"),

@@ -14,9 +14,14 @@ import rl_lora.default_model
 import rl_lora.watch
 from envs import SingleTurnEnv, TextEnv
 from envs.text import Problem
+from rl_lora.config import RolloutConfig
 from rl_lora.contract import advance, begin
+from rl_lora.native_sampler import NativeSampler
+from rl_lora.policy import Policy
+from rl_lora.rollout import Plays, RolloutWorker
 from rl_lora.watch import AGAIN, PATIENCE, Wait, watched
 from tests import tiny_reward
+from tests.tiny import tiny_model, tiny_tokenizer
 
 
 class Asked(SingleTurnEnv):
@@ -81,3 +86,13 @@ def test_the_lock_of_the_model_cache_is_named_while_another_process_holds_it(
         threading.Timer(0.6, fcntl.flock, (other, fcntl.LOCK_UN)).start()
         assert rl_lora.default_model.prepare_default_model() == folder
     assert f"{folder}.lock: another process has held this lock of the model cache for 0 s" in capsys.readouterr().err
+
+
+def test_a_reward_that_hangs_in_a_run_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    policy = Policy(tiny_model("llama"), tiny_tokenizer(True))
+    config = RolloutConfig(max_tokens=2)
+    worker = RolloutWorker(lambda: Asked("tests.tiny_reward:slow"), NativeSampler(policy), policy.chat, config)
+    worker.play([Plays(None, 3, 3)])
+    said = capsys.readouterr().err
+    assert said.startswith("Asked, seed 3: the reward tests.tiny_reward.slow has not answered for 0 s")
+    assert "in slow)" in said

@@ -56,3 +56,15 @@ def slow(completion: str, reference: Any) -> float:
     """As slow as a judge behind a network."""
     time.sleep(0.4)
     return 1.0
+
+
+class Late(BaseException):
+    """As the time-outs of some libraries are."""
+
+
+def late(completion: str, reference: Any) -> float:
+    raise Late("too late")
+
+
+def exits(completion: str, reference: Any) -> float:
+    raise SystemExit(0)
