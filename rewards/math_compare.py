@@ -187,22 +187,30 @@ def _with_condition(text: str) -> tuple[str, str] | None:
     if len(parts) == 2 and all(parts) and not any(_is_bare_list(part.strip(" ,;")) for part in parts):
         return parts[0].rstrip(" ,;"), parts[1]
     match = _REMARK.fullmatch(text) or _PLAIN_REMARK.fullmatch(text)
-    if match is None or not re.search("[a-zA-Z]", match[1]) or _is_bare_list(text):
+    if match is None or _is_bare_list(text):
         return None
-    words = re.sub(r"^(?:is|are)\s+|[ .,]+$", "", match[2].strip(" ,").lower())
-    kind = match[2].strip(" ,").startswith(("is ", "are ")) or _KINDS & set(words.split())
-    return (match[1], words) if kind else None
+    words = match[2].strip(" ,.()").lower()
+    if not words.startswith(("is ", "are ")) and not (
+        re.search("[a-zA-Z]", match[1]) and (_KINDS & set(words.split()) or split_unit(text)[1] is None)
+    ):
+        return None
+    return match[1], re.sub(r"^(?:is|are)\s+", "", words)
 
 
 _BETWEEN = re.compile(r"([^a-z]*[0-9)}])\s+(by|of|per|in|at|on|to|out of|for|and then)\s+([0-9(\\-].*)")
 
 
+_TEXT_BETWEEN = re.compile(
+    r"([^{}]+?)\\(?:text|mbox|textrm)\s*\{((?![^{}]*\b(?:and|or|mod)\b)[^{}]*[a-z]{2}[^{}]*)\}\s*([^\s^_{}][^{}]*)"
+)
+
+
 def _words_between(answer: str, reference: str) -> bool | None:
-    """3 by 4: the same word between the same values."""
-    a, b = _BETWEEN.fullmatch(answer), _BETWEEN.fullmatch(reference)
+    r"""3 by 4, p \text{ divides } q: the same words between the same values."""
+    a, b = (_BETWEEN.fullmatch(text) or _TEXT_BETWEEN.fullmatch(text) for text in (answer, reference))
     if a is None or b is None:
         return None
-    return a[2] == b[2] and _same_side(a[1], b[1]) and _same_side(a[3], b[3])
+    return a[2].split() == b[2].split() and _same_side(a[1], b[1]) and _same_side(a[3], b[3])
 
 
 def _same_side(answer: str, reference: str) -> bool:

@@ -251,6 +251,9 @@ def last_number(text: str) -> str | None:
 def last_expression(text: str) -> str | None:
     """The last formula in $...$, \\(...\\) or \\[...\\] or the last number, whichever ends later; of a
     calculation its result."""
+    end = text.rstrip(" .\n")
+    if end.endswith("$") and end.count("$") % 2 == 0 and (over_lines := _over_lines(end[end.rfind("$", 0, -1) :])):
+        return _last_side(over_lines)
     formula = None
     for match in _MATH.finditer(text):
         if _is_math(match):

@@ -62,9 +62,8 @@ def split_unit(text: str) -> tuple[str, str | None]:
             return text, None
     if (match := _WRAPPED_UNIT.search(text)) and text[: match.start()].strip(" {}"):
         words = match[1].strip()
-        if not _is_wrapped_unit(words):
-            return text, None
-        return text[: match.start()].rstrip(), _unit(words, match[2])
+        unit = _unit(words, match[2]) if _is_wrapped_unit(words) else None
+        return (text, None) if unit is None else (text[: match.start()].rstrip(), unit)
     if match := _PLAIN_UNIT.search(text):
         stem, words = text[: match.start()], match[1].strip()
         # Behind a formula only a longer word that is known to be a unit: the h of "2\\pi r h" is a variable.
@@ -131,6 +130,8 @@ def _is_wrapped_unit(words: str) -> bool:
     )
 
 
-def _unit(words: str, power: str | None) -> str:
-    """The one spelling of a unit behind a formula; "" if it is of no known kind."""
-    return known_unit(f"{words}^{power}" if power else words) or noun_phrase(words) or ""
+def _unit(words: str, power: str | None) -> str | None:
+    """The one spelling of a unit behind a formula; None for words that are no unit."""
+    if not words:
+        return ""
+    return known_unit(f"{words}^{power}" if power else words) or _said(words, wrapped=True)

@@ -146,6 +146,21 @@ def test_other_words_behind_a_variable_count_too(answer: str) -> None:
     assert wrong(other, answer)
 
 
+@pytest.mark.parametrize(
+    ("answer", "other"),
+    [
+        (r"p \text{ divides } q", r"p \text{ does not divide } q"),
+        (r"3n \text{ is divisible by } 6", r"3n \text{ is divisible by } 9"),
+        (r"2k+1 \text{ (odd)}", r"2k+1 \text{ (even)}"),
+        (r"p \text{ true}, q \text{ false}", r"p \text{ false}, q \text{ true}"),
+        (r"5 \text{ is odd}", r"5 \text{ is even}"),
+    ],
+)
+def test_words_between_and_around_values_count(answer: str, other: str) -> None:
+    assert right(answer, answer)
+    assert wrong(answer, other)
+
+
 def test_units_behind_a_formula_may_be_left_out() -> None:
     assert right(r"2x \text{ dollars}", "2x")
     assert right(r"x \text{ eggs}", "x")
