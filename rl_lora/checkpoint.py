@@ -233,9 +233,10 @@ class Checkpoints:
         self._prune()
         return Checkpoint(final)
 
-    def clear_left_overs(self) -> None:
-        """Delete what a process that died was writing or removing."""
+    def tidy(self) -> None:
+        """Delete what a process that died was writing or removing, or would have removed."""
         files.clear_left_overs(self.folder, "step-*")
+        self._prune()
 
     def _prune(self) -> None:
         """Of whole ones, the newest and the best stay. Damaged ones go when a newer one is whole."""
@@ -244,7 +245,7 @@ class Checkpoints:
         if (best := self.best()) is not None:
             kept.add(best.folder)
         for checkpoint in self.all():
-            if checkpoint.folder not in kept and checkpoint.step <= whole[-1].step:
+            if checkpoint.folder not in kept and whole and checkpoint.step <= whole[-1].step:
                 files.remove_folder(checkpoint.folder)
 
 

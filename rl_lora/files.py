@@ -30,15 +30,14 @@ class FileError(OSError):
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """What fails in here fails in writing or removing `path`. Raises FileError."""
+    """What fails in here fails in writing or removing `path`, or a part of it. Raises FileError."""
     try:
         yield
-    except FileError:
-        raise
     except OSError as error:
-        if error.errno is None:  # not of the operating system
+        cause = error.__cause__ if isinstance(error, FileError) else error
+        if not isinstance(cause, OSError) or cause.errno is None:  # not of the operating system
             raise
-        raise FileError(_explained(path, error)) from error
+        raise FileError(_explained(path, cause)) from cause
 
 
 def _explained(path: Path, error: OSError) -> str:

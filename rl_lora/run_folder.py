@@ -107,4 +107,3 @@ def clear_left_overs(run_dir: Path) -> None:
     files.clear_left_overs(run_dir, *FILES)
     for folder in ("evals", "samples"):
         files.clear_left_overs(run_dir / folder, "step-*")
-    Checkpoints(run_dir / "checkpoints", 1).clear_left_overs()

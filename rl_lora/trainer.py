@@ -385,6 +385,7 @@ class Trainer:
             with writing(record):
                 self.run_dir.mkdir(parents=True, exist_ok=True)
             clear_left_overs(self.run_dir)
+            self.checkpoints.tidy()
             write_text(record, dump(dataclasses.asdict(self.config)))
             self.report.say(*(f"{damage}: passed over for the newest that is whole" for damage in self.damaged))
             self.report.say(self.metrics.rewind(self.step if self.step else -1, self.evaluated))

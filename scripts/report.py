@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ import scripts.signals  # noqa: F401  first: the other imports take seconds
 
 # isort: split
 import rl_lora
+from rl_lora.files import FileError, read_json
 from rl_lora.page import evaluation_page, lines, write
 from rl_lora.terminal import guard, say
 from rl_lora.training_page import training_page
@@ -23,22 +23,22 @@ from scripts.command import run
 
 
 def report(folder: Path, page: Path | None = None) -> None:
-    """Write the page of a folder, by default into it. Raises ValueError where there is nothing to report of, and where
-    the page cannot be written."""
+    """Write the page of a folder, by default into it. Raises ValueError where there is nothing to report of, FileError
+    where the page cannot be written."""
     evaluation, page = folder / "results.json", page or folder / "report.html"
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
     if evaluation.is_file():
-        results = json.loads(evaluation.read_text(encoding="utf-8"))
-        if results.get("kind") != "evaluation":
+        results = read_json(evaluation, "evaluate again")
+        if not isinstance(results, dict) or results.get("kind") != "evaluation":
             raise ValueError(f"{evaluation} is not of an evaluation, or of an older one: evaluate again")
         html = evaluation_page(results, samples_by_row(results, lines(folder / "samples.jsonl")))
     else:
         html = training_page(folder)
     try:
         write(html, page)
-    except OSError as error:
-        raise ValueError(f"cannot write {page}: {error.strerror or error}; name another file with --out") from error
+    except FileError as error:
+        raise FileError(f"{error}; --out FILE writes the page elsewhere") from error
     say(page)
 
 
