@@ -1,5 +1,5 @@
 """Every operation on a file that a command does, and what is there if the process dies just before it, or half way in
-it: `python -m tests.crash_points FOLDER SCENARIO [N_RANDOM]`.
+it: `python -m tests.crash_points FOLDER SCENARIO,... [N_RANDOM]`.
 
 Each point is one process that dies there and one that does the work again, both forked from one that has imported all.
 What they leave must be what the work leaves that nothing cut.
@@ -228,7 +228,7 @@ def points_of(scenario: Scenario, log: Path) -> tuple[list[Point], object]:
         scenario.work()
         report.write_text(json.dumps([operations.done, list(sys.modules)]))
 
-    if in_child(scenario.prepare, log) or in_child(counted, log):
+    if in_child(counted, log):
         raise RuntimeError(log.read_text())
     done, modules = json.loads(report.read_text())
     for module in modules:
@@ -261,20 +261,21 @@ def check(scenario: Scenario, points: list[Point], expected: object, before: Pat
     return wrong
 
 
-def main(folder: Path, name: str, n_random: int | None = None) -> None:
-    """Prints how many points there are, how many were tried, and what is wrong."""
+def main(folder: Path, names: str, n_random: int | None = None) -> None:
+    """Prints, for each scenario, how many points there are, how many were tried, and what is wrong."""
     torch.set_num_threads(1)
-    scenario = scenarios(folder)[name]
-    log, before = folder / f"{name}.log", folder / f"{name}.before"
-    if in_child(scenario.prepare, log):
-        raise RuntimeError(log.read_text())
-    if scenario.folder.exists():
-        shutil.copytree(scenario.folder, before)
-        shutil.rmtree(scenario.folder)
-    points, expected = points_of(scenario, log)
-    tried = points if n_random is None else random.Random(0).sample(points, n_random)
-    wrong = check(scenario, tried, expected, before, log)
-    print(json.dumps({"points": len(points), "tried": len(tried), "wrong": wrong}))
+    all_scenarios, results = scenarios(folder), {}
+    for name in names.split(","):
+        scenario, log, before = all_scenarios[name], folder / f"{name}.log", folder / f"{name}.before"
+        if in_child(scenario.prepare, log):
+            raise RuntimeError(log.read_text())
+        if scenario.folder.exists():
+            shutil.copytree(scenario.folder, before)
+        points, expected = points_of(scenario, log)
+        tried = points if n_random is None else random.sample(points, n_random)
+        wrong = check(scenario, tried, expected, before, log)
+        results[name] = {"points": len(points), "tried": len(tried), "wrong": wrong}
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -14,29 +14,28 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-def crash(folder: Path, scenario: str, *n_random: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "tests.crash_points", str(folder), scenario, *n_random]
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
+
+
+def crash(folder: Path, scenarios: str, *n_random: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "tests.crash_points", str(folder), scenarios, *n_random]
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+    results: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return results
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
-@pytest.mark.parametrize(("scenario", "n", "least"), [("run", "4", 200), ("evaluation", "2", 25)])
-def test_a_command_that_dies_at_some_operation_on_a_file_comes_to_the_same(
-    scenario: str, n: str, least: int, tmp_path: Path
-) -> None:
-    result = crash(tmp_path, scenario, n)
-    assert result["wrong"] == []
-    assert result["points"] > least
+def test_a_command_that_dies_at_some_operation_on_a_file_comes_to_the_same(tmp_path: Path) -> None:
+    results = crash(tmp_path, "run,evaluation", "3")
+    for name, least in (("run", 200), ("evaluation", 25)):
+        assert results[name]["wrong"] == []
+        assert results[name]["points"] > least
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
 @pytest.mark.parametrize("scenario", ["run", "longer", "damaged", "evaluation", "other"])
 def test_a_command_that_dies_at_any_operation_on_a_file_comes_to_the_same(scenario: str, tmp_path: Path) -> None:
-    result = crash(tmp_path, scenario)
+    result = crash(tmp_path, scenario)[scenario]
     assert result["wrong"] == []
     assert result["tried"] == result["points"]

@@ -49,7 +49,7 @@ def wait_until(process: subprocess.Popen[str], condition: Callable[[], bool], se
 
 def slow_run(model: Path, tmp_path: Path) -> tuple[list[str], Path]:
     """A run whose every step takes a tenth of a second and more, with its only checkpoint at the end; its command."""
-    config = tiny_config(model, tmp_path / "run", steps=8, eval__every=0, checkpoint__every=100)
+    config = tiny_config(model, tmp_path / "run", steps=5, eval__every=0, checkpoint__every=100)
     config.env.kwargs["reward"] = "tests.tiny_reward:slow_ascii_share"
     train(config)
     recorded = (tmp_path / "run" / "config.yaml").read_text()
@@ -65,13 +65,13 @@ def test_a_signal_ends_a_run_with_its_last_finished_step_and_the_command_that_go
 ) -> None:
     command, run_dir = slow_run(model, tmp_path)
     process = start(*command)
-    wait_until(process, lambda: (run_dir / "metrics.jsonl").exists() and len(metrics(run_dir, "train")) >= 3)
+    wait_until(process, lambda: (run_dir / "metrics.jsonl").exists() and len(metrics(run_dir, "train")) >= 2)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == code, err
     assert "Traceback" not in err
     (checkpoint,) = Checkpoints(run_dir / "checkpoints", 2).whole()
-    assert checkpoint.step == metrics(run_dir, "train")[-1]["step"] >= 3
+    assert checkpoint.step == metrics(run_dir, "train")[-1]["step"] >= 2
     assert f"step {checkpoint.step} is kept in {checkpoint.folder}" in out
     said = err.strip().rpartition("this goes on from there: ")[2]
     assert said.endswith(shlex.join(["scripts/train.py", *command[1:], "--resume", "true"]))
@@ -154,4 +154,4 @@ def test_processes_whose_launcher_is_killed_end_too(model: Path, tmp_path: Path)
     launcher.communicate()
     _, alive = psutil.wait_procs(workers, timeout=60)
     assert alive == []
-    assert json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])["step"] < 8
+    assert json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])["step"] < 5
