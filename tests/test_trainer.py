@@ -185,7 +185,7 @@ def test_the_summary_says_what_was_before_and_after_and_what_to_do_next(whole: P
     solved = [seed for seed in after if after[seed]["success"] and not before[seed]["success"]]
     assert len(summary["transcripts"]) == min(3, len(solved))
     assert "python scripts/evaluate.py --" in summary["next"]
-    assert " --model.name " in summary["next"]
+    assert f" --adapters {whole / 'adapter'}" in summary["next"]
 
 
 def test_the_adapter_loads_in_peft_and_gives_the_policys_logits(whole: Path, model: Path) -> None:
