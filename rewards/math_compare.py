@@ -40,7 +40,7 @@ def compare(answer: str, reference: str) -> str:
     """EQUAL, DIFFERENT or UNREADABLE. An answer that cannot be read is DIFFERENT from a reference that can."""
     answer, reference = (_SUM_OF_MONEY.sub(lambda sum_: sum_[0].replace(",", ""), text) for text in (answer, reference))
     if min(answer.count("="), reference.count("=")) > 1:
-        several, others = side_by_side(answer), side_by_side(reference)
+        several, others = (text if _is_bare_list(text) else side_by_side(text) for text in (answer, reference))
         if _is_bare_list(several) and _is_bare_list(others):
             answer, reference = several, others
     try:
@@ -197,7 +197,9 @@ def _with_condition(text: str) -> tuple[str, str] | None:
     return match[1], re.sub(r"^(?:is|are)\s+", "", words)
 
 
-_BETWEEN = re.compile(r"([^a-z]*[0-9)}])\s+(by|of|per|in|at|on|to|out of|for|and then)\s+([0-9(\\-].*)")
+_BETWEEN = re.compile(
+    r"([^a-z]*[0-9)}])\s+(by|of|per|in|at|on|to|out of|for|and then|remainder|rem|[rR])\.?\s+([0-9(\\-].*)"
+)
 
 
 _TEXT_BETWEEN = re.compile(

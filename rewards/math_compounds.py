@@ -12,7 +12,8 @@ from rewards.math_unit_names import known_unit, units_conflict
 _TEXT = re.compile(r"\\(?:text|mbox|mathrm|textrm|rm)\s*\{([^{}]*)\}")
 _PART = re.compile(
     rf"(?P<number>[0-9]+ [0-9]+/[0-9]+|\\frac\{{[0-9]+\}}\{{[0-9]+\}}|{DECIMAL}(?:/[0-9]+)?)"
-    r"(?: ?-? ?(?P<unit>[A-Za-z]+\.?(?: (?!and\b)[A-Za-z]+\.?){0,2})|(?P<mark>''|'|\"))(?P<between>,? and |[,;] ?| ?)"
+    r"(?: ?-? ?(?P<unit>[A-Za-z]+\.?(?: (?!and\b)[A-Za-z]+\.?){0,2})|(?P<mark>''|'|\"| ?\^ ?\{?\\circ\}?))"
+    r"(?P<between>,? and |[,;] ?| ?)"
 )
 _MARKS = {"'": "ft", "''": "in", '"': "in"}
 _KINDS = (
@@ -25,6 +26,7 @@ _KINDS = (
     "l ml",
     "gal",
     "$ cent",
+    "degree ft in",
 )
 
 Compound = tuple[tuple[Fraction, str], ...]
@@ -43,7 +45,8 @@ def compound(text: str) -> Compound | None:
         if match is None or value is None:
             return None
         words = match["unit"] or ""
-        unit = _MARKS[match["mark"]] if match["mark"] else known_unit(words) or noun_phrase(words)
+        mark = match["mark"]
+        unit = _MARKS.get(mark, "degree") if mark else known_unit(words) or noun_phrase(words)
         if not unit:
             return None
         parts.append((value, unit))

@@ -39,7 +39,7 @@ _COLOR = re.compile(r"\\(?:text)?color\s*\{[a-zA-Z]*\}|\\(?:underline|bm|boldsym
 _DRESSED = re.compile(r"\\(?:mathbf|mathrm|mathit|mathsf|text|textbf)\s*\{\s*([-+]?[0-9][0-9.,/]*)\s*\}")
 _WORDED = re.compile(
     r"\\(?:text|mbox|mathrm)\s*\{"
-    r"\s*((?:(?:dozens?|hundred|thousand|million|billion|trillion)\b[a-z ]*|Rs\.?|USD|\\?\$))\s*\}"
+    r"\s*((?:(?:doz(?:ens?)?|hundred|thousand|million|billion|trillion)\b[a-z ]*|Rs\.?|USD|\\?\$))\s*\}"
 )
 _RAISED_ORDINAL = re.compile(
     r"(?<=[0-9])\s*\^\s*\{?\s*(?:\\(?:text|mathrm|textrm|rm|mathit)\s*\{?)?\s*(st|nd|rd|th)(?![a-zA-Z])\s*\}{0,2}"

@@ -103,6 +103,7 @@ _MATH = re.compile(
 )
 _SIGN = "[-+\N{MINUS SIGN}]"
 _HALF_BEHIND = re.compile(rf"[\s*$~]{{0,4}}(?:\\(?:text|mathrm)\s*\{{\s*)?{PART_OF_DAY}", re.IGNORECASE)
+_DOZEN_BEHIND = re.compile(r"\s*doz(?:ens?)?\b")
 _LABELS = "week day month year step hour round case part box group game level stage question problem".split()  # noqa: SIM905
 _NO_LABEL = "".join(rf"(?<!(?i:{label}\s))" for label in _LABELS)  # "Week 3:210 pages"
 _CLOCK = (
@@ -173,8 +174,8 @@ def phrase(text: str) -> str | None:
 
 
 def _half_behind(text: str, time: re.Match[str]) -> str:
-    """The half of the day that follows a match: "$9:00$ PM"."""
-    half = _HALF_BEHIND.match(text, time.end())
+    """The half of the day or the dozen that follows a match: "$9:00$ PM", "$3$ dozen"."""
+    half = _HALF_BEHIND.match(text, time.end()) or _DOZEN_BEHIND.match(text, time.end())
     return half[0] if half else ""
 
 

@@ -13,10 +13,10 @@ _OPENING = re.compile(r"^(?:\s|\$|&|\\[\[(])+")
 _CLOSING = re.compile(r"(?:\s|\$|[,;&]|\\[\])])+$")
 _EQUATION = re.compile(rf"({_NAME})(?:\s*\([\w, ]*\))?\s*(?:{_RELATION})")
 _GAP = re.compile(
-    rf"(?:\s|[,;$&]|\\[)(])*(?:\n|\\q?quad(?![a-zA-Z])|\\\\(?=\s|[a-zA-Z]\s*=))\s*(?:\\q?quad(?![a-zA-Z])|\s)*"
+    rf"(?:\s|[,;$&]|\\[)(]|\\q?quad(?![a-zA-Z])|\\text\s*\{{\s*and\s*\}})*(?:\n|\\q?quad(?![a-zA-Z])|\\\\(?=\s|[a-zA-Z]\s*=))\s*(?:\\q?quad(?![a-zA-Z])|\s)*"
     rf"(?=(?:[$&\s]|\\\()*{_EQUATION.pattern})"
 )
-_BESIDE = re.compile(rf"(?<=[0-9}})])\s+(?={_NAME}\s*=)")
+_BESIDE = re.compile(rf"(?<=[\w}})])\s+(?={_NAME}\s*=)")
 
 
 def equations_as_list(text: str) -> str:

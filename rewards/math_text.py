@@ -64,7 +64,7 @@ def words(text: str) -> str | None:
 
 def roman(text: str) -> str | None:
     """A Roman numeral of more than one letter, or None. In capitals only: iv is a product."""
-    text = plain(text).strip("*_. ")
+    text = plain(text).strip("*_. ()")
     return text if len(text) > 1 and _ROMAN.fullmatch(text) else None
 
 

@@ -102,6 +102,7 @@ CURRENCY = {
 MULTIPLIERS = {
     "dozen": 12,
     "dozens": 12,
+    "doz": 12,
     "hundred": 10**2,
     "thousand": 10**3,
     "million": 10**6,

@@ -90,7 +90,7 @@ def _behind_number(stem: str, rest: str) -> tuple[str, str | None] | None:
         return None if unit is None else (stem.strip(), unit)
     wrapped = rest.startswith("\\")
     said = _opened(rest)
-    scale = re.match(r"(?:(?:dozens?|hundred|thousand|million|billion|trillion)\b\s*)+", said, re.IGNORECASE)
+    scale = re.match(r"(?:(?:doz(?:ens?)?|hundred|thousand|million|billion|trillion)\b\s*)+", said, re.IGNORECASE)
     if scale:
         if scale.end() == len(said):
             return None
