@@ -295,6 +295,8 @@ class EvaluateConfig:
     """Tokens between looks at which completions have ended. By default 8 on a GPU and 1 elsewhere."""
     max_failed: float = 0.1
     """Share of the last episodes that may fail before the evaluation stops: see `EpisodeConfig`."""
+    reward_threads: int = 32
+    """Calls of a reward function that run at the same time, at most: see `EpisodeConfig`."""
     limit: int | None = 256
     """Held-out problems, the first ones; null: all that the environment has."""
     n: int = 1
