@@ -12,10 +12,11 @@ _RELATION = r"=|<|>|≤|≥|≠|≈|∈|\\(?:leq?(?:slant)?|geq?(?:slant)?|neq?|
 _OPENING = re.compile(r"^(?:\s|\$|&|\\[\[(])+")
 _CLOSING = re.compile(r"(?:\s|\$|[,;&]|\\[\])])+$")
 _EQUATION = re.compile(rf"({_NAME})(?:\s*\([\w, ]*\))?\s*(?:{_RELATION})")
-_GAP = re.compile(
-    rf"(?:\s|[,;$&]|\\[)(]|\\q?quad(?![a-zA-Z])|\\text\s*\{{\s*and\s*\}})*(?:\n|\\q?quad(?![a-zA-Z])|\\\\(?=\s|[a-zA-Z]\s*=))\s*(?:\\q?quad(?![a-zA-Z])|\s)*"
-    rf"(?=(?:[$&\s]|\\\()*{_EQUATION.pattern})"
+_GAP = re.compile(  # taken whole or not at all: a run of spaces is read once from each place in it
+    r"(?>(?:\s|[,;$&]|\\[)(]|\\q?quad(?![a-zA-Z])|\\text\s*\{\s*and\s*\}|\\\\(?=\s|[a-zA-Z]\s*=))+)"
+    rf"(?={_EQUATION.pattern})"
 )
+_WIDE = re.compile(r"\n|quad|\\\\")
 _BESIDE = re.compile(rf"(?<=[\w}})])\s+(?={_NAME}\s*=)")
 
 
@@ -23,7 +24,7 @@ def equations_as_list(text: str) -> str:
     """Equations for different names, each on its line or behind a wide space, with commas between them."""
     if ("\n" not in text and "quad" not in text and "\\\\" not in text) or r"\begin" in text or len(text) > 1000:
         return text
-    return _listed([_CLOSING.sub("", _OPENING.sub("", part)) for part in _split(_GAP, text)]) or text
+    return _listed([_CLOSING.sub("", _OPENING.sub("", part)) for part in _split(text)]) or text
 
 
 def side_by_side(text: str) -> str:
@@ -31,11 +32,12 @@ def side_by_side(text: str) -> str:
     return _listed(_BESIDE.split(text)) or text
 
 
-def _split(gap: re.Pattern[str], text: str) -> list[str]:
+def _split(text: str) -> list[str]:
     parts, start = [], 0
-    for match in gap.finditer(text):
-        parts.append(text[start : match.start()])
-        start = match.end()
+    for match in _GAP.finditer(text):
+        if _WIDE.search(match[0]):
+            parts.append(text[start : match.start()])
+            start = match.end()
     return [*parts, text[start:]]
 
 
