@@ -12,6 +12,7 @@ import gymnasium as gym
 
 from rl_lora.config import EnvConfig
 from rl_lora.contract import Env, TaskError, begin, close, raised
+from rl_lora.given import resolved
 from rl_lora.own_code import own_frames, own_lines
 from rl_lora.rollout import MakeEnv
 
@@ -33,7 +34,7 @@ def environment(config: EnvConfig, **overrides: Any) -> MakeEnv:
     def make() -> Env:
         try:
             # The passive checker would warn about text observations that are fine; `check_env` is for tests.
-            return gym.make(config.id, disable_env_checker=True, **kwargs)
+            return gym.make(config.id, disable_env_checker=True, **resolved(kwargs))
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # SystemExit among them

@@ -10,7 +10,7 @@ import itertools
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from rl_lora.config import EvaluateConfig, EvaluationSettings
 from rl_lora.environment import held_out
 from rl_lora.evaluation import compared, pairs, row
 from rl_lora.evaluation_table import show
+from rl_lora.given import with_given
 from rl_lora.metrics import Record
 from rl_lora.native_sampler import NativeSampler
 from rl_lora.page import evaluation_page, write
@@ -79,8 +80,10 @@ class Decoding:
         return self.tokens / (self.looks * self.tokens_a_look) if self.looks else None
 
 
-def evaluate(config: EvaluateConfig) -> Record:
+def evaluate(config: EvaluateConfig, *, reward: Any = None, data: Any = None, eval_data: Any = None) -> Record:
     """Evaluate, print the table, write the files; returns what results.json holds.
+
+    `reward`, `data`, `eval_data`: what `trainer.train` was given.
 
     What `config.out` holds of the same samples (problem, weights, settings: `sampling_settings`) is not drawn again.
 
@@ -93,9 +96,10 @@ def evaluate(config: EvaluateConfig) -> Record:
         console.print(f"{in_line(path)} has no checkpoint yet, and is left out", style="yellow")
     paths = [path for path in config.adapters if path not in unfinished]
     whose = whose_task(config, paths)
-    validate(whose.settings)
+    settings = replace(whose.settings, env=with_given(whose.settings.env, reward, data, eval_data))
+    validate(settings)
     console.print(whose.line)
-    return _evaluate(whose.settings, paths, console)
+    return _evaluate(settings, paths, console)
 
 
 def _evaluate(config: EvaluationSettings, paths: Sequence[str], console: Terminal) -> Record:

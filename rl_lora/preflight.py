@@ -75,7 +75,7 @@ def check_plain(config: TrainConfig) -> None:
         except TypeError as error:
             raise ValueError(
                 f"{name} must be numbers, texts, lists and mappings, as YAML has them, got {value!r} ({error}); a "
-                "function is named as 'module:function'"
+                "function is named as 'module:function', or handed to rl_lora.train(config, reward=..., data=...)"
             ) from error
 
 

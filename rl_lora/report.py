@@ -34,6 +34,7 @@ from rl_lora.collapse import reply_warning, run_warnings
 from rl_lora.config import TrainConfig
 from rl_lora.contract import TaskError
 from rl_lora.evaluation import Evaluation, change
+from rl_lora.given import in_python
 from rl_lora.metrics import MAX_REASONS, MetricsFile, Record
 from rl_lora.next_command import next_command
 from rl_lora.page import lines, write
@@ -230,7 +231,7 @@ class RunReport:
             "best_checkpoint": str(best.folder) if best else None,
             "best_score": best.state["score"] if best else None,
             "transcripts": newly_solved(before, after),
-            "next": next_command(config, adapter),
+            "next": in_python(config.env, adapter) or next_command(config, adapter),
         }
         plot_rewards(train, evals, self.run_dir / "reward.png")
         write(training_page(self.run_dir), self.run_dir / "report.html")

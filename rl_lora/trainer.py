@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from rl_lora.demonstrations import Demonstrations
 from rl_lora.environment import environment, held_out
 from rl_lora.evaluation import Evaluation, evaluate_adapters
 from rl_lora.files import FileError, check_writable, write_text, writing
+from rl_lora.given import with_given
 from rl_lora.interrupts import later
 from rl_lora.learner import Learner
 from rl_lora.metrics import MetricsFile, Record, Stopwatch, summarize_groups, summarize_updates, with_speed
@@ -49,8 +50,13 @@ MAX_CHECKED = 2048
 """Training problems that are looked at before the model is loaded, where they are made from the seed without end."""
 
 
-def train(config: TrainConfig) -> Path:
+def train(config: TrainConfig, *, reward: Any = None, data: Any = None, eval_data: Any = None) -> Path:
     """Train an adapter as `config` says; returns the run's folder.
+
+    `reward`: a function, or whatever else the environment takes as its `reward`. `data`: rows, a list of dicts, a
+    `datasets.Dataset`, or a path: prompts for `rl_lora/Prompts-v0`; `eval_data`: those that are held out, by default a
+    share of `data`. In `config.env.kwargs` stands a text in their place; resuming such a run takes the same again,
+    which is checked.
 
     A run that is finished already, with `resume`, only shows its summary again.
 
@@ -59,6 +65,7 @@ def train(config: TrainConfig) -> Path:
             loaded wherever it can be known before.
         FileError: the disk is full, say. What is there is whole, and can be resumed.
     """
+    config = replace(config, env=with_given(config.env, reward, data, eval_data))
     run_dir = Path(config.run_dir)
     report = RunReport(run_dir, visible=is_first_process())
     if config.resume and report.finished_at(config.steps):
