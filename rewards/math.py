@@ -123,11 +123,14 @@ def verify(
     - *Nouns* behind a number ("14 slices of bread", "16 left", "8 times") leave it as it is. Two of them must have a
       noun in common: 14 slices, but not 14 eggs. What bounds or changes a number ("5 at most", "5 and a half") counts.
     - *Percent*: a sign on one side only may be read both ways, so 50% equals 50 and equals 0.5; 50% is not 0.5%.
-    - *Commas*: 1,234 and 1{,}234 are one number; 1,23, 0,318 and "1, 234" are two. Digits of other scripts
-      are not read.
-    - *Assignments*: x = 5 equals 5, and x \in S equals S; x = 5 is not y = 5. Equations are equal if one is a multiple
-      of the other; with sums, limits, integrals or determinants, if both their sides are equal. An inequality for one
-      name equals its interval. Equations on lines of their own or behind \quad are a list, as with commas between them.
+    - *Commas*: 1,234 and 1{,}234 are one number, in formulas too; (1,234) is a pair; 1,23, 0,318 and "1, 234" are two
+      numbers. Digits of other scripts are not read.
+    - *Assignments*: x = 5 equals 5, as do "Area = 5", f(2) = 5 and AB:CD = 5, and x \in S equals S;
+      x = 5 is not y = 5. Equations are equal if one is a multiple of the other; with sums, limits, integrals or
+      determinants, if both their sides are equal. An inequality for one name equals its interval. Equations on lines of
+      their own or behind \quad are a list, as with commas between them.
+    - *Sets*: [0,4]\cup[4,9] is [0,9], t \neq 3 is (-\infty,3)\cup(3,\infty), and \{7,3,3\} is \{3,7\}.
+    - *Approximations*: \sqrt{30} \approx 5.48 is either side of it, if the decimal is the value rounded.
     - *Conditions*: 7t for 0 < t < 4 and k \text{ odd} equal the same value under the same condition only.
     - *Lists* bare or in {} are equal in any order, tuples and intervals in theirs, with their brackets; a bare list
       equals a tuple in the same order. A matrix is not a tuple.

@@ -139,6 +139,7 @@ def ascii_text(text: str) -> str:
     apart from numbers: "是36个" gives "是 36 个"."""
     for run, sign, letters in _RUNS:
         text = run.sub(functools.partial(_shifted, sign, letters), text)
+    text = re.sub(r"([0-9])\s*‰", r"\1/1000", text)
     text = _CUBE_ROOT.sub(lambda root: rf"\sqrt[{3 if root[1] == '∛' else 4}]{{{root[2]}}}", text)
     text = _MARK.sub("", text.translate(_CHARACTERS))
     return _BEHIND_CJK.sub(" ", _BEFORE_CJK.sub(" ", text))

@@ -14,12 +14,16 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
+import mpmath
+
 from rewards.math_clocks import clock
 from rewards.math_compounds import compound, same_compound
 from rewards.math_dress import clean
-from rewards.math_expression import TooLarge, Tree, Undefined, Unreadable, read, same_value
+from rewards.math_expression import TooLarge, Tree, Undefined, Unreadable, evaluate, read, same_value, variables
 from rewards.math_lines import side_by_side
+from rewards.math_names import is_name
 from rewards.math_numbers import quantity
+from rewards.math_sets import same_set
 from rewards.math_text import base_numeral, canonical, roman
 from rewards.math_unit_names import units_conflict
 from rewards.math_units import split_unit
@@ -310,6 +314,10 @@ def _assignments(answer: str, reference: str) -> bool | None:
     if name is not None and expected_name is not None:
         if canonical(name) == canonical(expected_name):
             return _same(value, expected)
+        if not (_NAME.fullmatch(name) and _NAME.fullmatch(expected_name)) and canonical(value) != canonical(
+            expected_name
+        ):
+            return _same_equation((name, value), (expected_name, expected))
         return None  # y = 2x and x = y/2 are one equation
     if name is not None and _is_equation(reference):
         return None
@@ -325,7 +333,7 @@ def _assigned(text: str) -> tuple[str | None, str]:
     if member and _NAME.fullmatch(member[1].strip()):
         return member[1].strip(), member[2].strip()
     sides = _top_level(text, _EQUALS)
-    if len(sides) > 1 and all(sides) and (_NAME.fullmatch(sides[0]) or _NAMES.fullmatch(sides[0])):
+    if len(sides) > 1 and all(sides) and (is_name(sides[0]) or _NAMES.fullmatch(sides[0])):
         return sides[0], sides[-1]
     return None, text
 
@@ -499,6 +507,12 @@ def _collections(answer: str, reference: str) -> bool | None:
     """Lists: in braces or bare, in any order; in (...), [...), \\langle...\\rangle in their order and with their
     brackets. A bare list and one in parentheses are equal in the same order; a list of one is its item."""
     (kind, items), (expected_kind, expected) = _items(answer), _items(reference)
+    items = _distinct(items) if kind == r"\{" else items
+    expected = _distinct(expected) if expected_kind == r"\{" else expected
+    if expected_kind == "()" and kind == "":
+        items = _by_name(items)
+    elif kind == "()" and expected_kind == "":
+        expected = _by_name(expected)
     if len(items) == 1 == len(expected):
         if kind == expected_kind == "":
             return None
@@ -511,6 +525,26 @@ def _collections(answer: str, reference: str) -> bool | None:
     if kind != expected_kind and {kind, expected_kind} not in ({"()", ""}, {"[]", ""}, {"()", r"\langle"}):
         return False
     return all(_same_item(a, b) for a, b in zip(items, expected, strict=True))
+
+
+def _distinct(items: list[str]) -> list[str]:
+    """A set without what is in it twice."""
+    if len(items) > MAX_ITEMS or len({canonical(item) for item in items}) == len(items) > 8:
+        return items
+    found: list[str] = []
+    for item in items:
+        if not any(canonical(item) == canonical(other) for other in found):
+            found.append(item)
+    return found
+
+
+def _by_name(items: list[str]) -> list[str]:
+    """y = 9, x = 4 in the order of the names, which is that of a tuple."""
+    names = [re.match(r"\s*([a-zA-Z](?:_\{?[0-9]+\}?)?)\s*=", item) for item in items]
+    found = [match[1] for match in names if match]
+    if len(found) < len(items) or len(set(found)) < len(items):
+        return items
+    return [item for _, item in sorted(zip(found, items, strict=True))]
 
 
 def _same_item(answer: str, reference: str) -> bool:
@@ -527,11 +561,14 @@ def _items(text: str) -> tuple[str, list[str]]:
     if match := re.fullmatch(r"\\langle(?![a-zA-Z])(.*)\\rangle", text, re.DOTALL):
         inner, kind = match[1], r"\langle"
     elif (
-        text[:1] in ("(", "[") and text[-1:] in (")", "]") and len(_top_level(text[1:-1], ",")) > 1 and _encloses(text)
+        text[:1] in ("(", "[")
+        and text[-1:] in (")", "]")
+        and len(_top_level(text[1:-1], "[,;]")) > 1
+        and _encloses(text)
     ):
         inner, kind = text[1:-1], text[0] + text[-1]
     words = r",?\s*(?:\\(?:text|mbox)\s*\{\s*,?\s*(?:and|or)\s*\}|(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z]))\s*"
-    separator = rf"{words}|,|;" if kind in ("", r"\{") else ","
+    separator = rf"{words}|,|;" if kind in ("", r"\{") else ";" if len(_top_level(inner, ";")) > 1 else ","
     if kind == "" and "," in text and quantity(text) is not None:
         return "", [text]
     items = [clean(item) for item in _top_level(inner, separator)]
@@ -567,10 +604,61 @@ def _same_unordered(items: list[str], expected: list[str]) -> bool:
     return True
 
 
+def _sets(answer: str, reference: str) -> bool | None:
+    return same_set(answer, reference, _top_level, _as_interval) or None
+
+
+def _approximations(answer: str, reference: str) -> bool | None:
+    r"""\sqrt{30} \approx 5.48 is either side of it, if the decimal is the value rounded."""
+    sides = [_top_level(text, r"\\approx(?![a-zA-Z])") for text in (answer, reference)]
+    if max(map(len, sides)) != 2 or not all(all(side) for side in sides):
+        return None
+    for side in sides:
+        if len(side) == 2 and not _rounds_to(_top_level(side[0], _EQUALS)[-1], side[1]):
+            return None
+    return any(_same(a, b) for a in sides[0] for b in sides[1])
+
+
+def _rounds_to(exact: str, decimal: str) -> bool:
+    """Whether a decimal is what a value rounds to at its last place (or is cut to)."""
+    rounded = quantity(decimal)
+    tree = _read(_without_unit(exact)[0])
+    if rounded is None or tree is None or variables(tree):
+        return False
+    try:
+        difference = evaluate(tree, {}) - mpmath.mpf(rounded.value.numerator) / rounded.value.denominator
+    except (TooLarge, Undefined):
+        return False
+    places = len(re.sub(r"[^0-9.].*", "", decimal.lstrip("-")).partition(".")[2])
+    return bool(abs(difference) < mpmath.mpf(10) ** -places)
+
+
+_BOUND = re.compile(
+    r"(\\(?:sum|prod|i*nt)(?:\s*[_^]\s*(?:\{(?:[^{}]|\{[^{}]*\})*\}|\w|\\infty))*)(?![a-zA-Z])(.+)", re.DOTALL
+)
+
+
+def _bound(answer: str, reference: str) -> bool | None:
+    """Sums of the same terms with their factors in another order."""
+    a, b = _BOUND.fullmatch(answer), _BOUND.fullmatch(reference)
+    if a is None or b is None or canonical(a[1]) != canonical(b[1]):
+        return None
+    if _BIG.search(a[2] + b[2]) or any(len(_top_level(body[2].lstrip(" -"), r"[-+=<>]")) > 1 for body in (a, b)):
+        return None
+    trees = _read(a[2]), _read(b[2])
+    try:
+        return (trees[0] is not None and trees[1] is not None and same_value(trees[0], trees[1])) or None
+    except (TooLarge, Undefined):
+        return None
+
+
 _BY_PARTS: tuple[Callable[[str, str], bool | None], ...] = (
+    _sets,
     _conditions,
     _words_between,
     _congruences,
+    _approximations,
+    _bound,
     _plus_minus,
     _assignments,
     _unions,
@@ -608,6 +696,9 @@ def _same_scalar(answer: str, reference: str) -> bool:
 
 
 def _read(text: str) -> Tree | None:
+    plain = quantity(text)
+    if plain is not None and plain.unit is None:
+        return ("number", plain.value)  # also 2e5, which might be a product
     try:
         return read(text)
     except Unreadable:

@@ -15,7 +15,7 @@ from rewards.math_words import digits
 _SPACING = re.compile(r"(?<!\\)\\[,;:> ]|\\(?:quad|qquad|displaystyle|textstyle|limits|thinspace)(?![a-zA-Z])|~")
 _THOUSANDS_SPACE = re.compile(r"(?<![0-9.])([1-9][0-9]{0,2})((?:(?:\\,|\\ |\{\\,\}|~| )[0-9]{3})+)(?![0-9/])")
 _SIZING = re.compile(r"\\(?:left|right)(?![a-zA-Z])\s*\.?|\\(?:big|Big|bigg|Bigg)[lrm]?(?![a-zA-Z])")
-_FRACTION_COMMAND = re.compile(r"\\[dtc]frac(?![a-zA-Z])")
+_FRACTION_COMMAND = re.compile(r"\\(?:[dtcs]|nice)frac(?![a-zA-Z])")
 _SKIP = re.compile(
     r"\\[hv]space\*?\s*\{[^{}]*\}|\\[hv]?phantom\s*\{[^{}]*\}|\\(?:label|tag)\*?\s*\{[^{}]*\}"
     r"|\\(?:hskip|kern|mkern|mskip)\s*-?[0-9.]+\s*(?:pt|em|ex|mm|cm|in|mu)(?![a-zA-Z])"
@@ -30,6 +30,12 @@ _FONT = re.compile(
 )
 _BOLD_FORMULA = re.compile(
     r"\\(?:ensuremath(?=\s*\{)|(?:mathbf|mathit|mathsf|mathtt|mathnormal|pmb)(?=\s*\{[^{}]*[\\+=^*/(<>-]))"
+)
+_THOUSANDS = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9]|,[0-9])")
+_CIS = re.compile(r"\\(?:operatorname|text|mathrm)\s*\{\s*cis\s*\}|\\cis(?![a-zA-Z])")
+_PRIME = re.compile(r"\^\s*(?:\{\s*\\prime\s*\}|\\prime(?![a-zA-Z]))")
+_COMBINATION = re.compile(
+    r"(?:\{\s*\}\s*)?[_^]\s*\{?([0-9]+)\}?\s*(?:\\(?:mathrm|text|rm)\s*\{)?\s*C\}?\s*_\s*\{?([0-9]+)\}?"
 )
 _AS_TEXT = re.compile(
     r"\\(?:texttt|textsf|textsc|textup|textmd|textsl|textnormal|emph|uline|mathtt|mathnormal)(?=\s*\{)"
@@ -74,17 +80,33 @@ def clean(text: str) -> str:
     text = re.sub(r"(?<!\\)\$([^$]+)(?<!\\)\$", r" \1 ", text)  # "$125$ miles"
     text = _THOUSANDS_SPACE.sub(lambda n: n[1] + re.sub(r"[^0-9]", "", n[2]), text)
     text = _SPACING.sub(" ", _WORDED.sub(r" \1 ", _DRESSED.sub(r"\1", _COLOR.sub("", text))))
+    if "C" in text:
+        text = re.sub(r"^" + _COMBINATION.pattern + "$", r"\\binom{\1}{\2}", text)
     if "^" in text:
         text = _RAISED_ORDINAL.sub(r"\1", text)
     text = _SIZING.sub("", _FRACTION_COMMAND.sub(r"\\frac", text))
     text = _CHOOSE.sub(r"\\binom{\1}{\2}", _OVER.sub(r"\\frac{\1\3}{\2\4}", text))
     text = re.sub(r"\s*\{\s*,\s*\}\s*", ",", text).replace(r"\lbrace", r"\{").replace(r"\rbrace", r"\}")
+    if "," in text:
+        text = _without_thousands(text)
     return digits(_strip_delimiters(text.replace("\n", " ")))
+
+
+def _without_thousands(text: str) -> str:
+    """Formulas without the commas of thousands: V = 1,152\\pi. Between brackets a comma is kept: (3,125) is a pair."""
+    kept, end = [], 0
+    for match in _THOUSANDS.finditer(text):
+        before = text[: match.start()]
+        open_brackets = sum(before.count(mark) for mark in "([") - sum(before.count(mark) for mark in ")]")
+        if open_brackets <= 0 and before.count(r"\{") <= before.count(r"\}") and not before.startswith("{"):
+            kept += [text[end : match.start()], match[0].replace(",", "")]
+            end = match.end()
+    return "".join(kept) + text[end:]
 
 
 def _undressed(text: str) -> str:
     """LaTeX without commands of size, font and space, and with one command for text."""
-    text = _SKIP.sub(" ", text)
+    text = _PRIME.sub("'", _CIS.sub(" cis ", _SKIP.sub(" ", text)))
     text = _FONT_BRACED.sub(r"\\mathrm{\1}", text)
     text = _FONT_OF.sub(r"\\mathrm", text)
     text = _FONT.sub(" ", text)

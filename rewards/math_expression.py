@@ -48,18 +48,22 @@ _TOKEN = re.compile(
     r"|(?P<command>\\(?:[a-zA-Z]+|[{}|%$]))|(?P<word>[a-zA-Z]+)|(?P<operator>\*\*|[-+*/^_(){}\[\]|!',:]))"
 )
 _FUNCTION_NAMES = (
-    "sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan arccot asin acos atan ln log lg exp abs floor ceil"
+    "sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan arccot asin acos atan ln log lg exp abs floor ceil cis"
 )
 _FUNCTIONS = frozenset(_FUNCTION_NAMES.split())
 _OF_SEVERAL = frozenset(("gcd", "lcm", "max", "min"))
 _NAMES = {"pi": ("constant", "pi"), "e": ("constant", "e"), "i": ("constant", "i"), "imath": ("constant", "i")}
 _GREEK_NAMES = """
     alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau upsilon
-    phi varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega ell
+    phi varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega ell hbar varrho varsigma
 """
 _GREEK = frozenset(_GREEK_NAMES.split())
+_SPELLED_GREEK = frozenset(name for name in _GREEK if len(name) > 2 and name != "ell")
 _OPEN_CLOSE = {"(": ")", "{": "}", "[": "]"}
-_STYLE_NAMES = "mathrm mathbf mathit mathsf mathbb text textbf textit boldsymbol operatorname vec hat"
+_STYLE_NAMES = """
+    mathrm mathbf mathit mathsf mathbb text textbf textit boldsymbol operatorname vec hat mathcal mathfrak mathscr tilde
+    texttt
+"""
 _STYLES = frozenset(_STYLE_NAMES.split())
 
 
@@ -103,7 +107,7 @@ class _Reader:
         self.bars = 0
 
     def _add(self, kind: str, token: str) -> None:
-        if kind != "word" or token in _FUNCTIONS or token in _OF_SEVERAL or token in ("pi", "sqrt"):
+        if kind != "word" or token in _FUNCTIONS | _OF_SEVERAL or token in ("pi", "sqrt") or token in _SPELLED_GREEK:
             self.tokens.append(token)
             self.kinds.append(kind)
         elif match := re.match(r"sqrt|pi|arcsin|arccos|arctan|sin|cos|tan|ln|log", token):  # "pir", "sinx"
@@ -172,7 +176,7 @@ class _Reader:
             elif self._mixed_number():
                 factors[-1] = ("sum", factors[-1], self.power())
             elif self._starts_operand():
-                if self.kind() == "number" and self.kinds[self.at - 1] == "number":
+                if self.kind() == "number" and self.kinds[self.at - 1] == "number" and factors[-1][0] != "power":
                     raise Unreadable("two numbers side by side")
                 factors.append(self.power())
             else:
@@ -280,7 +284,11 @@ class _Reader:
         if name in _OF_SEVERAL:
             return self._of_several(name)
         if kind == "word":
-            return self._named(name)
+            return self._chosen() if self._is_combination(name) else self._named(name)
+        if name == "frac" and re.fullmatch(r"\{d\}\{d[a-zA-Z]\}", "".join(self.tokens[self.at : self.at + 7])):
+            return self._derivative()
+        if name == "overline":
+            return self._conjugate()
         if name in ("frac", "binom", "dbinom", "tbinom"):
             first, second = self.argument(), self.argument()
             return ("product", first, ("inverse", second)) if name == "frac" else ("binomial", first, second)
@@ -293,6 +301,19 @@ class _Reader:
         if name in _GREEK or name in ("pi", "imath"):
             return self._named(name)
         raise Unreadable(f"{token} is not known here")
+
+    def _is_combination(self, name: str) -> bool:
+        """Whether the tokens are at the brackets of C(6,2)."""
+        ahead = self.tokens[self.at : self.at + 5]
+        return name == "C" and "".join(ahead[:1] + ahead[2:3] + ahead[4:]) == "(,)"
+
+    def _chosen(self) -> Tree:
+        self.at += 1
+        first = self.nested(self.sum)
+        self.expect(",")
+        second = self.nested(self.sum)
+        self.expect(")")
+        return ("binomial", first, second)
 
     def _bars(self, closing: str) -> Tree:
         self.at += 1
@@ -316,9 +337,9 @@ class _Reader:
 
     def _named(self, name: str) -> Tree:
         if self.take("_"):
-            if self.peek() == "{":
-                end = self.tokens.index("}", self.at) if "}" in self.tokens[self.at :] else len(self.tokens) - 1
-                index, self.at = "".join(self.tokens[self.at + 1 : end]), end + 1
+            wrapped = self.peek().lstrip("\\") in _STYLES and self.tokens[self.at + 1 : self.at + 2] == ["{"]
+            if self.peek() == "{" or wrapped:
+                index = self._index()
             elif self.peek():
                 index = self.next()
             else:
@@ -327,6 +348,34 @@ class _Reader:
         while self.take("'"):
             name += "'"
         return _NAMES.get(name, ("variable", name))
+
+    def _index(self) -> str:
+        r"""The index in x_{12}, p_{\\text{max}} and p_\\text{max}, without its dress."""
+        depth, index = 0, ""
+        while self.at < len(self.tokens):
+            token = self.next()
+            depth += {"{": 1, "}": -1}.get(token, 0)
+            if token not in ("{", "}") and token.lstrip("\\") not in _STYLES:
+                index += token
+            if token == "}" and depth == 0:
+                return index
+        raise Unreadable("an index without its end")
+
+    def _derivative(self) -> Tree:
+        r"""What stands behind \\frac{d}{dx}; the tokens are at "{ d } { d x }"."""
+        name = self.tokens[self.at + 5]
+        self.at += 7
+        factors = [self.power()]
+        while self._starts_operand():
+            factors.append(self.power())
+        return ("derivative", name, factors[0] if len(factors) == 1 else ("product", *factors))
+
+    def _conjugate(self) -> Tree:
+        """A number under a bar; over a variable it may mean anything."""
+        tree = self.group() if self.peek() == "{" else ("variable", "")
+        if variables(tree) or not _has_i(tree):
+            raise Unreadable("a bar over no complex number")
+        return ("call", "conj", tree)
 
     def _root(self, plain: bool) -> Tree:
         degree: Tree = ("number", Fraction(2))
@@ -392,7 +441,13 @@ def variables(tree: Tree) -> frozenset[str]:
     """The names of a tree's variables."""
     if tree[0] == "variable":
         return frozenset([tree[1]])
+    if tree[0] == "derivative":
+        return variables(tree[2]) | {tree[1]}
     return frozenset().union(*(variables(part) for part in tree[1:] if isinstance(part, tuple)))
+
+
+def _has_i(tree: Tree) -> bool:
+    return tree == ("constant", "i") or any(_has_i(part) for part in tree if isinstance(part, tuple))
 
 
 # ---- values -----------------------------------------------------------------------------------------------------
@@ -410,6 +465,9 @@ def evaluate(tree: Tree, at: Mapping[str, Fraction]) -> Value:
         return {"pi": mpmath.pi, "e": mpmath.e, "i": mpmath.mpc(0, 1)}[parts[0]] * mpmath.mpf(1)
     if kind == "call":
         return _call(parts[0], evaluate(parts[1], at))
+    if kind == "derivative":
+        name, of = parts
+        return _checked(mpmath.diff(lambda value: _inexact(evaluate(of, {**at, name: value})), _inexact(at[name])))
     if kind == "several":
         return _several(parts[0], [evaluate(part, at) for part in parts[1:]])
     values = [evaluate(part, at) for part in parts]
@@ -516,8 +574,12 @@ def _factorial(value: Value) -> Value:
 
 
 def _binomial(n: Value, k: Value) -> Value:
-    if not all(isinstance(x, Fraction) for x in (n, k)) or k.denominator != 1:
-        raise Undefined("binomial of something other than rational numbers, or of a k that is no integer")
+    if not all(isinstance(x, Fraction) for x in (n, k)):
+        raise Undefined("binomial of something other than rational numbers")
+    if k.denominator != 1 and max(abs(n), abs(k)) < 1000:
+        return _checked(mpmath.binomial(_inexact(n), _inexact(k)))
+    if k.denominator != 1:
+        raise Undefined("binomial of huge fractions")
     if n.denominator != 1 and 0 <= k <= 10:  # a polynomial in n, looked at anywhere
         return math.prod((Fraction(n - j, j + 1) for j in range(int(k))), start=Fraction(1))
     if n.denominator != 1:
@@ -563,6 +625,8 @@ _CALLS: dict[str, Callable[[Value], Value]] = {
     "log": mpmath.ln,
     "lg": mpmath.log10,
     "exp": mpmath.exp,
+    "cis": mpmath.expj,
+    "conj": mpmath.conj,
 }
 
 

@@ -46,13 +46,14 @@ _ARGUMENT = rf"(?:\{{\s*({_SIGNED})\s*\}}|\s*([0-9]))"
 _FRAC = re.compile(rf"\\frac\s*{_ARGUMENT}\s*{_ARGUMENT}")
 _MIXED_FRAC = re.compile(rf"([0-9]+)\s*{_FRAC.pattern}")
 _SLASH = re.compile(rf"\(?\s*({_SIGNED})\s*\)?\s*/\s*\(?\s*({_SIGNED})\s*\)?")
-_MIXED_SLASH = re.compile(r"([0-9]+)(?:\s+|\s*\+\s*(?=[0-9]+\s*/))([0-9]+)\s*/\s*([0-9]+)")
+_MIXED_SLASH = re.compile(r"([0-9]+)(?:\s+(?:and\s+)?|\s*\+\s*(?=[0-9]+\s*/))([0-9]+)\s*/\s*([0-9]+)")
 _SCIENTIFIC = re.compile(
     rf"({DECIMAL})\s*(?:[eE]([+-]?[0-9]+)"
     r"|(?:\\times|\\cdot|\*|x)\s*10\s*(?:\^|\*\*)\s*(?:\{\s*([+-]?[0-9]+)\s*\}|([+-]?[0-9]+)))"
 )
 _POWER_OF_TEN = re.compile(r"10\s*\^\s*(?:\{\s*([+-]?[0-9]+)\s*\}|([0-9]+))")
 _REPEATING = re.compile(r"([0-9]*)\.([0-9]*)\\(?:overline|bar)\s*\{?\s*([0-9]+)\s*\}?")
+_DOTTED = re.compile(r"([0-9]*)\.([0-9]*)(?:\\dot\s*\{?\s*([0-9])\s*\}?(?:([0-9]*)\\dot\s*\{?\s*([0-9])\s*\}?)?)")
 _DECIMAL = re.compile(DECIMAL)
 
 
@@ -124,8 +125,8 @@ def number(text: str) -> Fraction | None:
         return _scaled(_fraction(match[1]), match[2] or match[3] or match[4])
     if match := _POWER_OF_TEN.fullmatch(text):
         return _scaled(Fraction(1), match[1] or match[2])
-    if match := _REPEATING.fullmatch(text):
-        whole, fixed, repeated = match[1] or "0", match[2], match[3]
+    if match := _REPEATING.fullmatch(text) or _DOTTED.fullmatch(text):
+        whole, fixed, repeated = match[1] or "0", match[2], "".join(part or "" for part in match.groups()[2:])
         start = Fraction(int(whole + fixed), 10 ** len(fixed))
         return start + Fraction(int(repeated), (10 ** len(repeated) - 1) * 10 ** len(fixed))
     return None

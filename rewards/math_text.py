@@ -15,7 +15,11 @@ _NUMERAL = re.compile(r"([+-]?)([0-9A-Z.]+)\s*_\s*(?:\{\s*([0-9]+)\s*\}|([0-9]+)
 _WORDS = re.compile(r"[^\W\d_]+(?:(?: |, |\. |'|-|/| & | - )[^\W\d_]+)*")
 _ROMAN = re.compile(r"M{0,3}(?:CM|CD|D?C{0,3})(?:XC|XL|L?X{0,3})(?:IX|IV|V?I{0,3})")
 _SHORT_WORDS = frozenset(("no", "on", "up", "go", "ok", "hi", "he", "we"))
-_FORMULA_WORDS = frozenset(("sqrt", "sin", "cos", "tan", "log", "exp", "infinity", "inf"))
+_FORMULA_NAMES = """
+    sqrt sin cos tan log exp infinity inf alpha beta gamma delta epsilon zeta theta kappa lambda rho sigma tau phi chi
+    psi omega
+"""
+_FORMULA_WORDS = frozenset(_FORMULA_NAMES.split())
 
 
 _NOTHING = re.compile(
@@ -57,6 +61,8 @@ def words(text: str) -> str | None:
     text = plain(text).strip("\"'*_ ")
     if not _WORDS.fullmatch(text) or text.lower() in _FORMULA_WORDS:
         return None
+    if re.fullmatch(r"(?:the )?(?:set of )?(?:all )?(?:the )?real(?: number)?s?", text.lower()):
+        return None  # an interval
     if not re.search(r"[^\W\d_]{3}", text) and text.lower() not in _SHORT_WORDS:
         return None
     return re.sub(r"^(?:the|a|an) |(?<=^[a-z] )(?:is|are) ", "", " ".join(re.split(r"[ ,-]+", text.lower())))

@@ -22,7 +22,7 @@ _UNIT_FRACTION = re.compile(r"\}\s*/\s*\\(?:text|mathrm|mbox)\s*\{")
 _STACKED = re.compile(
     rf"\\frac\s*\{{\s*{_TEXT}\{{([^{{}}]*)\}}\s*\}}\s*\{{\s*{_TEXT}\{{([^{{}}]*)\}}\s*(\^\s*[0-9])?\s*\}}$"
 )
-_TRIGONOMETRIC = re.compile(r"sin|cos|tan|cot|sec|csc")
+_TRIGONOMETRIC = re.compile(r"sin|cos|tan|cot|sec|csc|cis")
 _CURRENCY_BEHIND = re.compile(r"(?<=[0-9 ])(\\\$|\$|€|£|₹|¥|₩|₽|¢)$")
 _PERCENT = re.compile(r"\\?%$")
 _PLAIN_UNIT = re.compile(r"(?<![A-Za-z\\_^])([A-Za-z¢][A-Za-z .'/-]*)(?:\^\s*\{?([0-9])\}?)?$")
