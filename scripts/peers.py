@@ -84,7 +84,8 @@ class Generation:
             meter.start()
             completions = self.generate(job)
             measured = meter.stop()
-            reply({**measured, "tokens": sum(sampled(tokens, job["stop_ids"]) for tokens in completions)})
+            said = {"completions": completions} if job.get("with_tokens") else {}
+            reply({**measured, **said, "tokens": sum(sampled(tokens, job["stop_ids"]) for tokens in completions)})
 
     def prepare(self, job: Message) -> None:
         """What is no part of the job's time."""
