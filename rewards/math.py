@@ -103,7 +103,8 @@ def verify(
       A value that is denied, a bound or one of several there is no answer: "not 36", "greater than 19", "14 or 23".
     - "whole": all of a short text that is no sentence: "x^2 + 1", "Yes", "12 eggs"; behind a label: "Total: 19".
     - "last_number": the last number.
-    - "last_expression": the last formula in `$...$`, `\(...\)`, `\[...\]` or the last number, whichever ends later.
+    - "last_expression": the last formula in `$...$`, `\(...\)`, `\[...\]` or the last number, whichever ends later;
+      not a value that its sentence denies or leaves open ("it is either 14 or 23"). "84/12 = 7 dozen" is 7 there.
 
     Of a sentence or a label in such a place ("The answer is 28", "Area: 54", "He has 12 stamps") the one value that it
     names counts, unless it is denied or bounded.

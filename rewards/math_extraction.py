@@ -203,7 +203,9 @@ def _spoken(line: str) -> str:
         inside = _inside(match).strip()
         return inside if re.fullmatch(DECIMAL, inside) else f" {next(numerals)} "
 
-    return re.sub(r"\*\*|__|\$(?![0-9])", "", _MATH.sub(numeral, line)).strip(" :*")
+    return re.sub(
+        r"\*\*|__|\$(?![0-9])|(?<!\w)[_*](?=[a-z]+[_*])|(?<=[a-z])[_*](?!\w)", "", _MATH.sub(numeral, line)
+    ).strip(" :*")
 
 
 def _unsure(maybe: re.Match[str]) -> str | None:
@@ -269,7 +271,7 @@ def _unsettled_end(text: str, last: re.Match[str]) -> str | None:
     """The end of the sentence up to its last value where that is no answer: "it is either 14 or 23", "x is not 5"."""
     before = re.split(r"(?<=[.!?;])\s+|\n", text[max(0, last.start() - 150) : last.start()])[-1]
     sentence = before + text[last.start() : last.end()]
-    for part in (sentence, re.split(r"\b(?:is|are|was|were|be|equals|it's)\s+", sentence)[-1]):
+    for part in (sentence, re.split(r"\b(?:is|are|was|were|be|equals|lies|it's)\s+", sentence)[-1]):
         if unsettled(_spoken(part), prose=True):
             return part
     return None

@@ -17,11 +17,11 @@ _UNIT = r"(?:\s+(?!or\b|and\b|to\b|maybe\b|perhaps\b|possibly\b)[a-z]{2,}\.?){0,
 _TAIL = r"[^0-9]*"
 _FILLER = (
     r"(?:(?:that|it|it's|this|is|are|be|must|should|would|will|always|a|an|some|any|the|in|of|value|values|number"
-    r"|numbers|amount|integer|quantity|answer|answers|something|somewhere|anything|anywhere|[a-z]+ly)\s+)*"
+    r"|numbers|amount|integer|quantity|answer|answers|something|somewhere|anything|anywhere|bit|little|well|way|far|just|much|one|choice|[a-z]+ly)\s+)*"
 )
 _MAY = (
     r"(?:(?:could|may|might|can|would|be|is|also|well|maybe|perhaps|possibly|probably|likely|either|both|one|any|of|a"
-    r"|an|the|even|else|it|value|number|numbers|values|answer)\s+)*"
+    r"|an|the|even|else|it|value|number|numbers|values|answer|among|choice)\s+)*"
 )
 _COMPARED = (
     r"(?:(?:no|not|any|much|far|slightly|strictly)\s+)*(?:greater|more|less|fewer|larger|smaller|higher|lower|bigger)"
@@ -32,7 +32,7 @@ _LIMITED = (
 )
 _FAR = (
     r"anything\s+but|(?<!none\s)(?<!no\s)other\s+than|far\s+from|different\s+from|unequal\s+to|in\s+no\s+case|hardly"
-    r"|unlikely(?:\s+to\s+be)?|except(?:\s+for)?|instead\s+of|rather\s+than|unlike|nowhere\s+near"
+    r"|impossible(?:\s+to\s+be)?|unlikely(?:\s+to\s+be)?|except(?:\s+for)?|instead\s+of|rather\s+than|unlike|nowhere\s+near"
 )
 _DENIED = re.compile(
     rf"(?:\b(?:not|never|neither|nor|cannot|no\s+longer|by\s+no\s+means|in\s+no\s+way|{_FAR})\b|n't\b)"

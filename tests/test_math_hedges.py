@@ -27,6 +27,8 @@ SEVERAL = (
     "{} (or perhaps {})",
     "{} but it could be {}",
     "neither {} nor {}",
+    "among {} and {}",
+    "a choice of {} and {}",
 )
 REFUSED = (
     "not {}",
@@ -50,6 +52,9 @@ REFUSED = (
     "definitely different from {}",
     "bounded by {}",
     "in no case {}",
+    "well above {}",
+    "a bit more than {}",
+    "_not_ {}",
 )
 VALUES = ("{}", "${}$", "{} apples", "**{}**", r"$\sqrt{{{}}}$", "${}")
 
