@@ -20,13 +20,16 @@ setup: $(VENV)/.setup ## make .venv and install rl_lora with the versions of con
 demo: setup ## train the default model on arithmetic, evaluate, show what was learned (continues in runs/demo)
 	$(VENV)/bin/python scripts/train.py --run_dir runs/demo --resume true
 
+# The base of the README's figures, the same on every machine.
+FIGURES := --model.name smollm2-135m-q4
+
 seeds: setup ## three seeds and a control with shuffled rewards, then one table (the figures of the README)
-	for seed in 0 1 2; do $(VENV)/bin/python scripts/train.py --run_dir runs/seed$$seed --seed $$seed --resume true || exit 1; done
-	$(VENV)/bin/python scripts/train.py --run_dir runs/shuffled --shuffle_rewards true --resume true
+	for seed in 0 1 2; do $(VENV)/bin/python scripts/train.py $(FIGURES) --run_dir runs/seed$$seed --seed $$seed --resume true || exit 1; done
+	$(VENV)/bin/python scripts/train.py $(FIGURES) --run_dir runs/shuffled --shuffle_rewards true --resume true
 	$(VENV)/bin/python scripts/evaluate.py --adapters runs/seed0 runs/seed1 runs/seed2 runs/shuffled
 
 # Word problems from reasoning-gym; a fifth of the questions is held out. RL draws other seeds than its demonstrations did.
-LEGS := --env.id rl_lora/ReasoningGym-v0 --env.kwargs '{dataset: leg_counting, \
+LEGS := $(FIGURES) --env.id rl_lora/ReasoningGym-v0 --env.kwargs '{dataset: leg_counting, \
 	config: {min_animals: 1, max_animals: 1, max_instances: 99}, demonstration: "{worked}", reward: numeric, eval_fraction: 0.2}'
 LEGS_SFT := --steps 16 --adapter.rank 8 --learner.learning_rate 5e-4 --eval.every 8
 LEGS_RL := --steps 20 --learner.learning_rate 1e-4

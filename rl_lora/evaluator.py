@@ -22,10 +22,11 @@ from rich.text import Text
 from rl_lora import files
 from rl_lora import finite_json as json
 from rl_lora.adapter import Adapter
-from rl_lora.adapter_io import load_adapter
+from rl_lora.adapter_io import base_of, load_adapter
 from rl_lora.candidates import BASE, differences, is_unfinished, named, stand_ins, step_of
 from rl_lora.collapse import reply_warning
 from rl_lora.config import EvaluateConfig, EvaluationSettings
+from rl_lora.default_choice import settled
 from rl_lora.environment import held_out
 from rl_lora.evaluation import compared, pairs, row
 from rl_lora.evaluation_table import show
@@ -112,6 +113,8 @@ def _evaluate(config: EvaluationSettings, paths: Sequence[str], console: Termina
     names = [BASE, *folders]
     if config.against is not None and config.against not in names:
         raise ValueError(f"against must be one of the rows {', '.join(names)}, got {config.against!r}")
+    base = settled(config.model.name, [base_of(folder) for folder in folders.values()])
+    config = replace(config, model=replace(config.model, name=base))
     notes = [note for folder in folders.values() for note in differences(folder, config)]
     make_env, seeds = held_out(config.env, config.env_kwargs, config.limit)
     problems = problems_of(make_env, seeds)

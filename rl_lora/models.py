@@ -1,4 +1,4 @@
-"""Where a model name leads: the embedded default, a local folder, or the Hugging Face hub; and loading what is there.
+"""Where a model name leads (the default one: `default_choice.py`), and loading what is there.
 
 Left out: quantised loading, several devices, and anything that knows about adapters (see `policy.py`).
 """
@@ -6,6 +6,7 @@ Left out: quantised loading, several devices, and anything that knows about adap
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +28,8 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from rl_lora.default_model import DEFAULT_MODEL, prepare_default_model, without_progress_bars
+from rl_lora.default_choice import DEFAULT_MODEL, HUB_MODEL, hub_folder, settled
+from rl_lora.default_model import EMBEDDED_MODEL, prepare_default_model, without_progress_bars
 
 LOAD_ERRORS = (OSError, ValueError, ImportError, RuntimeError, SafetensorError)
 ADAPTER = "adapter_config.json"
@@ -38,12 +40,15 @@ CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
 def resolve_model(name: str) -> str:
-    """The local folder or hub id that `name` stands for; fetches and converts the default model the first time.
+    """The local folder or hub id that `name` stands for; fetches and converts the embedded model the first time.
 
     Raises ValueError for a path that does not exist or holds no model, and for what cannot be a hub id.
     """
-    if name == DEFAULT_MODEL:
+    name = settled(name)
+    if name == EMBEDDED_MODEL:
         return str(prepare_default_model())
+    if name == HUB_MODEL and (folder := hub_folder()) is not None:
+        return str(folder)
     path = Path(os.path.expanduser(name or "~/no name"))  # an empty path would be the current folder
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -65,12 +70,12 @@ def resolve_model(name: str) -> str:
 def check_model(name: str, trust_remote_code: bool = False) -> None:
     """Raise ValueError for what is wrong with a model name, as far as its configuration alone can tell.
 
-    The default model passes without being fetched.
+    The default and the embedded model pass without being fetched.
     """
-    if name == DEFAULT_MODEL:
+    if name in (DEFAULT_MODEL, EMBEDDED_MODEL):
         return
-    refuse_adapter(name)
     config = load_config(name, trust_remote_code)
+    refuse_adapter(name)
     remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if remote or _is_causal_lm(config):
         return
@@ -86,14 +91,26 @@ def refuse_adapter(name: str) -> None:
     the base, without a word, on machines that have `peft`."""
     folder_or_id = resolve_model(name)
     with _explained(name, "configuration"):
-        found = find_adapter_config_file(folder_or_id)
-    if found is not None:
+        found = _adapter_in(folder_or_id)
+    if found:
         raise ValueError(
             f"model {name!r} holds an adapter ({ADAPTER}), and whether that would be part of the base depends on "
             f"whether peft is installed. Either make it part: merge it (merge_and_unload of peft), save the result "
             f"elsewhere, and name that. Or keep it apart: name the base as model.name and the adapter as "
             f"adapter.init_from, each in a folder of its own"
         )
+
+
+def _adapter_in(folder_or_id: str) -> bool:
+    if os.path.isdir(folder_or_id):
+        return os.path.isfile(os.path.join(folder_or_id, ADAPTER))
+    return _adapter_on_hub(folder_or_id)
+
+
+@functools.cache
+def _adapter_on_hub(name: str) -> bool:
+    """Asked once in a process: where the hub does not answer, it takes long to give up."""
+    return find_adapter_config_file(name) is not None
 
 
 def load_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -182,7 +199,10 @@ def _explain(name: str, part: str, error: BaseException) -> str:
     if caused_by(RepositoryNotFoundError):
         return f"the hub has no model {name!r}: check the spelling; if it is private, `hf auth login` or set HF_TOKEN"
     if caused_by(LocalEntryNotFoundError):
-        meant = f"did you mean {DEFAULT_MODEL!r}? Else " if difflib.get_close_matches(name, [DEFAULT_MODEL]) else ""
+        close = difflib.get_close_matches(name, [DEFAULT_MODEL, EMBEDDED_MODEL], n=1)
+        meant = f"did you mean {close[0]!r}? Else " if close else ""
+        if name in (DEFAULT_MODEL, HUB_MODEL):
+            meant = f"{EMBEDDED_MODEL!r} needs no hub (it is the same model, from a 4-bit file). Else "
         return (
             f"model {name!r} is no local folder, not in the hub's local cache, and the hub cannot be reached: "
             f"{meant}check the network and HF_HUB_OFFLINE, or give a local folder"

@@ -25,6 +25,8 @@ from rl_lora.attention import Layout, shared_prefix_attention_of
 from rl_lora.chat import Chat
 from rl_lora.compiled import CompiledLayers, unavailable
 from rl_lora.config import ModelConfig
+from rl_lora.default_choice import HUB_MODEL, settled
+from rl_lora.default_model import EMBEDDED_MODEL
 from rl_lora.difference import difference
 from rl_lora.head import Head
 from rl_lora.head_check import check_head
@@ -92,13 +94,14 @@ class Policy:
         stop_tokens: Sequence[str] = (),
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> Policy:
-        """Load a base by name: the embedded default, a local folder, or a hub id (`models.py`).
+        """Load a base by name: the default, a local folder, or a hub id (`models.py`).
 
         `dtype` "auto" is bfloat16 where the device multiplies it fast (see `compute_dtype`), else float32.
         """
         device = torch.device(device)
         if device.type == "cpu":
             ready_memory()
+        name = settled(name)
         tokenizer = models.load_tokenizer(name, trust_remote_code=trust_remote_code)
         model = models.load_causal_lm(
             name, dtype=compute_dtype(dtype, device), device=device, trust_remote_code=trust_remote_code
@@ -130,6 +133,11 @@ class Policy:
     def remarks(self, adapter: Adapter) -> list[str]:
         """What a user should know of the base and of what an adapter leaves alone in it, a line each."""
         lines = []
+        if self.name == EMBEDDED_MODEL:
+            lines.append(
+                f"this base is {HUB_MODEL} from a 4-bit file (GGUF Q4_1), unpacked: not quite the model itself, which "
+                f"--model.name {HUB_MODEL} is"
+            )
         if alone := self.bank.left_alone(adapter):
             parts = ", ".join(f"{n} linear layers of {part}" for part, n in alone.items())
             lines.append(f"adapts the language model; {parts} are left alone")

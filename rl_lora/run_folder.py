@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import get_int_from_env
 
 from rl_lora import files
+from rl_lora.adapter_io import base_of
 from rl_lora.checkpoint import Checkpoints
-from rl_lora.config import TrainConfig, differences, flatten
+from rl_lora.config import TrainConfig, differences, flatten, validate
+from rl_lora.default_choice import DEFAULT_MODEL, HUB_MODEL, canonical, settled
+from rl_lora.default_model import EMBEDDED_MODEL
 from rl_lora.task import task_changes, task_record
 
 FILES = ("config.yaml", "metrics.jsonl", "adapter", "summary.json", "reward.png", "report.html")
@@ -42,6 +46,22 @@ def held(run_dir: Path) -> Iterator[None]:
 def holds_run(run_dir: Path) -> bool:
     """Whether a run has written to the folder before."""
     return (run_dir / "config.yaml").exists() or bool(Checkpoints(run_dir / "checkpoints", 1).all())
+
+
+def with_base(config: TrainConfig) -> TrainConfig:
+    """The config with the base that the default name stands for, so that it is written down which it was: that of the
+    run that is gone on with; else that of the adapter that is started from, or this machine's (`default_choice.py`)."""
+    if config.model.name != DEFAULT_MODEL:
+        return config
+    validate(config)
+    record = Path(config.run_dir) / "config.yaml"
+    if config.resume and record.exists():
+        with suppress(ValueError):  # said by `check_run_dir`
+            name = canonical(flatten_record(files.read_yaml(record, ""))["model.name"])
+            known = name in (EMBEDDED_MODEL, HUB_MODEL)
+            return replace(config, model=replace(config.model, name=name)) if known else config
+    wanted = [] if config.adapter.init_from is None else [base_of(Path(config.adapter.init_from))]
+    return replace(config, model=replace(config.model, name=settled(DEFAULT_MODEL, wanted)))
 
 
 def check_run_dir(config: TrainConfig) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
-from rl_lora.adapter_io import check_adapter
+from rl_lora import adapter_io
 from rl_lora.candidates import adapter_in, record_of
 from rl_lora.config import EnvConfig, EvaluateConfig, EvaluationSettings, ModelConfig, as_typed, flatten
-from rl_lora.default_model import DEFAULT_MODEL
+from rl_lora.default_choice import canonical
+from rl_lora.default_model import EMBEDDED_MODEL
 from rl_lora.files import read_yaml
 from rl_lora.terminal import in_line
 
@@ -110,16 +111,16 @@ def task_of(record: Path) -> dict[str, Any]:
         group, _, inner = place.partition(".")
         section = run.get(group)
         found[name] = section.get(inner, defaults[name]) if isinstance(section, dict) else defaults[name]
-    return found
+    return found | {"model.name": canonical(found["model.name"])}
 
 
 def base_of(paths: Sequence[str]) -> str | None:
     """The base that all adapters were made for, if they say the same one and it is on this machine."""
-    bases = {str(check_adapter(adapter_in(Path(path))).get("base_model_name_or_path") or "") for path in paths}
+    bases = {adapter_io.base_of(adapter_in(Path(path))) for path in paths}
     if len(bases) != 1:
         return None
     (base,) = bases
-    here = base == DEFAULT_MODEL or (Path(base).expanduser() / "config.json").is_file()
+    here = base == EMBEDDED_MODEL or (Path(base).expanduser() / "config.json").is_file()
     if not here and base.count("/") == 1 and not base.startswith((".", "/", "~")):
         here = isinstance(try_to_load_from_cache(base, "config.json"), str)
     return base if here else None

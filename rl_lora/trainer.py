@@ -38,7 +38,7 @@ from rl_lora.policy import Policy
 from rl_lora.preflight import preflight
 from rl_lora.report import RunReport
 from rl_lora.rollout import RolloutWorker
-from rl_lora.run_folder import check_run_dir, clear_left_overs, held, holds_run, is_first_process
+from rl_lora.run_folder import check_run_dir, clear_left_overs, held, holds_run, is_first_process, with_base
 from rl_lora.shaping import shaped
 from rl_lora.task import task_record
 from rl_lora.training_samples import write_samples
@@ -65,7 +65,7 @@ def train(config: TrainConfig, *, reward: Any = None, data: Any = None, eval_dat
             loaded wherever it can be known before.
         FileError: the disk is full, say. What is there is whole, and can be resumed.
     """
-    config = replace(config, env=with_given(config.env, reward, data, eval_data))
+    config = with_base(replace(config, env=with_given(config.env, reward, data, eval_data)))
     run_dir = Path(config.run_dir)
     report = RunReport(run_dir, visible=is_first_process())
     if config.resume and report.finished_at(config.steps):

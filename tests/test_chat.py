@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, PreTrainedTo
 
 from rl_lora import models
 from rl_lora.chat import Chat
-from rl_lora.default_model import DEFAULT_MODEL, default_model_folder, is_complete
+from rl_lora.default_model import EMBEDDED_MODEL, default_model_folder, is_complete
 from tests.tiny import EOS, EOS_ID, PAD_ID, tiny_tokenizer
 
 
@@ -369,8 +369,8 @@ def test_a_variant_of_the_template_can_be_named() -> None:
 @pytest.fixture(scope="module")
 def default_tokenizer() -> PreTrainedTokenizerBase:
     if not is_complete(default_model_folder()):
-        pytest.skip(f"{DEFAULT_MODEL} is not in the cache: `make demo` fetches it")
-    return models.load_tokenizer(DEFAULT_MODEL)
+        pytest.skip(f"{EMBEDDED_MODEL} is not in the cache: `make demo` fetches it")
+    return models.load_tokenizer(EMBEDDED_MODEL)
 
 
 @pytest.mark.parametrize("system_prompt", [None, "You do sums."])

