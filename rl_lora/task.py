@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ from rl_lora.samples import content_hash
 
 N_ENDLESS = 256
 """Training problems that are looked at where an environment makes new ones from every seed."""
+MAX_HASHES = 4096
+"""Of problems, in a run's record of its task."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Problem:
     reference: Any
     hash: str
     demonstration: str | None = None
+    failed: bool = False
 
 
 def problems_of(make_env: MakeEnv, seeds: Iterable[int]) -> list[Problem]:
@@ -43,7 +47,7 @@ def problems_of(make_env: MakeEnv, seeds: Iterable[int]) -> list[Problem]:
         try:
             start = begin(env, seed)
         except TaskError as error:  # it is left out when its turn comes
-            problems.append(Problem(seed, None, content_hash(env_id(env), seed, error.reason)))
+            problems.append(Problem(seed, None, content_hash(env_id(env), seed, error.reason), failed=True))
             continue
         reference = start.info.get("reference")
         try:
@@ -97,7 +101,15 @@ def task_record(config: TrainConfig) -> dict[str, Any]:
 
 
 def _record(problems: list[Problem]) -> dict[str, Any]:
-    return {"n": len(problems), "hash": content_hash([(problem.hash, problem.demonstration) for problem in problems])}
+    """How many there are, and a hash of each; of so many that it would be long, of a few together. A problem that could
+    not be asked has none: it may be another time."""
+    size = max(1, math.ceil(len(problems) / MAX_HASHES))
+    parts = (problems[i : i + size] for i in range(0, len(problems), size))
+    hashes = [
+        None if any(p.failed for p in part) else content_hash([(p.hash, p.demonstration) for p in part])[:8]
+        for part in parts
+    ]
+    return {"n": len(problems), "hashes": hashes}
 
 
 def task_changes(old: dict[str, Any], new: dict[str, Any], env: str) -> list[str]:
@@ -109,8 +121,10 @@ def task_changes(old: dict[str, Any], new: dict[str, Any], env: str) -> list[str
         changes.append("the source of the reward function has changed")
     for name, what in (("problems", "training problems"), ("held_out", "held-out problems")):
         then, now = old[name], new[name]
+        pairs = list(zip(then["hashes"], now["hashes"], strict=False))
         if then["n"] != now["n"]:
             changes.append(f"there were {then['n']} {what}, there are {now['n']}")
-        elif then["hash"] != now["hash"]:
-            changes.append(f"the {now['n']} {what} ask something else, or have other references or solutions")
+        elif n_changed := sum(None not in pair and pair[0] != pair[1] for pair in pairs):
+            some = f"{n_changed} of {now['n']}" if len(pairs) == now["n"] else f"some of {now['n']}"
+            changes.append(f"{some} {what} ask something else, or have another reference or solution")
     return changes

@@ -21,7 +21,8 @@ from rl_lora.checkpoint import Checkpoints
 from rl_lora.config import EnvConfig, TrainConfig
 from rl_lora.metrics import MetricsFile
 from rl_lora.policy import Policy
-from rl_lora.task import problems_of
+from rl_lora.task import Problem as Known
+from rl_lora.task import _record, problems_of, task_changes
 from rl_lora.trainer import train
 from tests.test_trainer import adapter_hash, assert_same_run, metrics, tiny_config
 from tests.tiny import tiny_folder
@@ -244,7 +245,7 @@ def own(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainCo
             "rows.jsonl",
             '"answer": 7}',
             '"answer": 8}',
-            "training problems ask something else",
+            "1 of 37 training problems ask something else",
         ),
         ("rows.jsonl", '"39?", "answer": 39', '"40?", "answer": 39', "training problems"),
         ("rows.jsonl", '{"prompt": "5?", "answer": 5}\n', "", "there were"),
@@ -292,6 +293,20 @@ def test_a_column_that_the_reward_reads_belongs_to_the_problem_and_others_do_not
 
     assert digest(weighed, weight=1.0, note="a") != digest(weighed, weight=2.0, note="a")
     assert digest("numeric", weight=1.0, note="a") == digest("numeric", weight=2.0, note="b")
+
+
+def test_a_problem_that_cannot_be_asked_at_the_moment_is_no_change_of_the_task() -> None:
+    def record(failing: set[int], n: int = 5, changed: int | None = None) -> dict[str, Any]:
+        part = _record([Known(i, None, f"{i} {i == changed}", failed=i in failing) for i in range(n)])
+        return {"environment": "e", "reward": "r", "problems": part, "held_out": part}
+
+    assert task_changes(record({1}), record({2}), "E") == []
+    assert len(task_changes(record({1}), record({2}, changed=3), "E")) == 2
+    many = record(set(), 10_000)
+    assert len(many["problems"]["hashes"]) <= 4096
+    assert task_changes(many, record({4}, 10_000), "E") == []
+    (first, _) = task_changes(many, record({4}, 10_000, changed=77), "E")
+    assert first.startswith("some of 10000 training problems")
 
 
 def test_a_run_that_never_took_its_task_down_is_resumed_as_before(own: TrainConfig, tmp_path: Path) -> None:
