@@ -20,7 +20,8 @@ from rl_lora.rollout import MakeEnv, prompt_of, unsteady
 N_STEADY = 4
 """Problems that are asked for several times: whether a seed leads to one problem shows in the first ones."""
 TOKENS_PER_BYTE = 3
-"""More than any tokenizer makes, normalisation included: a text that fits at this rate need not be tokenised."""
+"""More than any tokenizer makes, normalisation included; one without it makes one at most. A text that fits at this
+rate need not be tokenised."""
 A_FEW = 2
 """So many of the problems that are looked at may be faulty, whatever share they are, if they are made from the seed."""
 AT_LEAST, SECONDS = 2048, 120.0
@@ -69,7 +70,8 @@ def faults_of(
     fault_of: Callable[[int], str | None] = getattr(env.unwrapped, "problem_fault", lambda seed: None)
     place_of: Callable[[int], str] = getattr(env.unwrapped, "problem_place", lambda seed: "")
     around = len(chat.start("?", config.system_prompt))
-    surely_fits = (context - config.max_tokens - around) // TOKENS_PER_BYTE
+    plain = getattr(getattr(chat.tokenizer, "backend_tokenizer", None), "normalizer", "unknown") is None
+    surely_fits = (context - config.max_tokens - around) // (1 if plain else TOKENS_PER_BYTE)
     began = time.monotonic()
     for i, seed in enumerate(seeds):
         if i >= AT_LEAST and time.monotonic() - began > SECONDS:
