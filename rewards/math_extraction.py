@@ -92,7 +92,7 @@ _MAYBE = re.compile(
 )
 _DENIAL = re.compile(r"n't\s+")
 _END_OF_ANSWER = re.compile(
-    r"\n|(?<=[^\s.])[.!?;](?=\s|$|\*)|,?\s+(?:because|since|so|as(?!\s+(?:many|much)\b)|which|therefore|but)\b"
+    r"\n|(?<=[^\s.\\])[.!?;](?=\s|$|\*)|,?\s+(?:because|since|so|as(?!\s+(?:many|much)\b)|which|therefore|but)\b"
     r"|,\s+(?!(?:and|or|sin|cos|tan|ln|log)\b)[a-z]{2,}|(?<=[0-9%}$])\s+of\b|\s+\((?=[a-z]{3,})"
 )
 # Formulas hold no opening delimiter of their own kind, so that a run of those is read once, not once for each.
