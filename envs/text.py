@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import functools
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -247,7 +248,9 @@ class SingleTurnEnv(TextEnv):
         assert problem is not None
         prompt = problem.question if problem.messages is None else problem.messages
         judged = [Reply(text, None if ids is None else tuple(ids)) for _, text, ids in replies]
-        verdicts = self.judge.start(Case(problem.reference, prompt, problem.record or {}), judged, calls)
+        verdicts = functools.cache(
+            self.judge.start(Case(problem.reference, prompt, problem.record or {}), judged, calls)
+        )
         for i, (env, text, _) in enumerate(replies):
             env._ahead = text, lambda i=i: verdicts()[i]
 

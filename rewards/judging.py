@@ -149,7 +149,16 @@ def score(
 
     Raises Unscorable as the function did, and RewardError, naming the function, for anything else that went wrong.
     """
-    (verdict,) = Judge(reward, None, name).start(Case(reference, **case), [Reply(completion)])()
+    try:
+        judge = _judge_of(reward, name)
+    except TypeError:  # a function that has no hash
+        judge = Judge(reward, None, name)
+    (verdict,) = judge.start(Case(reference, **case), [Reply(completion)])()
     if isinstance(verdict, Unscorable):
         raise verdict
     return verdict
+
+
+@functools.lru_cache(maxsize=64)
+def _judge_of(reward: RewardFunction, name: str | None) -> Judge:
+    return Judge(reward, None, name)

@@ -46,6 +46,8 @@ from rl_lora.training_samples import rewind_samples
 from rl_lora.types import Group
 
 N_TRANSCRIPTS = 3
+WAIT = 0.1
+"""Share of sampling and learning from which on the wait for rewards is told."""
 SUMMARY = {
     *("steps", "before", "after", "reward_first", "reward_last", "learned", "seconds"),
     *("adapter", "best_checkpoint", "best_score", "transcripts", "next"),
@@ -170,6 +172,8 @@ class RunReport:
             parts.append(f"unscorable {record['unscorable']:.0%}")
         parts.append(f"{record['tokens_per_episode'] or 0:.0f} tokens")
         parts.append(f"{record['seconds/rollout']:.1f}+{record['seconds/learn']:.1f} s")
+        if record.get("seconds/reward", 0.0) > WAIT * (record["seconds/rollout"] + record["seconds/learn"]):
+            parts.append(f"waited {record['seconds/reward']:.1f} s for rewards")
         self.console.print("  ".join(parts))
         self._reward, self._what = f"reward {_number(record['reward'], '.3f')}", ""
         if self._progress is not None:

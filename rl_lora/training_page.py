@@ -105,6 +105,7 @@ CHARTS = {
                 "sampling": "train/seconds/rollout",
                 "learning": "train/seconds/learn",
                 "evaluating": "eval/seconds/evaluate",
+                "waiting for rewards": "train/seconds/reward",
             },
             "Of each stage of a step, and of each evaluation.",
         ),
