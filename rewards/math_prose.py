@@ -61,7 +61,7 @@ def labelled(text: str) -> str | None:
 
 
 def _opened(text: str) -> str:
-    return " ".join(plain(text).replace("~", " ").split()) if "\\text" in text else text.strip()
+    return " ".join(plain(text).replace("~", " ").split()) if "\\text" in text else text.replace("**", "").strip()
 
 
 def _labelled(label: str, value: str, text: str) -> str | None:
@@ -94,7 +94,12 @@ def _in_sentence(text: str) -> str | None:
     last = numerals[-1]
     before, value = text[: last.start()], text[last.start() :]
     words = re.findall(r"[^\W\d_]+(?:'[a-z]+)?", before.lower())
-    if not words or re.search(r"[<>=+*/^_|\\(\[{:-]\s*$", before) or unsettled(text, prose=True):
+    if (
+        not words
+        or words[-1] in _NO_LABEL
+        or re.search(r"[<>=+*/^_|\\(\[{:-]\s*$", before)
+        or unsettled(text, prose=True)
+    ):
         return None
     if len(numerals) > 1:
         copula = re.search(r"\b(?:is|are|equals|makes)\s+$", before)

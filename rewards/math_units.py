@@ -14,7 +14,7 @@ _CONNECTIVES |= {"half", "halves", "third", "thirds", "tenth", "tenths", "hundre
 
 _TEXT = r"\\(?:text|mbox|textrm|textit|textbf|textnormal|mathrm|mathit|hbox|rm|operatorname)\s*"
 _WRAPPED_UNIT = re.compile(_TEXT + r"\{([^{}]*)\}\s*(?:\^\s*\{?([0-9])\}?)?$")
-_WRAPPER = re.compile(_TEXT + r"\{([^{}]*)\}")
+_WRAPPER = re.compile(_TEXT + r"\{((?:[^{}]|\{[^{}]*\})*)\}")
 _DEGREES = re.compile(
     r"(?:\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree)\s*(?:(?:\\(?:text|mathrm|rm)\s*\{?\s*)?([CF])\}?)?$"
 )

@@ -14,6 +14,7 @@ NAMED = r"""
     Total: @|Ans: @|Ans. @|<b>@</b>|Result: **@**|Solution: @|Answer 77@|<p>The answer is <strong>@</strong>.</p>
     \boxed{\text{The answer is } @}|\boxed{\text{Answer: } @}|<answer>He has @ stamps.</answer>|Perimeter = @
     \boxed{\text{Perimeter: } @}|\boxed{\text{There are } @ \text{ stamps}}|\boxed{She earns \$@}|Number of trees: @
+    **Total:** @
     <answer>The total is @</answer>|#### The answer is @|\boxed{\text{Total cost} = @}|<answer>Total: @</answer>
     {"answer": @}|{"reasoning": "2+2", "answer": "@"}|{"final_answer": "@"}|So the end: {"answer": @}|Final result: @
     <answer>The sum of 2 and 5 is @.</answer>|\boxed{\text{Maria needs } @ \text{ more minutes}}|Cost: $@|Area = @ cm^2
@@ -28,7 +29,7 @@ UNSETTLED = r"""
     \boxed{\text{half of } @}|\boxed{sqrt @}
     答案不是@。|答案可能是@|答案是@或1|答案是3分之@|答案是@万|Ответ: не @|\boxed{\sin @}|<answer>more than @</answer>
     \boxed{\text{He has } @ \text{ dozen}}|\boxed{@!}
-    <answer>@ is not enough</answer>|Wrong answer: not @|<answer>2 times @</answer>
+    <answer>@ is not enough</answer>|Wrong answer: not @|<answer>Question @</answer>|<answer>2 times @</answer>
 """.replace("\n", "|").split("|")
 
 

@@ -99,6 +99,7 @@ def test_what_stands_in_parentheses_and_is_no_unit_is_a_factor() -> None:
         (r"9\,\frac{\text{m}}{\text{s}}", "9 m/s", True),
         (r"9\,\text{m}\,\text{s}^{-1}", "9 meters per second", True),
         (r"9\,\text{m s}^{-2}", "9 m/s", False),
+        (r"9\;\mathrm{km\,h^{-1}}", "9 km/h", True),
         (r"9\,\text{m/s}^2", "9 m/s^2", True),
         ("9 kmh", "9 km/h", True),
         ("9 mph", "9 miles an hour", True),
