@@ -113,16 +113,16 @@ def _record(problems: list[Problem]) -> dict[str, Any]:
 
 
 def task_changes(old: dict[str, Any], new: dict[str, Any], env: str) -> list[str]:
-    """What differs between two records of `task_record`, in words."""
+    """What differs between two records of `task_record`, in words; what one of them lacks is no difference."""
     changes = []
-    if old["environment"] != new["environment"]:
+    if old.get("environment", new["environment"]) != new["environment"]:
         changes.append(f"the source of the environment {env} has changed")
-    if old["reward"] != new["reward"]:
+    if old.get("reward", new["reward"]) != new["reward"]:
         changes.append("the source of the reward function has changed")
     for name, what in (("problems", "training problems"), ("held_out", "held-out problems")):
-        then, now = old[name], new[name]
-        pairs = list(zip(then["hashes"], now["hashes"], strict=False))
-        if then["n"] != now["n"]:
+        then, now = old.get(name, {}), new[name]
+        pairs = list(zip(then.get("hashes", ()), now["hashes"], strict=False))
+        if then.get("n", now["n"]) != now["n"]:
             changes.append(f"there were {then['n']} {what}, there are {now['n']}")
         elif n_changed := sum(None not in pair and pair[0] != pair[1] for pair in pairs):
             some = f"{n_changed} of {now['n']}" if len(pairs) == now["n"] else f"some of {now['n']}"
