@@ -9,17 +9,28 @@ import re
 from dataclasses import dataclass
 
 HALF_DAY = r"[ap]\.?\s?m\b\.?"
-PART_OF_DAY = rf"(?:{HALF_DAY}|(?:in\s+the\s+(?:morning|afternoon|evening)|noon|midnight)\b)"
+PART_OF_DAY = rf"(?:{HALF_DAY}|(?:in\s+the\s+(?:morning|afternoon|evening)|at\s+night|noon|midnight)\b)"
 _CLOCK = re.compile(
     r"(?:at )?(?P<hour>[0-9]{1,2})(?: ?: ?(?P<minute>[0-5][0-9])(?: ?: ?(?P<second>[0-5][0-9]))?)?"
     r"(?: ?(?P<sharp>o'clock))?"
-    r"(?:,? ?(?:(?P<half>[ap])\.? ?m\.?|in the (?P<part>morning|afternoon|evening)|(?P<named>noon|midnight)))?",
+    r"(?:,? ?(?:(?P<half>[ap])\.? ?m\.?|in the (?P<part>morning|afternoon|evening)|at (?P<night>night)"
+    r"|(?P<named>noon|midnight)))?"
+    r"(?(minute)(?: (?:hours|hrs|uhr))?)",
     re.IGNORECASE,
 )
 _HINT = re.compile(r":|colon|[0-9}\s.]\s*[ap]\.?\s?m|{[ap]\.?m|clock|noon|night|morning|evening", re.IGNORECASE)
 _NAMED = re.compile(r"(?:at )?(noon|midnight)", re.IGNORECASE)
 _DRESS = re.compile(r"\\(?:text|mbox|mathrm|textbf|textrm|rm|colon)(?![a-zA-Z])|[*$~{}\\]|\s+")
-_HALVES = {"a": "am", "p": "pm", "morning": "am", "afternoon": "pm", "evening": "pm", "noon": "pm", "midnight": "am"}
+_HALVES = {
+    "a": "am",
+    "p": "pm",
+    "morning": "am",
+    "afternoon": "pm",
+    "evening": "pm",
+    "night": "pm",
+    "noon": "pm",
+    "midnight": "am",
+}
 
 
 @dataclass(frozen=True)
@@ -52,7 +63,9 @@ def clock(text: str) -> Clock | None:
     match = _CLOCK.fullmatch(text)
     if match is None:
         return None
-    half = _HALVES.get((match["half"] or match["part"] or match["named"] or "").lower())
+    if match["night"] and not 6 <= int(match["hour"]) <= 12:
+        return None
+    half = _HALVES.get((match["half"] or match["part"] or match["night"] or match["named"] or "").lower())
     if match["minute"] is None and half is None and not match["sharp"]:
         return None
     hour, minute, second = (int(match[name] or 0) for name in ("hour", "minute", "second"))

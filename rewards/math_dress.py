@@ -53,7 +53,10 @@ _RAISED_ORDINAL = re.compile(
 _OVER = re.compile(r"\{([^{}]*)\}\s*\\over(?![a-z])\s*\{([^{}]*)\}|\{([^{}]*?)\s*\\over(?![a-z])\s*([^{}]*)\}")
 _CHOOSE = re.compile(r"\{([^{}]*?)\s*\\choose(?![a-zA-Z])\s*([^{}]*)\}")
 _EXCLAIMED = re.compile(r"(?:.*[\s'-])?(?:[^\W\d_]{4,}|[^\W\d_a-z][a-z]+|yes|no)\s*!+")  # not the factorial of n
-_LEADING = re.compile(r"^(?:\\approx(?![a-z])|\\sim(?![a-z])|\\equiv(?![a-z])|=)\s*")
+_LEADING = re.compile(
+    r"^(?:\\approx(?![a-z])|\\sim(?![a-z])|\\(?:equiv|to|rightarrow|cdot)(?![a-z])|=)\s*"
+    r"|^(?:\\(?:text|mbox|textrm)\s*\{\s*)?(?:approximately|approx\.?|about|roughly|around|circa)[\s~]*\}?\s*(?=[-$\\]*[0-9])"
+)
 _WRAPPED = re.compile(r"(?:\\(?:text|mbox|textbf|textit|textrm|mathrm|mathbf|mathit)\s*)\{|\{(?=\s*\\)")
 _DELIMITERS = (
     ("$$", "$$"),

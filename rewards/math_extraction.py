@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 from rewards.math_characters import ascii_text
 from rewards.math_clocks import HALF_DAY, PART_OF_DAY
-from rewards.math_hedges import goes_on, unsettled
+from rewards.math_hedges import bounded, goes_on, unsettled
+from rewards.math_languages import denied_near, said_elsewhere, unsure_elsewhere
 from rewards.math_marked import boxed, boxes, hashes, last_match
 from rewards.math_numbers import DECIMAL
-from rewards.math_prose import in_json, labelled, said_elsewhere, told, unsure_elsewhere, without_html
+from rewards.math_prose import in_json, labelled, told, without_html
 from rewards.math_text import nothing
 from rewards.math_words import NUMBER_WORDS
 
@@ -91,8 +92,9 @@ _MAYBE = re.compile(
     re.IGNORECASE,
 )
 _DENIAL = re.compile(r"n't\s+")
+_CONTRARY = re.compile(r"\s*,?\s*but\s+(?:rather\s+|instead\s+)?(?=[-$\\(*]*[0-9])")
 _END_OF_ANSWER = re.compile(
-    r"\n|(?<=[^\s.\\])[.!?;](?=\s|$|\*)|,?\s+(?:because|since|so|as(?!\s+(?:many|much)\b)|which|therefore|but)\b"
+    r"\n|(?<=[^\s.\\])[.!?;](?=\s|$|\*)|,?\s+(?:because|since|so|as(?!\s+(?:many|much)\b)|which|therefore|but|rather\s+than|instead\s+of)\b"
     r"|,\s+(?!(?:and|or|sin|cos|tan|ln|log)\b)[a-z]{2,}|(?<=[0-9%}$])\s+of\b|\s+\((?=[a-z]{3,})"
 )
 # Formulas hold no opening delimiter of their own kind, so that a run of those is read once, not once for each.
@@ -123,11 +125,13 @@ def phrase(text: str) -> str | None:
     """What "the answer is ..." says last (also "Final answer: ...", "**Answer:** ..."): the formula in dollars that it
     names, else up to the end of the sentence; behind an equals sign only its last side ("12 + 6 = 18" is 18)."""
     last = last_match(_PHRASE.finditer(text))
-    elsewhere = None if text.isascii() else said_elsewhere(text)
+    elsewhere = said_elsewhere(text)
     if elsewhere and (last is None or last.end() < elsewhere.end()):
         last = elsewhere
         if elsewhere["not"]:
             return f"not {text[last.end() :]}"
+    else:
+        elsewhere = None
     if " be " in text and (maybe := last_match(_MAYBE.finditer(text))) and (last is None or last.end() < maybe.end()):
         unsure = _unsure(maybe)
         if unsure is not None:
@@ -149,8 +153,14 @@ def phrase(text: str) -> str | None:
     line, behind = _sentence(rest)
     if denial := _DENIAL.match(line):
         line = f"not {line[denial.end() :]}"
+    if last is elsewhere:
+        return _elsewhere(line, behind)
+    if line.startswith("not ") and (contrary := _CONTRARY.match(behind)):  # not 12 but 17
+        line, behind = _sentence(behind[contrary.end() :])
     if goes_on(_spoken(behind)) and _NUMBER.search(_spoken(line)):
         return line + behind.splitlines()[0]
+    if not _NUMBER.match(line) and unsettled(_spoken(line)):
+        return re.sub(r"^\W*(?:either|both)\s+", "", line)
     if re.match(r"[A-Za-z]{2,} ", line):  # "Final answer: the largest $n$ is 34"
         line = re.split(r"\b(?:is|are|equals)\s+(?=\S)", line)[-1]
     if several or line.startswith("not "):
@@ -206,6 +216,19 @@ def _spoken(line: str) -> str:
     return re.sub(
         r"\*\*|__|\$(?![0-9])|(?<!\w)[_*](?=[a-z]+[_*])|(?<=[a-z])[_*](?!\w)", "", _MATH.sub(numeral, line)
     ).strip(" :*")
+
+
+def _elsewhere(line: str, behind: str) -> str | None:
+    """The value behind "the answer is" in another language; None where a sentence there has none."""
+    if unsure_elsewhere(line):
+        return f"not {line}"
+    number = _NUMBER.search(line)
+    opening = _MATH.match(line)
+    if opening and _is_math(opening):
+        return _last_side(_inside(opening))
+    if number and not _NUMBER.match(line.lstrip("*_ $")) and re.match(r"[^\W\d_]{2,}", line):
+        return last_number(line) if re.match(r"\s*[^\s0-9]*\s*[^0-9]*$", line[number.end() :]) else line
+    return line.strip("*_ ")
 
 
 def _unsure(maybe: re.Match[str]) -> str | None:
@@ -267,14 +290,18 @@ def last_expression(text: str) -> str | None:
     return None if last is None else _unsettled_end(text, last) or _signed(last)
 
 
+_LABEL = re.compile(r"\W*[A-Za-z][A-Za-z ]{0,30}:\W*")
+
+
 def _unsettled_end(text: str, last: re.Match[str]) -> str | None:
     """The end of the sentence up to its last value where that is no answer: "it is either 14 or 23", "x is not 5"."""
     before = re.split(r"(?<=[.!?;])\s+|\n", text[max(0, last.start() - 150) : last.start()])[-1]
     sentence = before + text[last.start() : last.end()]
-    for part in (sentence, re.split(r"\b(?:is|are|was|were|be|equals|lies|it's)\s+", sentence)[-1]):
+    for part in (sentence, re.split(r"\b(?:is|are|was|were|be|equals|lies|ranges|it's)\s+", sentence)[-1]):
         if unsettled(_spoken(part), prose=True):
             return part
-    return None
+    label = _LABEL.match(sentence)
+    return sentence if label and bounded(_spoken(sentence[label.end() :])) else None
 
 
 def _last_numeral(text: str) -> re.Match[str] | None:
@@ -291,7 +318,7 @@ def _is_whole(match: re.Match[str]) -> bool:
     text = match.string
     if text[match.end() : match.end() + 1].isdigit() or text[match.start() - 1 : match.start()].isdigit():
         return False
-    return text.isascii() or not unsure_elsewhere(text[max(0, match.start() - 20) : match.end() + 8])
+    return text.isascii() or not denied_near(text[max(0, match.start() - 20) : match.end() + 8])
 
 
 def _signed(match: re.Match[str]) -> str:

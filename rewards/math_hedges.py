@@ -12,7 +12,8 @@ from rewards.math_numbers import DECIMAL, quantity
 MAX_CHARS = 200
 """Longer lines are not looked at: the work is more than linear in them."""
 
-_N = rf"(?:\\?[$£€₹]\s?)?-?{DECIMAL}(?:/[0-9]+)?(?:\s?\\?%)?"
+_TIME = r"[0-9]{1,2}:[0-5][0-9](?![0-9])(?:\s?[ap]\.?\s?m\b\.?)?"
+_N = rf"(?:{_TIME}|(?:\\?[$£€₹]\s?)?-?{DECIMAL}(?:/[0-9]+)?(?:\s?\\?%)?)"
 _UNIT = r"(?:\s+(?!or\b|and\b|to\b|maybe\b|perhaps\b|possibly\b)[a-z]{2,}\.?){0,3}"
 _TAIL = r"[^0-9]*"
 _FILLER = (
@@ -53,6 +54,24 @@ _EITHER = re.compile(rf".*?\beither\b.*?{_N}.*?\bor\b.*?{_N}{_TAIL}", re.IGNOREC
 _OR = re.compile(
     rf".*?(?P<a>{_N})(?P<unit>{_UNIT})\s+or\s+(?:[a-z]+\s+){{0,2}}(?P<b>{_N})(?P<other>{_TAIL})", re.IGNORECASE
 )
+_BESIDE = re.compile(
+    rf"\b(?:(?:almost|nearly|near|close\s+to|approach(?:es|ing)|tends?\s+to|shy\s+of|short\s+of"
+    rf"|(?:just|a\s+little|a\s+bit)\s+(?:under|over|below|above))|(?:wrong|incorrect|false)\s*:?)\s+{_N}{_TAIL}\Z",
+    re.IGNORECASE,
+)
+"""A value near another, or a wrong one."""
+_CHANGED = re.compile(
+    rf"\b(?:twice|thrice|half|double|triple|minus|negative|(?<!other\s)than"
+    rf"|(?:opposite|inverse|reciprocal|negative|square|cube|root|half|double|triple|third|quarter|logarithm|sine|cosine"
+    rf"|factorial|complement|multiple|divisor|factor)\s+of)\s+(?:of\s+|the\s+|number\s+)*{_N}{_TAIL}\Z",
+    re.IGNORECASE,
+)
+"""Another value, made of the one that is written."""
+_TIME_BOUND = re.compile(
+    rf"\b(?:before|after|(?:later|earlier)\s+than|between\s+{_TIME}\s*(?:and|to)|{_TIME}\s+or)\s+{_TIME}{_TAIL}\Z",
+    re.IGNORECASE,
+)
+_EITHER_WORD = re.compile(rf"\W*either\b[^0-9]*\bor\b[^0-9]*{_N}{_TAIL}", re.IGNORECASE)
 _MORE = re.compile(
     rf"\s*[,;(]?\s*(?:or|but|and)?\s*(?:it|this)?\s*\b(?:or|could|may|might|maybe|perhaps|possibly|alternatively|otherwise|else)\b"
     rf"[^.\n]*?{_N}",
@@ -66,13 +85,23 @@ def unsettled(line: str, *, prose: bool = False) -> bool:
     if len(line) > MAX_CHARS:
         return False
     if prose:
-        return any(kind.fullmatch(line) for kind in (_BOUNDED, _RANGE, _EITHER)) or _DENIED.search(line) is not None
+        return (
+            any(kind.fullmatch(line) for kind in (_BOUNDED, _RANGE, _EITHER))
+            or any(kind.search(line) for kind in (_DENIED, _BESIDE, _TIME_BOUND))
+            or (" or " in line and _several(line) and _one_of_two(line))
+        )
     return (
-        _DENIED.search(line) is not None
+        any(kind.search(line) for kind in (_DENIED, _BESIDE, _CHANGED, _TIME_BOUND))
+        or _EITHER_WORD.fullmatch(line) is not None
         or any(bound.fullmatch(line) for bound in (_BOUNDED, _RANGE, _AT_LEAST))
         or _several(line)
         or _one_of_two(line)
     )
+
+
+def bounded(value: str) -> bool:
+    """Whether what stands behind a label is a bound: "at most 73"."""
+    return len(value) <= MAX_CHARS and any(bound.fullmatch(value) for bound in (_BOUNDED, _AT_LEAST))
 
 
 def _several(line: str) -> bool:

@@ -18,7 +18,7 @@ _OTHER_VALUE_NAMES = """
     incorrect false not no none nor never neither without least most maximum minimum max min or is was are were isn't
     less fewer than except unless remainder mil mille tausend millones millon million millionen milliarden media medio
     demi docena docenas douzaine dutzend halb alpha beta gamma delta epsilon zeta theta kappa lambda rho sigma tau phi
-    chi psi omega
+    chi psi omega gross lakh lakhs crore crores
 """
 _PARTS_AS_NOUNS = {"quarters", "quarter", "third", "fourth", "fifth", "sixth", "eighth", "tenth", "one"}
 _OTHER_VALUE = (frozenset(_OTHER_VALUE_NAMES.split()) | NUMBER_WORDS | frozenset(MULTIPLIERS)) - _PARTS_AS_NOUNS
@@ -99,7 +99,7 @@ def _stem(noun: str) -> str:
 
 
 _FOREIGN_VALUE = re.compile(
-    r"[半点点點分负負打不非或和至到多余餘以约約未]|[+\-]|(?<!\w)(?:не|или|и|минус|плюс|процент\w*|тыс\w*|млн|млрд|"
+    r"^[만천백억]|ない|아니|아닙|이상|이하|미만|초과|보다|以上|以下|[半点点點分负負打不非或和至到多余餘以约約未]|[+\-]|(?<!\w)(?:не|или|и|минус|плюс|процент\w*|тыс\w*|млн|млрд|"
     r"миллион\w*|миллиард\w*|полов\w*|дюжин\w*|сот\w*|más|millón|millones|mille|demi\w*)(?!\w)",
     re.IGNORECASE,
 )

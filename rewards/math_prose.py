@@ -10,7 +10,7 @@ import re
 
 from rewards.math_clocks import clock
 from rewards.math_hedges import unsettled
-from rewards.math_marked import last_match
+from rewards.math_languages import ANSWER_ELSEWHERE
 from rewards.math_numbers import DECIMAL, quantity
 from rewards.math_text import plain
 from rewards.math_words import NUMBER_WORDS, digits
@@ -22,10 +22,6 @@ _ANSWER = (
     r"(?:(?:the|my|our|so|thus|final|correct|right|numerical|numeric)\s+)*"
     r"(?:answer|ans|result|solution|total|sum|value)"
 )
-_SPOKEN_ANSWERS = (
-    "respuesta réponse antwort risposta resposta lösung odpowiedź antwoord svar cevap vastaus ответ відповідь"
-)
-_ELSEWHERE = "|".join(_SPOKEN_ANSWERS.split())
 _LABEL = re.compile(r"(?P<label>[^\W\d_](?:[^\W\d_]|[ '’()/-](?!$)){0,40}?)\s*[:=]\s*(?P<value>\S.*)", re.DOTALL)
 _UNLABELLED = re.compile(rf"{_ANSWER}\b\.?\s+(?P<value>[-+$\\(]*[0-9].*)", re.IGNORECASE)
 _NO_LABEL_NAMES = """
@@ -70,7 +66,7 @@ def _labelled(label: str, value: str, text: str) -> str | None:
         return None
     if "=" in text[len(label) : len(text) - len(value)]:
         return None if len(words) < 2 and len(label) < 4 else _plain_value(value)
-    if re.fullmatch(rf"{_ANSWER}s?|{_ELSEWHERE}", label, re.IGNORECASE):
+    if re.fullmatch(rf"{_ANSWER}s?|{ANSWER_ELSEWHERE}", label, re.IGNORECASE):
         return value if not re.search(r"[0-9]", value) or len(value) > MAX_CHARS else _plain_value(value)
     if len(label) < 3 or label.isupper() or not re.match(r"[-+$€£(\[{\\]*(?:[0-9]|[a-zA-Z\\])", value):
         return None
@@ -113,7 +109,7 @@ def _in_sentence(text: str) -> str | None:
     return value if quantity(value) is not None else None
 
 
-# ---- JSON, HTML, answers in other languages ---------------------------------------------------------------------
+# ---- JSON, HTML ---------------------------------------------------------------------
 
 _JSON = re.compile(
     r"\"(?:final[ _]?)?(?:answer|result|solution)\"\s*:\s*(?:\"((?:[^\"\\]|\\.)*)\"|(-?[0-9][0-9.eE+-]*|true|false))\s*"
@@ -145,25 +141,3 @@ def without_html(text: str) -> str:
         return text
     text = _RAISED.sub(lambda match: f"{'^' if match[1].lower() == 'sup' else '_'}{{{match[2]}}}", text)
     return _HTML.sub("", text)
-
-
-_CJK_DENIED = r"(?:不|并不|並不|不会|不可能|可能|也许|或许|大概|大约|大約|约|約)"
-_SAID = re.compile(
-    rf"(?:答案|答え|正解|結果|结果|最终结果)\s*(?P<not>{_CJK_DENIED}\s*是?)?(?:应该?|應該?)?\s*(?:是|为|為|选|選|は|:|=)+\s*:?\s*"
-    rf"|(?:故|应|應|所以|因此)?\s*(?:选择?|選)\s*:?\s*(?=[A-J](?![a-z]))|(?<![^\W_])答\s*:\s*|(?:정답|답)\s*(?:은|는|:)\s*:?\s*"
-    rf"|(?<![^\W_])(?:{_ELSEWHERE}|الجواب|الإجابة|उत्तर|đáp\s+án|đáp\s+số)\s*(?:es|est|ist|é|è|هو|है|là)?\s*[:=]?\s*(?=\S)",
-    re.IGNORECASE,
-)
-_CJK_UNSURE = re.compile(
-    r"不是|并非|並非|可能|也许|或许|大概|大约|大約|至少|至多|不超过|不超過|以上|以下|之间|左右|ではない|아니|分之"
-)
-
-
-def said_elsewhere(text: str) -> re.Match[str] | None:
-    """Where a text says "the answer is" in another language, the last time."""
-    return last_match(_SAID.finditer(text))
-
-
-def unsure_elsewhere(sentence: str) -> bool:
-    """Whether a sentence in Chinese, Japanese or Korean denies or bounds a number."""
-    return _CJK_UNSURE.search(sentence) is not None
