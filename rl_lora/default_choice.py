@@ -82,7 +82,7 @@ def _decision() -> _Decision:
             if (decided := _written()) is None:
                 decided = _decide()
                 draft = record.with_name(f"{record.name}.tmp-{os.getpid()}")
-                draft.write_text(json.dumps(dataclasses.asdict(decided), indent=1) + "\n")
+                draft.write_text(json.dumps(dataclasses.asdict(decided), indent=1) + "\n", encoding="utf-8")
                 os.replace(draft, record)
                 if decided.model == EMBEDDED_MODEL:
                     console.print(
@@ -103,7 +103,7 @@ def _record() -> Path:
 
 def _written() -> _Decision | None:
     try:
-        decided = _Decision(**json.loads(_record().read_text()))
+        decided = _Decision(**json.loads(_record().read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):  # none, or none that can be read: it is decided anew
         return None
     return decided if decided.model in (EMBEDDED_MODEL, HUB_MODEL) else None

@@ -27,8 +27,11 @@ class Terminated(KeyboardInterrupt):
 
 
 def listen() -> None:
-    """Raise KeyboardInterrupt at Ctrl-C and Terminated at SIGTERM. Under a launcher, end when it is gone."""
-    if threading.current_thread() is not threading.main_thread():
+    """Raise KeyboardInterrupt at Ctrl-C and Terminated at SIGTERM. Under a launcher, end when it is gone.
+
+    Only in a program that is a command: one that merely calls its `main` has signals of its own.
+    """
+    if not _is_command() or threading.current_thread() is not threading.main_thread():
         return
     came: list[float] = []
 

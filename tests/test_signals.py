@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
+import scripts.report
 from rl_lora.checkpoint import Checkpoints
 from rl_lora.interrupts import later
 from rl_lora.learner import Learner
@@ -89,6 +90,14 @@ def test_ctrl_c_while_libraries_are_imported_says_nothing(tmp_path: Path) -> Non
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
         assert (process.returncode, out, err) == (130, "", "")
+
+
+def test_a_program_that_calls_a_command_keeps_its_own_signals(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr("sys.argv", ["report.py", "there-is-no-such-run"])
+    with pytest.raises(SystemExit):
+        scripts.report.main()
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_signals_wait_for_what_must_not_be_cut() -> None:
