@@ -34,6 +34,7 @@ from rewards import (
     Unscorable,
     WeightedSum,
     code_of,
+    modules_of,
     name_of,
     reference_fault,
     resolve,
@@ -174,6 +175,11 @@ class SingleTurnEnv(TextEnv):
     def code(self) -> str:
         """What it judges with, beside its class: the sources of its reward functions."""
         return code_of(self.reward)
+
+    @property
+    def code_modules(self) -> set[str]:
+        """The modules that its reward functions are of."""
+        return modules_of(self.reward)
 
     @property
     def record(self) -> Mapping[str, Any] | None:

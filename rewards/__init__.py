@@ -5,7 +5,7 @@ one may take, and `Judge` calls it.
 """
 
 from rewards.background import Calls
-from rewards.code import code_of
+from rewards.code import code_of, modules_of
 from rewards.combine import Part, WeightedSum
 from rewards.format import format_match
 from rewards.judging import Judge, score
@@ -36,6 +36,7 @@ __all__ = [
     "format_match",
     "length_reward",
     "math_match",
+    "modules_of",
     "name_of",
     "numeric_match",
     "reference_fault",

@@ -1,6 +1,6 @@
 """The source that a reward function judges with, as a text: whoever keeps its verdicts can tell that it has changed.
 
-Not followed: what a module of one's own imports.
+Left out: the modules that a module of one's own imports (`modules_of` names where to begin).
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from rewards.score import RewardFunction, name_of
 
 def code_of(reward: RewardFunction) -> str:
     """The source of the function's module, or of all modules of `rewards` for a function of this package; of a sum,
-    those of its parts. Where the module has no source, as in a REPL, the function's own, or else its bytecode. And what
-    it was made with: the options of a `partial`, the plain values of a closure, the plain attributes of an object."""
+    those of its parts. In a script that is run, a notebook or a REPL, the function's own, or else its bytecode, and of
+    what it uses there: the rest of a script, such as the number of steps, may be edited. And what it was made with: the
+    options of a `partial`, the plain values of a closure, the plain attributes of an object."""
     if isinstance(reward, WeightedSum):
         return "\n".join(code_of(part.function) for part in reward.parts)
     if isinstance(reward, functools.partial):
@@ -32,25 +33,61 @@ def code_of(reward: RewardFunction) -> str:
     if module.partition(".")[0] == __package__:
         return _package()
     try:
-        source = inspect.getsource(sys.modules[module])
+        source = "" if module == "__main__" else inspect.getsource(sys.modules[module])
     except (KeyError, OSError, TypeError):
         source = ""
     return "\n".join(text for text in (source, _own(reward, bool(source))) if text)
+
+
+def modules_of(reward: RewardFunction) -> set[str]:
+    """The names of the modules in which a reward function, or the parts of a sum, are defined."""
+    if isinstance(reward, WeightedSum):
+        return {name for part in reward.parts for name in modules_of(part.function)}
+    if isinstance(reward, functools.partial):
+        return modules_of(reward.func)
+    return {str(getattr(reward, "__module__", None))}
 
 
 def _own(reward: RewardFunction, has_module: bool) -> str:
     """What of a function the source of its module does not say: which of the module's it is, and what it holds."""
     name = name_of(reward)
     if not isinstance(reward, FunctionType):
-        return f"{name} {_plain(vars(reward) if hasattr(reward, '__dict__') else {})}"
+        methods = "" if has_module else _reached(type(reward))
+        return f"{name} {_plain(vars(reward) if hasattr(reward, '__dict__') else {})} {methods}".rstrip()
     held = _plain(inspect.getclosurevars(reward).nonlocals) if reward.__closure__ else ""
-    try:
-        own = "" if has_module else inspect.getsource(reward)
-    except (OSError, TypeError):
-        own = str(_bytecode(reward.__code__))
+    own = "" if has_module else _reached(reward)
     if has_module and "<lambda>" in name:
         own = str(_bytecode(reward.__code__))  # several may stand in one line
     return " ".join(text for text in (own, held) if text) or name
+
+
+def _reached(start: FunctionType | type) -> str:
+    """The source of a function, or of a class's methods, and of the functions, classes and plain values of its module
+    that it names."""
+    texts: list[str] = []
+    rest, seen = [start], set[int]()
+    while rest:
+        each = rest.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        if isinstance(each, type):
+            rest += [value for value in vars(each).values() if isinstance(value, FunctionType)]
+            continue
+        try:
+            texts.append(inspect.getsource(each))
+        except (OSError, TypeError):
+            texts.append(str(_bytecode(each.__code__)))
+        named = {name: each.__globals__[name] for name in sorted(_names(each.__code__)) if name in each.__globals__}
+        rest += [v for v in named.values() if isinstance(v, FunctionType | type) and v.__module__ == each.__module__]
+        if plain := _plain(named):
+            texts.append(plain)
+    return "\n".join(texts)
+
+
+def _names(code: CodeType) -> set[str]:
+    inner = (_names(one) for one in code.co_consts if isinstance(one, CodeType))
+    return set(code.co_names).union(*inner)
 
 
 def _plain(values: Mapping[Any, Any]) -> str:

@@ -91,7 +91,9 @@ def as_score(result: Any, name: str) -> Score:
             f"the reward function {name} must return a number or a Score, got None; a function that cannot judge "
             "a completion raises rewards.Unscorable"
         )
-    if not isinstance(result, SupportsFloat):
+    if getattr(result, "size", None) == 1 and callable(getattr(result, "item", None)):
+        result = result.item()  # an array of one number
+    if not isinstance(result, SupportsFloat) or isinstance(result, complex):
         raise RewardError(f"the reward function {name} must return a number or a Score, got {result!r}")
     try:
         return Score(float(result))

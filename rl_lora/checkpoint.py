@@ -26,7 +26,7 @@ from rl_lora.samples import content_hash
 
 PATTERN = re.compile(r"step-(\d{6,})")
 STATE, OPTIMIZER, RANDOM, CURRICULUM = "state.json", "optimizer.pt", "random.pt", "curriculum.json"
-FIELDS = {"step", "version", "score", "config"}
+FIELDS = {"step": int, "version": int, "score": int | float | None, "config": dict}
 """Of state.json, in every version."""
 COPY = "put it back from a copy, or remove this checkpoint"
 
@@ -57,8 +57,10 @@ class Checkpoint:
             state = files.read_json(path, COPY)
         except FileNotFoundError:
             raise ValueError(f"{path} is missing; {COPY}") from None
-        if not isinstance(state, dict) or not state.keys() >= FIELDS:
+        if not isinstance(state, dict) or not state.keys() >= FIELDS.keys():
             raise ValueError(f"{path} is damaged (it lacks one of {', '.join(sorted(FIELDS))}); {COPY}")
+        if wrong := [name for name, kind in FIELDS.items() if not isinstance(state[name], kind)]:
+            raise ValueError(f"{path} is damaged ({wrong[0]} is {state[wrong[0]]!r:.60}); {COPY}")
         return state
 
     @property
@@ -257,5 +259,5 @@ def _save(value: Any, path: Path) -> None:
 
 
 def _signature(folder: Path) -> tuple[Any, ...]:
-    stats = ((path, path.stat()) for path in sorted(folder.rglob("*")))
+    stats = ((path, path.lstat()) for path in sorted(folder.rglob("*")))
     return tuple((str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats)

@@ -6,6 +6,7 @@ shows the user's own part of the traceback.
 
 from __future__ import annotations
 
+import json
 import math
 import traceback
 import warnings
@@ -54,6 +55,11 @@ class Start:
         """The problem as a conversation, where it is one; the observation then shows it as a text."""
         return self.info.get("messages")
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What must be the same in every episode of the seed, as texts: observation, conversation, reference."""
+        return self.observation, _as_json(self.messages), _as_json(self.info.get("reference"))
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -73,6 +79,13 @@ class Outcome:
 def env_id(env: Env) -> str:
     """How records and messages call an environment."""
     return env.spec.id if env.spec else type(env.unwrapped).__name__
+
+
+def _as_json(value: Any) -> str:
+    try:
+        return "" if value is None else json.dumps(value, sort_keys=True)
+    except (TypeError, ValueError):
+        return ""  # two that mean the same need not look the same
 
 
 def begin(env: Env, seed: int) -> Start:

@@ -173,6 +173,7 @@ class MetricsFile:
 def _records(line: str) -> tuple[list[Record], bool]:
     """The records that can be read of a line, and whether it is one and nothing else. Two may share a line whose end
     between them was lost."""
+    line = line.removesuffix("\r")  # of an editor that ends lines in its own way
     decoder, found, end = json.JSONDecoder(), list[Record](), 0
     for match in re.finditer(r'\{"kind"', line):
         if match.start() < end:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import sysconfig
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 
 import gymnasium as gym
 
@@ -35,6 +38,28 @@ def own_lines(frames: Sequence[traceback.FrameSummary]) -> list[traceback.FrameS
     return [frame for frame in frames if not _is_under(frame, (*OURS, *LIBRARIES, PYTHON))][-MAX_FRAMES:]
 
 
+def own_sources(names: Iterable[str]) -> list[str]:
+    """The sources of modules, and of those that they import, as far as they are a user's own, in a fixed order. Of a
+    script that is run, only what it imports: `__main__` itself may be edited."""
+    found: dict[str, str] = {}
+    rest, seen = list(names), set[str]()
+    while rest:
+        name = rest.pop()
+        module = sys.modules.get(name)
+        if name in seen or module is None:
+            continue
+        seen.add(name)
+        if name != "__main__":
+            file = getattr(module, "__file__", None)
+            if file is None or _of(Path(file), (*OURS, *LIBRARIES, PYTHON)):
+                continue
+            with suppress(OSError):
+                found[name] = Path(file).read_bytes().decode("utf-8", "replace")
+        for value in list(vars(module).values()):
+            rest.append(value.__name__ if isinstance(value, ModuleType) else str(getattr(value, "__module__", "")))
+    return [found[name] for name in sorted(found)]
+
+
 def causes(error: BaseException) -> list[BaseException]:
     """An exception, its cause, the cause of that, ..."""
     chain = [error]
@@ -44,7 +69,12 @@ def causes(error: BaseException) -> list[BaseException]:
 
 
 def _is_under(frame: traceback.FrameSummary, folders: tuple[Path, ...]) -> bool:
-    path = Path(frame.filename).resolve()
+    made = (frame.filename, frame.name) == ("<string>", "__init__")  # by `dataclass`
+    return made or frame.filename.startswith("<frozen") or _of(Path(frame.filename), folders)
+
+
+def _of(file: Path, folders: tuple[Path, ...]) -> bool:
+    path = file.resolve()
     if path.is_relative_to(PYTHON) and not any(path.is_relative_to(folder) for folder in LIBRARIES):
         return PYTHON in folders  # installed libraries have their place inside Python's own
-    return frame.filename.startswith("<frozen") or any(path.is_relative_to(folder) for folder in folders)
+    return any(path.is_relative_to(folder) for folder in folders)

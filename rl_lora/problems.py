@@ -97,16 +97,16 @@ def faults_of(
 
 
 def check_steady(env: Env, make_env: MakeEnv, seeds: Sequence[int]) -> None:
-    """Raises TaskError unless each seed leads to the same text again, in whatever order, and in another copy."""
+    """Raises TaskError unless each seed leads to the same problem again, in whatever order, and in another copy."""
     first = {}
     for seed in seeds:
         with contextlib.suppress(TaskError):  # which `faults_of` counts
-            first[seed] = begin(env, seed).observation
+            first[seed] = begin(env, seed).parts
     copy = make_env()
     try:
         for again in (env, copy):
-            for seed, text in reversed(first.items()):
-                if (other := begin(again, seed).observation) != text:
-                    raise unsteady(env_id(env), seed, text, other)
+            for seed, parts in reversed(first.items()):
+                if (other := begin(again, seed).parts) != parts:
+                    raise unsteady(env_id(env), seed, parts, other)
     finally:
         close(copy)

@@ -49,6 +49,8 @@ class _Play:
     prompt_ids: tuple[int, ...] = ()
     turns: list[Turn] = field(default_factory=list)
     observations: list[str] = field(default_factory=list)
+    begun: tuple[str, ...] = ()
+    """What the episodes of a group have in common; see `Start.parts`."""
     reward: float = 0.0
     parts: dict[str, float] = field(default_factory=dict)
     success: bool | None = None
@@ -195,6 +197,7 @@ class RolloutWorker:
         try:
             start = begin(env, seed)
             play.observations.append(start.observation)
+            play.begun = start.parts
             play.prompt_ids = prompt_of(env, seed, start, self.chat, self.config, self.context_length)
         except TaskError as error:
             self._fail(play, error)
@@ -250,19 +253,20 @@ def prompt_of(
 
 
 def check_one_problem(plays: Sequence[_Play]) -> None:
-    """Raises TaskError unless the episodes of a seed begin with the same observation: their mean is a baseline only if
-    they are of one problem."""
-    begun = [play.observations[0] for play in plays if play.observations]
-    if other := next((text for text in begun if text != begun[0]), None):
+    """Raises TaskError unless the episodes of a seed are of one problem: only then is their mean a baseline."""
+    begun = [play.begun for play in plays if play.begun]
+    if other := next((parts for parts in begun if parts != begun[0]), None):
         raise unsteady(plays[0].env_id, plays[0].seed, begun[0], other)
 
 
-def unsteady(name: str, seed: int, one: str, other: str) -> TaskError:
-    """A seed has led to two problems."""
+def unsteady(name: str, seed: int, first: Sequence[str], second: Sequence[str]) -> TaskError:
+    """A seed has led to two problems, in their `Start.parts`."""
+    kinds = ("", "the messages ", "the reference ")
+    kind, one, other = next(found for found in zip(kinds, first, second, strict=True) if found[1] != found[2])
     return TaskError(
-        f"{name}, seed {seed}, is another problem each time: {shown(one)} and {shown(other)}; the episodes of a seed "
-        "are compared with each other, so reset(seed=...) must always lead to the same problem: draw at random from "
-        "random.Random(seed) or numpy.random.default_rng(seed), and not from what earlier episodes left behind",
+        f"{name}, seed {seed}, is another problem each time: {kind}{shown(one)} and {shown(other)}; the episodes of a "
+        "seed are compared with each other, so reset(seed=...) must always lead to the same problem: draw at random "
+        "from random.Random(seed) or numpy.random.default_rng(seed), and not from what earlier episodes left behind",
         "a seed that is another problem each time",
         stops=True,
     )

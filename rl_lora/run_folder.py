@@ -12,7 +12,7 @@ from accelerate.utils import get_int_from_env
 
 from rl_lora import files
 from rl_lora.adapter_io import base_of
-from rl_lora.checkpoint import Checkpoints
+from rl_lora.checkpoint import Checkpoint, Checkpoints
 from rl_lora.config import TrainConfig, differences, flatten, validate
 from rl_lora.default_choice import DEFAULT_MODEL, HUB_MODEL, canonical, settled
 from rl_lora.default_model import EMBEDDED_MODEL
@@ -101,11 +101,16 @@ def check_run_dir(config: TrainConfig) -> None:
         )
     task = latest.state.get("task") if latest else None  # older ones have none
     if latest and task and (changed := task_changes(task, task_record(config), config.env.id)):
-        raise ValueError(
-            f"{config.run_dir} holds a run of another task, and resuming would mix the two: {'; '.join(changed)}. Set "
-            "this back, or choose another --run_dir (what was learned here can be its start: --adapter.init_from "
-            f"{latest.adapter})"
-        )
+        raise another_task(config, latest, changed)
+
+
+def another_task(config: TrainConfig, latest: Checkpoint, changes: list[str]) -> ValueError:
+    """What the run is about is no longer what it was."""
+    return ValueError(
+        f"{config.run_dir} holds a run of another task, and resuming would mix the two: {'; '.join(changes)}. Set "
+        "this back, or choose another --run_dir (what was learned here can be its start: --adapter.init_from "
+        f"{latest.adapter})"
+    )
 
 
 def flatten_record(nested: dict[str, Any]) -> dict[str, Any]:

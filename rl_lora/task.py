@@ -13,11 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import gymnasium as gym
+import torch
 
 from rl_lora.config import TrainConfig
 from rl_lora.contract import TaskError, begin, close, env_id
 from rl_lora.curriculum import SEED_STRIDE
 from rl_lora.environment import environment, held_out
+from rl_lora.own_code import own_sources
+from rl_lora.policy import Policy
 from rl_lora.rollout import MakeEnv
 from rl_lora.samples import content_hash
 
@@ -25,6 +28,9 @@ N_ENDLESS = 256
 """Training problems that are looked at where an environment makes new ones from every seed."""
 MAX_HASHES = 4096
 """Of problems, in a run's record of its task."""
+
+MOST_NUMBERS = 1024
+"""Numbers of each weight by which a model is known again, about."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +70,15 @@ def problems_of(make_env: MakeEnv, seeds: Iterable[int]) -> list[Problem]:
 
 def sources(make_env: MakeEnv) -> tuple[list[str], Any]:
     """The sources of the environment's class and of those it is made of; and its `code`, where it has one: a text that
-    stands for whatever else it judges with."""
+    stands for whatever else it judges with. Both with the user's own modules that they are in (`code_modules` of the
+    environment names those of the code), and that these import."""
     env = make_env()
     kinds = [kind for kind in type(env.unwrapped).__mro__ if kind not in gym.Env.__mro__]
     code = getattr(env.unwrapped, "code", None)
+    judges = own_sources(getattr(env.unwrapped, "code_modules", ()))
     close(env)
-    return [_source(kind) for kind in kinds], code
+    asks = own_sources(kind.__module__ for kind in kinds)
+    return [*(_source(kind) for kind in kinds), *asks], [code, *judges] if judges else code
 
 
 def _source(kind: type) -> str:
@@ -98,6 +107,28 @@ def task_record(config: TrainConfig) -> dict[str, Any]:
         "problems": _record(problems_of(make_env, seeds)),
         "held_out": _record(problems_of(make_eval_env, eval_seeds)),
     }
+
+
+def model_record(policy: Policy) -> dict[str, Any]:
+    """What a run keeps of the model that it begins with, to know it again: a folder may hold another one later.
+    Of each weight, some numbers are looked at."""
+    weights = []
+    for name, tensor in sorted(policy.bank.model.state_dict().items()):
+        flat = tensor.detach().flatten()
+        some = flat[:: max(1, flat.numel() // MOST_NUMBERS)].cpu().contiguous()
+        weights.append((name, list(tensor.shape), some.view(torch.uint8).numpy().tobytes().hex()))
+    template = policy.chat.tokenizer.chat_template
+    return {"dtype": str(policy.dtype), "weights": content_hash(weights), "chat_template": content_hash(template)}
+
+
+def model_changes(old: dict[str, Any], new: dict[str, Any], name: str) -> list[str]:
+    """What differs between two records of `model_record`, in words. In another type of numbers weights are others."""
+    changes = []
+    if old["dtype"] == new["dtype"] and old["weights"] != new["weights"]:
+        changes.append(f"the weights of the model {name} have changed")
+    if old["chat_template"] != new["chat_template"]:
+        changes.append(f"the chat template of the model {name} has changed")
+    return changes
 
 
 def _record(problems: list[Problem]) -> dict[str, Any]:

@@ -38,9 +38,17 @@ from rl_lora.policy import Policy
 from rl_lora.preflight import preflight
 from rl_lora.report import RunReport
 from rl_lora.rollout import RolloutWorker
-from rl_lora.run_folder import check_run_dir, clear_left_overs, held, holds_run, is_first_process, with_base
+from rl_lora.run_folder import (
+    another_task,
+    check_run_dir,
+    clear_left_overs,
+    held,
+    holds_run,
+    is_first_process,
+    with_base,
+)
 from rl_lora.shaping import shaped
-from rl_lora.task import task_record
+from rl_lora.task import model_changes, model_record, task_record
 from rl_lora.training_samples import write_samples
 from rl_lora.types import Group
 
@@ -166,6 +174,7 @@ class Trainer:
             samples = config.learner.objective != "likelihood"
             decoding_steps = config.steps * config.rollout.max_tokens if samples else 0
             self.policy = Policy.from_config(config.model, self.accelerator.device, decoding_steps=decoding_steps)
+        self.task["model"] = model_record(self.policy)
         set_seed(config.seed, device_specific=True)  # nothing here draws from these; environments and rewards may
         self.learner = Learner(
             self.policy, config.learner, temperature=config.rollout.temperature, accelerator=self.accelerator
@@ -371,11 +380,14 @@ class Trainer:
         config, bank = self.config, self.policy.bank
         latest = self.checkpoints.latest() if config.resume else None
         if latest is not None:
+            known = latest.state.get("task") or {}  # older ones have none, or not of the model
+            if "model" in known and (changed := model_changes(known["model"], self.task["model"], config.model.name)):
+                raise another_task(config, latest, changed)
             adapter = load_adapter(latest.adapter, bank, ADAPTER)
             latest.restore(adapter, self.learner.optimizer(ADAPTER), self.rank)
             if self.curriculum is not None:
                 self.curriculum.restore(latest.curriculum)
-            self.task = latest.state.get("task", self.task)
+            self.task |= known
             self.evaluated = latest.state.get("evaluated", True)
             return latest.step
         if config.adapter.init_from is not None:

@@ -25,7 +25,7 @@ from rl_lora.task import Problem as Known
 from rl_lora.task import _record, problems_of, task_changes
 from rl_lora.trainer import train
 from tests.test_trainer import adapter_hash, assert_same_run, metrics, tiny_config
-from tests.tiny import tiny_folder
+from tests.tiny import tiny_folder, tiny_model
 
 ROOT = Path(__file__).parent.parent
 
@@ -209,6 +209,30 @@ def test_no_record_is_lost_behind_a_damaged_line_of_metrics(
     assert len((two / "metrics.damaged.jsonl").read_bytes().splitlines()) == 1
 
 
+def test_records_whose_lines_end_as_on_windows_are_whole(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"kind": "train", "step": 1}\r\n{"kind": "train", "step": 2}\r\n')
+    assert MetricsFile(path).rewind(2) == ""
+    assert [record["step"] for record in MetricsFile(path).read()] == [1, 2]
+
+
+@pytest.mark.parametrize("value", [{}, [], {"config": 5}, {"step": "2"}, {"score": "high"}, {"version": None}])
+def test_a_state_of_another_form_is_damage(two: Path, value: Any) -> None:
+    checkpoint = Checkpoints(two / "checkpoints", 1).all()[-1]
+    known = {name: checkpoint.state[name] for name in ("step", "version", "score", "config")}
+    state = checkpoint.folder / "state.json"
+    state.write_text(json.dumps({**known, **value} if value else value))
+    assert str(state) in (checkpoint.damage() or "")
+
+
+def test_a_link_that_leads_nowhere_in_a_checkpoint_does_not_end_a_resume(two: Path) -> None:
+    checkpoint = Checkpoints(two / "checkpoints", 1).all()[-1]
+    (checkpoint.folder / "link").symlink_to("nowhere")
+    latest = Checkpoints(two / "checkpoints", 1).latest()
+    assert latest is not None
+    assert latest.step == checkpoint.step
+
+
 def test_records_that_share_a_line_are_both_kept_and_a_missing_one_is_said(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path / "metrics.jsonl")
     for step in range(1, 5):
@@ -269,6 +293,67 @@ def test_a_run_whose_data_or_reward_have_changed_is_neither_resumed_nor_shown_as
     path.write_text(text)
     monkeypatch.delitem(sys.modules, "my_reward", raising=False)
     train(dataclasses.replace(own, steps=steps, resume=True))
+
+
+HELPER = "UNIT = 1.0\n\ndef worth(text): return UNIT * len(text)\n"
+ENVIRONMENT = """
+import gymnasium as gym
+from envs import TextEnv
+from my_helper import worth
+def judged(action): return worth(action)
+class Own(TextEnv):
+    def start(self, seed): return f"{seed}?", {}
+    def step(self, action): return "", judged(action), True, False, {}
+gym.register(id="Own-v0", entry_point=Own, kwargs={})
+"""
+
+
+@pytest.mark.parametrize("kind", ["reward", "environment"])
+@pytest.mark.parametrize(
+    ("file", "old", "new"), [("my_helper.py", "1.0", "-1.0"), ("my_task.py", "worth(a", "-worth(a")]
+)
+def test_what_a_task_imports_belongs_to_it(
+    kind: str, file: str, old: str, new: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "my_helper.py").write_text(HELPER)
+    reward = "import my_helper\ndef size(completion): return judged(completion)\n" + ENVIRONMENT.partition("class")[0]
+    (tmp_path / "my_task.py").write_text(reward if kind == "reward" else ENVIRONMENT)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": f"{i}?"}) + "\n" for i in range(40)))
+    kwargs = {"path": str(tmp_path / "rows.jsonl"), "reward": "my_task:size"}
+    env = EnvConfig("rl_lora/Prompts-v0", kwargs) if kind == "reward" else EnvConfig("my_task:Own-v0")
+
+    def fresh() -> None:
+        for name in ("my_helper", "my_task"):
+            monkeypatch.delitem(sys.modules, name, raising=False)
+
+    fresh()
+    config = short(model, tmp_path / "run", steps=1, env=env)
+    train(config)
+    path = tmp_path / file
+    text = path.read_text()
+    path.write_text(text.replace(old, new))
+    assert path.read_text() != text
+    fresh()
+    with pytest.raises(ValueError, match=f"the source of the {kind}.* has changed"):
+        train(dataclasses.replace(config, steps=2, resume=True))
+    path.write_text(text)
+    fresh()
+    train(dataclasses.replace(config, steps=2, resume=True))
+
+
+@pytest.mark.parametrize("what", ["weights", "chat template"])
+def test_a_run_whose_model_has_changed_in_its_folder_is_not_resumed(what: str, model: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    config = short(folder, tmp_path / "run", steps=1)
+    train(config)
+    if what == "weights":
+        tiny_model("llama", seed=1).save_pretrained(folder)
+    else:
+        template = folder / "chat_template.jinja"
+        template.write_text(template.read_text() + " ")
+    with pytest.raises(ValueError, match=f"holds a run of another task, .*: the {what} of the model .* changed"):
+        train(dataclasses.replace(config, steps=2, resume=True))
 
 
 def weighed(completion: str, reference: int, weight: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -17,6 +18,7 @@ from rewards import Score
 from rl_lora.config import EnvConfig
 from rl_lora.contract import Outcome, TaskError, advance, begin
 from rl_lora.environment import environment
+from rl_lora.own_code import own_frames
 from tests.tiny_reward import RAISES
 
 INFINITE = float("inf")
@@ -265,3 +267,12 @@ def test_an_exception_is_told_whatever_its_message() -> None:
 def test_ctrl_c_inside_a_users_code_is_ctrl_c() -> None:
     with pytest.raises(KeyboardInterrupt):
         advance(Given(result=KeyboardInterrupt()), 3, "four")
+
+
+def test_lines_that_a_dataclass_made_are_not_shown_as_a_users() -> None:
+    def score() -> Score:
+        return Score(math.nan)
+
+    with pytest.raises(ValueError, match="finite") as error:
+        score()
+    assert [frame.name for frame in own_frames(error.value)][-1] == "score"

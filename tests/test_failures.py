@@ -48,6 +48,10 @@ class Word(TextEnv):
             return f"Word {id(self)}", {}
         if self.bad == "what came before":
             return f"Word {self.n}", {}
+        if self.bad == "another reference":
+            return f"Word {seed}", {"reference": random.random()}
+        if self.bad == "another conversation":
+            return f"Word {seed}", {"messages": [{"role": "user", "content": f"Word {random.random()}"}]}
         if self.bad == "reset" and self.is_bad:
             raise LookupError("no row")
         if self.bad == "long" and self.is_bad:
@@ -112,6 +116,15 @@ def test_a_seed_that_is_another_problem_each_time_stops_the_run_with_both_texts(
     assert "Word-v0, seed " in said
     assert "is another problem each time: 'Word " in said
     assert said.count("'Word ") == 2
+
+
+@pytest.mark.parametrize("bad", ["another reference", "another conversation"])
+def test_a_seed_whose_reference_or_conversation_is_another_each_time_stops_the_run(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: str
+) -> None:
+    said = before_the_model_is_loaded(monkeypatch, word_config(model, tmp_path, bad))
+    what = {"another reference": "the reference", "another conversation": "the messages"}[bad]
+    assert f"is another problem each time: {what} " in said
 
 
 # ---- before the model is loaded ---------------------------------------------------------------------------------

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import functools
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from rewards import Case, Judge, Reply, RewardError, Score, Unscorable, WeightedSum, code_of, resolve, score
 from rewards.signature import read
@@ -171,7 +179,7 @@ def test_none_in_a_batch_is_not_applicable_alone_and_left_out_of_a_sum() -> None
 
 
 def test_scores_numpy_and_torch_are_lists_and_metrics_are_parts() -> None:
-    numpy, torch = pytest.importorskip("numpy"), pytest.importorskip("torch")
+    numpy = np
 
     def batch(completions: list[str], log_metric: Any, log_extra: Any) -> Any:
         log_metric("mean_length", 2.0)
@@ -324,9 +332,44 @@ def test_the_code_of_a_function_changes_with_its_source_what_it_holds_and_its_op
     assert code_of(typed[0]["own"]) != code_of(typed[1]["own"])
 
 
+def test_of_a_script_that_is_run_only_what_the_function_uses_is_its_code(tmp_path: Path) -> None:
+    script = """
+import sys
+sys.path.insert(0, {root!r})
+from rewards import code_of
+STEPS = 20
+LIMIT = 5
+def worth(n): return float(n < LIMIT)
+def size(completion): return worth(len(completion))
+class Sized:
+    def __call__(self, completion): return size(completion)
+print(repr((code_of(size), code_of(Sized()))))
+""".replace("{root!r}", repr(str(Path(__file__).parent.parent)))
+
+    def code(old: str = "", new: str = "") -> str:
+        path = tmp_path / "script.py"
+        path.write_text(script.replace(old, new) if old else script)
+        return subprocess.run([sys.executable, path], capture_output=True, text=True, check=True).stdout
+
+    first = code()
+    assert code("STEPS = 20", "STEPS = 40") == first
+    for old, new in (("LIMIT = 5", "LIMIT = 6"), ("n < LIMIT", "n > LIMIT"), ("(len(c", "(-len(c")):
+        one, other = ast.literal_eval(code(old, new)), ast.literal_eval(first)
+        assert one[0] != other[0]
+        assert one[1] != other[1]
+
+
 def test_calling_by_name_costs_little() -> None:
     judge = Judge(lambda completion, reference: 1.0)
     start = time.process_time()
     for _ in range(2000):
         judge.start(CASE, [Reply("4")])()
     assert time.process_time() - start < 1.0
+
+
+@pytest.mark.parametrize(
+    "value", [np.array([1.0]), np.array(1), np.float16(1), torch.tensor([[1.0]]), Fraction(1), Decimal("1")]
+)
+def test_one_number_is_a_reward_in_whatever_it_is_wrapped(value: Any) -> None:
+    (found,) = judged(lambda completion, reference: value, "a")
+    assert found == 1.0
