@@ -100,11 +100,13 @@ def verify(
     - "tag": the last `<answer>...</answer>`, or the "answer" of a JSON object at the end; never closed, it runs to the
       end.
     - "phrase": behind the last "the answer is" (also "Final answer:", "**Answer:**"), up to the end of the sentence.
-      A value that is denied, a bound or one of several there is no answer: "not 36", "greater than 19", "14 or 23".
+      A value that is denied, a bound, changed or one of several there is no answer: "not 36", "greater than 19",
+      "almost 19", "twice 19", "14 or 23", "nicht 36"; "about 19" is 19. "not 12 but 17" is 17.
     - "whole": all of a short text that is no sentence: "x^2 + 1", "Yes", "12 eggs"; behind a label: "Total: 19".
     - "last_number": the last number.
     - "last_expression": the last formula in `$...$`, `\(...\)`, `\[...\]` or the last number, whichever ends later;
-      not a value that its sentence denies or leaves open ("it is either 14 or 23"). "84/12 = 7 dozen" is 7 there.
+      not a value that its sentence denies or leaves open ("it is either 14 or 23", "before 7:25"); with the one in
+      front where both are one quantity ("5 feet 9 inches"). "84/12 = 7 dozen" is 7 there.
 
     Of a sentence or a label in such a place ("The answer is 28", "Area: 54", "He has 12 stamps") the one value that it
     names counts, unless it is denied or bounded.
@@ -131,7 +133,7 @@ def verify(
       determinants, if both their sides are equal. An inequality for one name equals its interval. Equations on lines of
       their own or behind \quad are a list, as with commas between them.
     - *Sets*: [0,4]\cup[4,9] is [0,9], t \neq 3 is (-\infty,3)\cup(3,\infty), and \{7,3,3\} is \{3,7\}.
-    - *Approximations*: \sqrt{30} \approx 5.48 is either side of it, if the decimal is the value rounded.
+    - *Approximations*: \sqrt{30} \approx 5.48 is either side of it, if the decimal is the value rounded or cut.
     - *Conditions*: 7t for 0 < t < 4 and k \text{ odd} equal the same value under the same condition only.
     - *Lists* bare or in {} are equal in any order, tuples and intervals in theirs, with their brackets; a bare list
       equals a tuple in the same order. A matrix is not a tuple.
@@ -274,11 +276,24 @@ def _refused(text: str) -> str:
 # ---- verdicts without a worker ----------------------------------------------------------------------------------
 
 
+_MIXED = re.compile(r"(-?[0-9]+)\s*\\text\s*\{\s*and\s*\}\s*(\\frac\{[0-9]+\}\{[0-9]+\}|[0-9]+\s*/\s*[0-9]+)")
+
+
+def _mixed_number(text: str) -> Quantity | None:
+    r"""The number that 3 \text{ and } \frac{3}{4} can be; it can be a list, too."""
+    mixed = _MIXED.fullmatch(text)
+    return quantity(f"{mixed[1]} {mixed[2]}") if mixed else None
+
+
 def _plain_verdict(answer: str, expected: _Reference) -> bool | None:
     """Equal or not where that needs no formula to be read; None for the rest."""
     if expected.clock is not None and expected.clock.half and (time := clock(answer)):
         return time.equals(expected.clock)
     number = quantity(answer)
+    if number is None and expected.quantity is not None:
+        number = _mixed_number(answer)
+    if expected.quantity is None and (mixed := _mixed_number(expected.text)) and mixed == number:
+        return True
     if number is not None and expected.quantity is not None:
         return number.equals(expected.quantity)
     if canonical(answer) == canonical(expected.text):

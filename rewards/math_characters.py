@@ -104,7 +104,9 @@ _INVISIBLE = "\u00ad\u061c\u180e\u200b\u200c\u200d\u200e\u200f\u2060\u2061\u2062
 
 _TABLE: dict[int, str] = {ord(letter): text for text, letters in _PLAIN.items() for letter in letters}
 _TABLE |= {ord(letter): rf"\{name} " for name, letters in _COMMANDS.items() for letter in letters}
-_TABLE |= {ord("°"): r"^\circ ", ord("√"): "sqrt "} | dict.fromkeys(map(ord, _INVISIBLE), "")
+_TABLE |= {ord("°"): r"^\circ ", ord("º"): r"^\circ ", ord("˚"): r"^\circ ", ord("√"): "sqrt "} | dict.fromkeys(
+    map(ord, _INVISIBLE), ""
+)
 for _code in range(0xFF01, 0xFF5F):  # full-width ASCII but for its digits
     if not chr(_code).isdigit():
         _TABLE.setdefault(_code, chr(_code - 0xFEE0))

@@ -259,6 +259,9 @@ def _congruences(answer: str, reference: str) -> bool | None:
     a, b = _CONGRUENCE.fullmatch(answer), _CONGRUENCE.fullmatch(reference)
     if a and b:
         return a[2] == b[2] and (int(a[1]) - int(b[1])) % int(a[2]) == 0
+    if (a or b) and not (a and b) and not re.search(r"\\equiv|pmod|\(", answer if a else reference):  # 19 \bmod 5 is 4
+        left, right = (str(int(x[1]) % int(x[2])) if x else text for x, text in ((a, answer), (b, reference)))
+        return _same(left, right)
     if a or b:
         return _same(a[1] if a else answer, b[1] if b else reference)
     return None
@@ -334,8 +337,19 @@ def _assigned(text: str) -> tuple[str | None, str]:
         return member[1].strip(), member[2].strip()
     sides = _top_level(text, _EQUALS)
     if len(sides) > 1 and all(sides) and (is_name(sides[0]) or _NAMES.fullmatch(sides[0])):
+        if _NAMES.fullmatch(sides[0]):
+            return _in_order(sides[0], sides[-1])
         return sides[0], sides[-1]
     return None, text
+
+
+def _in_order(names: str, values: str) -> tuple[str, str]:
+    """(y, x) = (3, 7) as (x, y) = (7, 3)."""
+    order, (kind, items) = [name.strip() for name in names[1:-1].split(",")], _items(values)
+    if kind != "()" or len(items) != len(order) or not all(re.fullmatch("[a-zA-Z]", name) for name in order):
+        return names, values
+    pairs = sorted(zip(order, items, strict=True))
+    return f"({', '.join(name for name, _ in pairs)})", f"({', '.join(item for _, item in pairs)})"
 
 
 def _is_equation(text: str) -> bool:
@@ -466,7 +480,8 @@ def _unions(answer: str, reference: str) -> bool | None:
 def _united(text: str) -> list[str]:
     r"""The parts of A \cup B, or of "x < 1 or x > 2"."""
     kind, items = _items(text)
-    if kind == "" and len(items) > 1 and all(_inequality(item) for item in items):
+    both = re.search(r"(?<![a-zA-Z\\])and(?![a-zA-Z])", text)
+    if kind == "" and len(items) > 1 and not both and all(_inequality(item) for item in items):
         return items
     return _top_level(text, r"\\cup(?![a-zA-Z])")
 
@@ -610,12 +625,12 @@ def _sets(answer: str, reference: str) -> bool | None:
 
 def _approximations(answer: str, reference: str) -> bool | None:
     r"""\sqrt{30} \approx 5.48 is either side of it, if the decimal is the value rounded."""
-    sides = [_top_level(text, r"\\approx(?![a-zA-Z])") for text in (answer, reference)]
+    sides = [_top_level(text, r"\\(?:approx|simeq)(?![a-zA-Z])") for text in (answer, reference)]
     if max(map(len, sides)) != 2 or not all(all(side) for side in sides):
         return None
     for side in sides:
         if len(side) == 2 and not _rounds_to(_top_level(side[0], _EQUALS)[-1], side[1]):
-            return None
+            return False
     return any(_same(a, b) for a in sides[0] for b in sides[1])
 
 
@@ -626,11 +641,16 @@ def _rounds_to(exact: str, decimal: str) -> bool:
     if rounded is None or tree is None or variables(tree):
         return False
     try:
-        difference = evaluate(tree, {}) - mpmath.mpf(rounded.value.numerator) / rounded.value.denominator
+        value = evaluate(tree, {})
+        if isinstance(value, Fraction):
+            value = mpmath.mpf(value.numerator) / value.denominator
+        difference = value - mpmath.mpf(rounded.value.numerator) / rounded.value.denominator
     except (TooLarge, Undefined):
         return False
     places = len(re.sub(r"[^0-9.].*", "", decimal.lstrip("-")).partition(".")[2])
-    return bool(abs(difference) < mpmath.mpf(10) ** -places)
+    last_place = mpmath.mpf(10) ** -places
+    cut = -difference if rounded.value < 0 else difference
+    return bool(abs(difference) <= last_place / 2 or 0 <= cut < last_place)
 
 
 _BOUND = re.compile(

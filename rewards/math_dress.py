@@ -25,7 +25,7 @@ _FONT_OF = re.compile(r"\\(?:rm|bf|it|sf|tt)\s*(?=\{)")
 _FONT = re.compile(
     r"\\(?:tiny|scriptsize|footnotesize|small|normalsize|large|Large|LARGE|huge|Huge|bf|rm|it|sf|tt|sl|sc|em|bfseries"
     r"|itshape|rmfamily|sffamily|ttfamily|boldmath|mathstrut|strut|nobreak|allowbreak|noindent|centering|hfill|hfil"
-    r"|relax|nonumber|notag|scriptstyle|scriptscriptstyle|nolimits|medspace|thickspace|negthinspace|enspace|enskip)"
+    r"|relax|blacksquare|bigstar|checkmark|qed|nonumber|notag|scriptstyle|scriptscriptstyle|nolimits|medspace|thickspace|negthinspace|enspace|enskip)"
     r"(?![a-zA-Z])"
 )
 _BOLD_FORMULA = re.compile(
@@ -37,22 +37,40 @@ _PRIME = re.compile(r"\^\s*(?:\{\s*\\prime\s*\}|\\prime(?![a-zA-Z]))")
 _COMBINATION = re.compile(
     r"(?:\{\s*\}\s*)?[_^]\s*\{?([0-9]+)\}?\s*(?:\\(?:mathrm|text|rm)\s*\{)?\s*C\}?\s*_\s*\{?([0-9]+)\}?"
 )
+_CHOSEN = re.compile(
+    r"(?:\\(?:mathrm|text|rm)\s*\{\s*C\s*\}|C)\s*_\s*\{?([0-9]+)\}?\s*\^\s*\{?([0-9]+)\}?|([0-9]+)\s*C\s*([0-9]+)"
+    r"|nCr\s*\(\s*([0-9]+)\s*,\s*([0-9]+)\s*\)"
+)
+_ARRANGED = re.compile(
+    r"(?:\{\s*\}\s*)?_\s*\{?([0-9]+)\}?\s*P\s*_\s*\{?([0-9]+)\}?|[AP]\s*_\s*\{?([0-9]+)\}?\s*\^\s*\{?([0-9]+)\}?"
+    r"|nPr\s*\(\s*([0-9]+)\s*,\s*([0-9]+)\s*\)"
+)
+_SOLIDUS = re.compile(r"(?:\{\s*\}\s*)?\^\s*\{?([0-9]+)\}?\s*/\s*(?:\{\s*\}\s*)?_\s*\{?([0-9]+)\}?")
+_DIFFERENTIAL = re.compile(r"\\(?:mathrm|text|rm)\s*\{\s*d\s*\}(?=\s*[a-zA-Z}\\^])")
+_BLACKBOARD = re.compile(r"\\mathbb\s+([A-Z])")
 _AS_TEXT = re.compile(
-    r"\\(?:texttt|textsf|textsc|textup|textmd|textsl|textnormal|emph|uline|mathtt|mathnormal)(?=\s*\{)"
+    r"\\(?:texttt|textsf|textsc|textup|textmd|textsl|textnormal|emph|uline|hbox|mathtt|mathnormal)(?=\s*\{)"
 )
 # What a number may be dressed in; a currency in front and "million" behind it.
-_COLOR = re.compile(r"\\(?:text)?color\s*\{[a-zA-Z]*\}|\\(?:underline|bm|boldsymbol)(?=\s*\{)")
-_DRESSED = re.compile(r"\\(?:mathbf|mathrm|mathit|mathsf|text|textbf)\s*\{\s*([-+]?[0-9][0-9.,/]*)\s*\}")
+_COLOR = re.compile(
+    r"\\(?:text)?color\s*\{[a-zA-Z]*\}|\\(?:underline|bm|boldsymbol|smash|rlap|llap|centerline|framebox|makebox)(?=\s*\{)"
+    r"|\\(?:colorbox|raisebox|scalebox)\s*\{[^{}]*\}(?=\s*\{)"
+)
+_DRESSED = re.compile(
+    r"\\(?:mathbf|mathrm|mathit|mathsf|mathcal|mathscr|text|textbf)\s*\{\s*([-+]?[0-9][0-9.,/]*)\s*\}"
+)
 _WORDED = re.compile(
     r"\\(?:text|mbox|mathrm)\s*\{"
     r"\s*((?:(?:doz(?:ens?)?|hundred|thousand|million|billion|trillion)\b[a-z ]*|Rs\.?|USD|\\?\$))\s*\}"
 )
 _RAISED_ORDINAL = re.compile(
-    r"(?<=[0-9])\s*\^\s*\{?\s*(?:\\(?:text|mathrm|textrm|rm|mathit)\s*\{?)?\s*(st|nd|rd|th)(?![a-zA-Z])\s*\}{0,2}"
+    r"(?<=[0-9])\s*(?:\^\s*\{?\s*(?:\\(?:text|mathrm|textrm|rm|mathit)\s*\{?)?|\\(?:text|mathrm|textrm)\s*\{)\s*(st|nd|rd|th)(?![a-zA-Z])\s*\}{0,2}"
 )
 _OVER = re.compile(r"\{([^{}]*)\}\s*\\over(?![a-z])\s*\{([^{}]*)\}|\{([^{}]*?)\s*\\over(?![a-z])\s*([^{}]*)\}")
 _CHOOSE = re.compile(r"\{([^{}]*?)\s*\\choose(?![a-zA-Z])\s*([^{}]*)\}")
-_EXCLAIMED = re.compile(r"(?:.*[\s'-])?(?:[^\W\d_]{4,}|[^\W\d_a-z][a-z]+|yes|no)\s*!+")  # not the factorial of n
+_EXCLAIMED = re.compile(  # not the factorial of n
+    r"(?:.*[\s'{-])?(?:[^\W\d_]{4,}|[^\W\d_a-z][a-z]+|[A-Z]{3,}|(?i:yes|no))\}?\s*!+"
+)
 _LEADING = re.compile(
     r"^(?:\\approx(?![a-z])|\\sim(?![a-z])|\\(?:equiv|to|rightarrow|cdot)(?![a-z])|=)\s*"
     r"|^(?:\\(?:text|mbox|textrm)\s*\{\s*)?(?:approximately|approx\.?|about|roughly|around|circa)[\s~]*\}?\s*(?=[-$\\]*[0-9])"
@@ -83,9 +101,13 @@ def clean(text: str) -> str:
     text = re.sub(r"(?<!\\)\$([^$]+)(?<!\\)\$", r" \1 ", text)  # "$125$ miles"
     text = _THOUSANDS_SPACE.sub(lambda n: n[1] + re.sub(r"[^0-9]", "", n[2]), text)
     text = _SPACING.sub(" ", _WORDED.sub(r" \1 ", _DRESSED.sub(r"\1", _COLOR.sub("", text))))
+    if "_" in text and "/" in text:
+        text = _SOLIDUS.sub(r"\\frac{\1}{\2}", text)
+    if "C" in text or "P" in text or "A" in text:
+        text = _counted(text)
     if "C" in text:
         text = re.sub(r"^" + _COMBINATION.pattern + "$", r"\\binom{\1}{\2}", text)
-    if "^" in text:
+    if "^" in text or "{" in text:
         text = _RAISED_ORDINAL.sub(r"\1", text)
     text = _SIZING.sub("", _FRACTION_COMMAND.sub(r"\\frac", text))
     text = _CHOOSE.sub(r"\\binom{\1}{\2}", _OVER.sub(r"\\frac{\1\3}{\2\4}", text))
@@ -93,6 +115,16 @@ def clean(text: str) -> str:
     if "," in text:
         text = _without_thousands(text)
     return digits(_strip_delimiters(text.replace("\n", " ")))
+
+
+def _counted(text: str) -> str:
+    """C_6^2, 6C2 and nCr(6,2) as binomials; A_6^2, P_6^2 and nPr(6,2) as quotients of factorials."""
+    chosen, arranged = _CHOSEN.fullmatch(text), _ARRANGED.fullmatch(text)
+    numbers = [part for part in ((chosen or arranged).groups() if chosen or arranged else ()) if part]  # type: ignore[union-attr]
+    if len(numbers) != 2 or max(map(len, numbers)) > 3 or int(numbers[0]) < int(numbers[1]):
+        return text
+    n, k = map(int, numbers)
+    return rf"\binom{{{n}}}{{{k}}}" if chosen else rf"\frac{{{n}!}}{{{n - k}!}}"
 
 
 def _without_thousands(text: str) -> str:
@@ -111,6 +143,7 @@ def _undressed(text: str) -> str:
     """LaTeX without commands of size, font and space, and with one command for text."""
     text = _PRIME.sub("'", _CIS.sub(" cis ", _SKIP.sub(" ", text)))
     text = _FONT_BRACED.sub(r"\\mathrm{\1}", text)
+    text = _BLACKBOARD.sub(r"\\mathbb{\1}", _DIFFERENTIAL.sub("d", text))
     text = _FONT_OF.sub(r"\\mathrm", text)
     text = _FONT.sub(" ", text)
     text = _BOLD_FORMULA.sub("", text)

@@ -57,6 +57,7 @@ _GREEK_NAMES = """
     alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau upsilon
     phi varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega ell hbar varrho varsigma
 """
+_VARIANTS = {"varepsilon": "epsilon", "varphi": "phi", "vartheta": "theta", "varrho": "rho"}
 _GREEK = frozenset(_GREEK_NAMES.split())
 _SPELLED_GREEK = frozenset(name for name in _GREEK if len(name) > 2 and name != "ell")
 _OPEN_CLOSE = {"(": ")", "{": "}", "[": "]"}
@@ -93,6 +94,8 @@ class _Reader:
         self.kinds: list[str] = []
         position = 0
         text = text.rstrip()
+        if r"\vec" in text and r"\times" in text:
+            raise Unreadable("a product of vectors")
         while position < len(text):
             match = _TOKEN.match(text, position)
             if match is None:
@@ -110,17 +113,31 @@ class _Reader:
         if kind != "word" or token in _FUNCTIONS | _OF_SEVERAL or token in ("pi", "sqrt") or token in _SPELLED_GREEK:
             self.tokens.append(token)
             self.kinds.append(kind)
-        elif match := re.match(r"sqrt|pi|arcsin|arccos|arctan|sin|cos|tan|ln|log", token):  # "pir", "sinx"
+        elif (
+            match := None if self._in_index() else re.match(r"sqrt|pi|arcsin|arccos|arctan|sin|cos|tan|ln|log", token)
+        ):  # "pir", "sinx"
             self._add("word", match[0])
             self._add("word", token[match.end() :])
-        elif match := re.search(r"(?:sqrt|sin|cos|tan|ln|log|pi)$", token):  # "xsin", "rpi"
+        elif (
+            match := None if self._in_index() else re.search(r"(?:sqrt|sin|cos|tan|ln|log|pi)$", token)
+        ):  # "xsin", "rpi"
             self._add("word", token[: match.start()])
             self._add("word", match[0])
+        elif self._in_index():
+            self.tokens.append(token)
+            self.kinds.append(kind)
         elif len(token) > 3:
             raise Unreadable(f"{token!r} is a word")
         else:
             self.tokens.extend(token)
             self.kinds.extend("word" for _ in token)
+
+    def _in_index(self) -> bool:
+        r"""Whether a word is the index of a name: the end of T_{\text{hot}}, v_\text{max} or v_{max}."""
+        ahead = [token.lstrip("\\") for token in self.tokens[-4:]]
+        while len(ahead) > 1 and (ahead[-1] == "{" or ahead[-1] in _STYLES):
+            ahead.pop()
+        return bool(self.tokens) and self.tokens[-1] == "{" and ahead[-1:] == ["_"]
 
     def peek(self) -> str:
         return self.tokens[self.at] if self.at < len(self.tokens) else ""
@@ -284,7 +301,7 @@ class _Reader:
         if name in _OF_SEVERAL:
             return self._of_several(name)
         if kind == "word":
-            return self._chosen() if self._is_combination(name) else self._named(name)
+            return self._chosen(name) if self._is_combination(name) else self._named(name)
         if name == "frac" and re.fullmatch(r"\{d\}\{d[a-zA-Z]\}", "".join(self.tokens[self.at : self.at + 7])):
             return self._derivative()
         if name == "overline":
@@ -305,15 +322,20 @@ class _Reader:
     def _is_combination(self, name: str) -> bool:
         """Whether the tokens are at the brackets of C(6,2)."""
         ahead = self.tokens[self.at : self.at + 5]
-        return name == "C" and "".join(ahead[:1] + ahead[2:3] + ahead[4:]) == "(,)"
+        numbers = (
+            name == "C" or [self.kinds[i] for i in (self.at + 1, self.at + 3) if i < len(self.kinds)] == ["number"] * 2
+        )
+        return name in ("C", "P") and numbers and "".join(ahead[:1] + ahead[2:3] + ahead[4:]) == "(,)"
 
-    def _chosen(self) -> Tree:
+    def _chosen(self, name: str) -> Tree:
+        """C(6,2), or the arrangements P(6,2)."""
         self.at += 1
         first = self.nested(self.sum)
         self.expect(",")
         second = self.nested(self.sum)
         self.expect(")")
-        return ("binomial", first, second)
+        chosen = ("binomial", first, second)
+        return chosen if name == "C" else ("product", chosen, ("factorial", second))
 
     def _bars(self, closing: str) -> Tree:
         self.at += 1
@@ -324,7 +346,9 @@ class _Reader:
         return ("call", "abs", tree)
 
     def _styled(self) -> Tree:
-        r"""One letter in \mathrm{...} or \text{...}; a word there is no formula."""
+        r"""One letter in \mathrm{...} or \text{...}, or behind \vec; a word there is no formula."""
+        if self.kind() == "word" and len(self.peek()) == 1:
+            return self._named(self.next())
         if (
             self.peek() == "{"
             and self.kinds[self.at + 1 : self.at + 2] == ["word"]
@@ -332,16 +356,19 @@ class _Reader:
         ):
             name = self.tokens[self.at + 1]
             self.at += 3
+            if name in _OF_SEVERAL:
+                return self._of_several(name)
             return self._function(name) if name in _FUNCTIONS else self._named(name)
         raise Unreadable("text in a formula")
 
     def _named(self, name: str) -> Tree:
+        name = _VARIANTS.get(name, name)
         if self.take("_"):
             wrapped = self.peek().lstrip("\\") in _STYLES and self.tokens[self.at + 1 : self.at + 2] == ["{"]
             if self.peek() == "{" or wrapped:
                 index = self._index()
             elif self.peek():
-                index = self.next()
+                index = self.next().lstrip("\\")
             else:
                 raise Unreadable("it ends too early")
             name = f"{name}_{index}"
@@ -356,7 +383,7 @@ class _Reader:
             token = self.next()
             depth += {"{": 1, "}": -1}.get(token, 0)
             if token not in ("{", "}") and token.lstrip("\\") not in _STYLES:
-                index += token
+                index += token.lstrip("\\")
             if token == "}" and depth == 0:
                 return index
         raise Unreadable("an index without its end")

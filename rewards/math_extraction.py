@@ -92,6 +92,7 @@ _MAYBE = re.compile(
     re.IGNORECASE,
 )
 _DENIAL = re.compile(r"n't\s+")
+_WHICH = re.compile(r"\s*,?\s*which\s+(?:is|equals|makes|gives)\s+(?=[-$\\(*]*[0-9])")
 _CONTRARY = re.compile(r"\s*,?\s*but\s+(?:rather\s+|instead\s+)?(?=[-$\\(*]*[0-9])")
 _END_OF_ANSWER = re.compile(
     r"\n|(?<=[^\s.\\])[.!?;](?=\s|$|\*)|,?\s+(?:because|since|so|as(?!\s+(?:many|much)\b)|which|therefore|but|rather\s+than|instead\s+of)\b"
@@ -110,7 +111,7 @@ _LABELS = "week day month year step hour round case part box group game level st
 _NO_LABEL = "".join(rf"(?<!(?i:{label}\s))" for label in _LABELS)  # "Week 3:210 pages"
 _CLOCK = (
     rf"(?=[0-9]+:[0-9]){_NO_LABEL}(?:[0-9]{{1,2}}:[0-5][0-9](?::[0-5][0-9])?(?![0-9:])(?:(?i:{_HALF_BEHIND.pattern}))?"
-    rf"|[0-9]+(?::[0-9]+)+)|[0-9]{{1,2}}(?i:[\s*$~]{{0,4}}(?:\\(?:text|mathrm)\s*\{{\s*)?(?:{HALF_DAY}|noon\b))"
+    rf"|[0-9]+(?::[0-9]+)+)|[0-9]{{1,2}}(?i:[\s*$~]{{0,4}}(?:\\(?:text|mathrm)\s*\{{\s*)?(?:{HALF_DAY}|noon\b|o'clock\b))"
 )
 _WRITTEN = rf"(?:0,[0-9]{{3}}(?![0-9])|{DECIMAL})"  # 0,318 is no number, but not half of it either
 _NUMBER = re.compile(
@@ -155,6 +156,8 @@ def phrase(text: str) -> str | None:
         line = f"not {line[denial.end() :]}"
     if last is elsewhere:
         return _elsewhere(line, behind)
+    if not _NUMBER.match(line) and (result := _WHICH.match(behind)):  # the sum of 12 and 5, which is 17
+        line, behind = _sentence(behind[result.end() :])
     if line.startswith("not ") and (contrary := _CONTRARY.match(behind)):  # not 12 but 17
         line, behind = _sentence(behind[contrary.end() :])
     if goes_on(_spoken(behind)) and _NUMBER.search(_spoken(line)):
@@ -193,7 +196,8 @@ def _over_lines(rest: str) -> str | None:
     """The formula in single dollars that a text begins with, if it goes on over a line break."""
     end = rest.find("$", 1)
     inside = rest[1:end]
-    broken = rest[:1] == "$" and 1 < end <= 1000 and "\n" in inside and "\\" in inside
+    broken = rest[:1] == "$" and 1 < end <= 1000 and "\n" in inside
+    broken = broken and ("\\" in inside or re.search(r"[-+*/^=]\s*\n|\n\s*[-+*/^=]", inside) is not None)
     return inside if broken and not re.search(r"\n[ \t]*\n", inside) else None
 
 
@@ -228,7 +232,7 @@ def _elsewhere(line: str, behind: str) -> str | None:
         return _last_side(_inside(opening))
     if number and not _NUMBER.match(line.lstrip("*_ $")) and re.match(r"[^\W\d_]{2,}", line):
         return last_number(line) if re.match(r"\s*[^\s0-9]*\s*[^0-9]*$", line[number.end() :]) else line
-    return line.strip("*_ ")
+    return re.sub(r"\s*(?:입니다|이다|です|だ|となる|になる)$", "", line.strip("*_ "))
 
 
 def _unsure(maybe: re.Match[str]) -> str | None:
@@ -250,7 +254,7 @@ def whole(text: str) -> str | None:
         return None
     if nothing(text):
         return text
-    if (segment := _MATH.fullmatch(text)) and _is_math(segment):
+    if (segment := _MATH.fullmatch(text.rstrip(" .,;"))) and _is_math(segment):
         return _last_side(_inside(segment).strip())
     if (value := labelled(text)) is not None:
         return _last_side(value.strip("* "))
@@ -287,7 +291,22 @@ def last_expression(text: str) -> str | None:
     last = _last_numeral(text)
     if formula is not None and (last is None or last.end() <= formula.end()):
         return _unsettled_end(text, formula) or _last_side(_inside(formula))
-    return None if last is None else _unsettled_end(text, last) or _signed(last)
+    return None if last is None else _unsettled_end(text, last) or _of_two_units(text, last) or _signed(last)
+
+
+_TWO_UNITS = re.compile(
+    r"(?<![0-9.,/$])[0-9]+ (?:feet|foot|ft|hours?|hrs?|years?|weeks?|days?|minutes?|mins?|meters?|kg|kilograms?"
+    r"|km|kilometers?|pounds?|lbs?|yards?),?(?: and)? [0-9]+ (?:inch(?:es)?|minutes?|mins?|months?|days?|hours?|secs?"
+    r"|cm|centimeters?|seconds?|grams?|meters?|ounces?|oz|feet)\b"
+)
+
+
+def _of_two_units(text: str, last: re.Match[str]) -> str | None:
+    """The quantity of two units that ends in the last number: "5 feet 9 inches"."""
+    for match in _TWO_UNITS.finditer(text, max(0, last.start() - 40), last.end() + 20):
+        if match.start() < last.start() < match.end():
+            return match[0]
+    return None
 
 
 _LABEL = re.compile(r"\W*[A-Za-z][A-Za-z ]{0,30}:\W*")

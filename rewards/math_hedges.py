@@ -73,7 +73,7 @@ _TIME_BOUND = re.compile(
 )
 _EITHER_WORD = re.compile(rf"\W*either\b[^0-9]*\bor\b[^0-9]*{_N}{_TAIL}", re.IGNORECASE)
 _MORE = re.compile(
-    rf"\s*[,;(]?\s*(?:or|but|and)?\s*(?:it|this)?\s*\b(?:or|could|may|might|maybe|perhaps|possibly|alternatively|otherwise|else)\b"
+    rf"\s*+[,;(]?\s*+(?:or|but|and)?\s*+(?:it|this)?\s*+\b(?:or|could|may|might|maybe|perhaps|possibly|alternatively|otherwise|else)\b"
     rf"[^.\n]*?{_N}",
     re.IGNORECASE,
 )

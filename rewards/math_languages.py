@@ -13,7 +13,7 @@ _ASCII_ANSWERS = tuple(word for word in _ANSWERS.split() if word.isascii())
 _CJK_DENIED = r"(?:不|并不|並不|不会|不可能|可能|也许|或许|大概|大约|大約|约|約)"
 _SAID = re.compile(
     rf"(?:答案|答え|正解|結果|结果|最终结果)\s*(?P<not>{_CJK_DENIED}\s*是?)?(?:应该?|應該?)?\s*(?:是|为|為|选|選|は|:|=)+\s*:?\s*"
-    rf"|(?<![不别別勿非未])(?:故|应|應|所以|因此)?\s*(?<![不别別勿非未])(?:选择?|選)\s*:?\s*(?=[A-J](?![a-z]))|(?<![^\W_])答\s*:\s*|(?:정답|답)\s*(?:은|는|:)\s*:?\s*"
+    rf"|(?<![不别別勿非未])(?:故|应|應|所以|因此)?\s*(?<![不别別勿非未])(?:选择?|選)\s*:?\s*(?=[A-J](?![a-z]))|答案\s+(?=[-$\\0-9])|(?<![^\W_])答\s*:\s*|(?:정답|답)\s*(?:은|는|:)\s*:?\s*"
     rf"|(?<![^\W_])(?:{ANSWER_ELSEWHERE}|الجواب|الإجابة|उत्तर|đáp\s+án|đáp\s+số)"
     r"(?:\s+(?:final\w*|correct[ae]?|corretta|correta|exacte|finale))?"
     r"\s*(?:(?:est?|ist|lautet|beträgt|is|är|é|è|هو|है|là)(?!\w)|(?<=r)\s*(?=:))?\s*[:=]?\s*(?=\S)",
@@ -28,8 +28,8 @@ _UNSURE_WORDS = """
     no nunca jamás menos más mas menor mayor casi mínimo máximo entre quizás ni pas jamais moins plus inférieure
     inférieur supérieure supérieur presque peut-être non mai meno più quasi minore maggiore almeno massimo tra fra forse
     não nao mais quase maior talvez niet nooit minder meer dan bijna minstens hoogstens tussen geen nie mniej więcej
-    prawie najmniej najwyżej między не ни меньше больше менее более почти между никогда свыше менше більше майже inte
-    aldrig mindre mer nästan minst högst mellan
+    prawie najmniej najwyżej między не ни меньше меньшей крайней больше менее более почти между никогда свыше
+    менше більше майже inte aldrig mindre mer nästan minst högst mellan
 """
 _UNSURE = "|".join(map(re.escape, _UNSURE_WORDS.split()))
 _OR = r"(?:oder|o|ou|или|of|lub|albo|eller|або|veya|noch|и|und|y|et|e|a|bis|до|или|或|和|到)"

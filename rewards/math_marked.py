@@ -51,7 +51,7 @@ def boxes(text: str) -> list[str] | None:
 
 
 _BETWEEN_BOXES = re.compile(
-    r"(?:\s|\$|\\[()]|\\q?quad)*(?:,|;|\band\b|\bor\b|\\text\s*\{\s*,?\s*(?:and|or)\s*\})"
+    r"(?:\s|\$|\\[()]|\\q?quad)*(?:,|;|/|\band\b|,?\s*\bor\b(?:\s+(?:[a-z]+\b,?\s*){1,4}(?=[$\\]|\Z))?|\\text\s*\{\s*,?\s*(?:and|or)\s*\})"
     r"(?:\s|\$|\\[()]|\\q?quad|\band\b|\bor\b|\\?[a-zA-Z]+(?:_\{?\w+\}?|'|\([a-z]\))*\s*=)*"
 )
 

@@ -21,7 +21,7 @@ _TRIGONOMETRIC = r"\\(?:sin|cos|tan|cot|sec|csc)\s*(?:\(?\s*(?:\\angle\s*)?(?:[A
 _DERIVATIVE = r"\\frac\s*\{d\^?2?\s*[a-z]\}\s*\{d\s*[a-z](?:\^2)?\}"
 _OF_NAMES = r"(?:[A-Z]{1,4}|[A-Za-z]_\{?\w+\}?|[A-Z]'?|\[[A-Z]{3,6}\]|\\angle\s*[A-Z]{1,3}|[a-zA-Z]\([0-9]+\))"
 _NAME = re.compile(
-    rf"{_WORDS}(?:_\{{?\w+\}}?)?(?:\([^()]*\))?|{_PLAIN_WORDS}|{_MARKED}{_INDEX}|{_SEGMENT}|{_VALUE_OF}|{_TRIGONOMETRIC}"
+    rf"\\(?:max|min)\s+[a-zA-Z](?:\([a-zA-Z]\))?|\|\s*{_MARKED}\s*\||{_WORDS}(?:_\{{?\w+\}}?)?(?:\([^()]*\))?|{_PLAIN_WORDS}|{_MARKED}{_INDEX}|{_SEGMENT}|{_VALUE_OF}|{_TRIGONOMETRIC}"
     rf"|(?:[a-zA-Z]|\\(?!(?:frac|sqrt|sum|int|prod|lim|log|ln|binom|pi)(?![a-zA-Z]))[a-zA-Z]+){_INDEX}|{_DERIVATIVE}"
     rf"|\\frac\s*\{{\s*{_OF_NAMES}\s*\}}\s*\{{\s*{_OF_NAMES}\s*\}}|{_OF_NAMES}(?:\s*[:/]\s*{_OF_NAMES})+"
 )

@@ -52,7 +52,7 @@ _SCIENTIFIC = re.compile(
     r"|(?:\\times|\\cdot|\*|x)\s*10\s*(?:\^|\*\*)\s*(?:\{\s*([+-]?[0-9]+)\s*\}|([+-]?[0-9]+)))"
 )
 _POWER_OF_TEN = re.compile(r"10\s*\^\s*(?:\{\s*([+-]?[0-9]+)\s*\}|([0-9]+))")
-_REPEATING = re.compile(r"([0-9]*)\.([0-9]*)\\(?:overline|bar)\s*\{?\s*([0-9]+)\s*\}?")
+_REPEATING = re.compile(r"([0-9]*)\.([0-9]*)(?:\\(?:overline|bar)\s*\{?\s*([0-9]+)\s*\}?|\(([0-9]+)\))")
 _DOTTED = re.compile(r"([0-9]*)\.([0-9]*)(?:\\dot\s*\{?\s*([0-9])\s*\}?(?:([0-9]*)\\dot\s*\{?\s*([0-9])\s*\}?)?)")
 _DECIMAL = re.compile(DECIMAL)
 

@@ -35,6 +35,7 @@ _UNSURE_NAMES = """
     unless almost nearly about roughly over under below above except only half twice double triple dozen minus negative
     sqrt sin cos tan cot sec csc log ln exp arcsin arccos arctan abs floor ceil mod gcd lcm max min pi choose infinity
     alpha beta gamma delta epsilon theta lambda sigma omega phi psi root square squared cube cubed power
+    nobody none failed fails fail doubt doubts false lacks lack lacking
     less fewer up without wrong incorrect false least minimum maximum until beyond plus remainder base times each
 """
 _UNSURE = (frozenset(_UNSURE_NAMES.split()) | NUMBER_WORDS) - {"one", "second", "third", "fourth", "fifth"}
@@ -83,6 +84,8 @@ def _plain_value(value: str) -> str | None:
 
 def _in_sentence(text: str) -> str | None:
     """The only number of a sentence, with what it counts; or the one that the sentence ends with behind "is"."""
+    if text.endswith("?"):
+        return None
     text = text.rstrip(" .!")
     numerals = list(_NUMERAL.finditer(text))
     if not numerals or "\\" in text[: numerals[-1].start()]:
@@ -92,6 +95,7 @@ def _in_sentence(text: str) -> str | None:
     words = re.findall(r"[^\W\d_]+(?:'[a-z]+)?", before.lower())
     if (
         not words
+        or (len(words) == 1 and len(words[0]) < 4 and before.islower())  # "for 6" is no sentence
         or words[-1] in _NO_LABEL
         or re.search(r"[<>=+*/^_|\\(\[{:-]\s*$", before)
         or unsettled(text, prose=True)
@@ -104,7 +108,8 @@ def _in_sentence(text: str) -> str | None:
         words = []
     if (_UNSURE - {"each"}) & set(words) or not re.search(r"[^\W\d_]{2,}\s$|[^\W\d_]{2,}\s[$€£]?$", before):
         return None
-    if not all(len(word) > 1 or word in ("a", "i") for word in words) or re.search(r"[=<>+*^_{}]", before):
+    named = re.search(r"[^\W\d_]{2,} [a-zA-Z] (?:is|equals) $", before)  # the value of x is
+    if not all(len(word) > 1 or word in ("a", "i") or named for word in words) or re.search(r"[=<>+*^_{}]", before):
         return None
     return value if quantity(value) is not None else None
 
@@ -112,7 +117,8 @@ def _in_sentence(text: str) -> str | None:
 # ---- JSON, HTML ---------------------------------------------------------------------
 
 _JSON = re.compile(
-    r"\"(?:final[ _]?)?(?:answer|result|solution)\"\s*:\s*(?:\"((?:[^\"\\]|\\.)*)\"|(-?[0-9][0-9.eE+-]*|true|false))\s*"
+    r"\"(?:final[ _]?)?(?:answer|result|solution|output)\"\s*:\s*\[?\s*"
+    r"(?:\"((?:[^\"\\]|\\.)*)\"|(-?[0-9][0-9.eE+-]*|true|false)|null)\s*\]?\s*"
     r"(?:,[^{}]*)?\}\s*(?:```)?\s*\Z",
     re.IGNORECASE,
 )
@@ -125,7 +131,9 @@ def in_json(text: str) -> str | None:
     match = _JSON.search(text[-2000:])
     if match is None:
         return None
-    return match[2] if match[1] is None else match[1].replace(r"\\", "\\").replace(r"\"", '"')
+    if match[1] is None:
+        return match[2] or ""  # null
+    return match[1].replace(r"\\", "\\").replace(r"\"", '"')
 
 
 _RAISED = re.compile(r"<(su[pb])>\s*([^<>]{1,20})\s*</\1>", re.IGNORECASE)

@@ -18,13 +18,21 @@ Piece = tuple[Any, bool, Any, bool]  # low end, whether it is in, high end, whet
 MAX_PIECES = 16
 
 _REALS = re.compile(
-    r"(?:[a-zA-Z]\s*\\in\s*)?\\mathbb\s*\{?R\}?|(?:\\text\s*\{)?\s*(?:the\s+)?(?:set\s+of\s+)?(?:all\s+)?(?:the\s+)?"
+    r"(?:[a-zA-Z]\s*\\in\s*)?\\mathbb\s*\{?R\}?|(?:\\text\s*\{)?\s*(?:the\s+)?(?:set\s+of\s+)?(?:(?:all|any|every)\s+)?(?:the\s+)?"
     r"real(?:\s+number)?s?\s*\}?|\(-\\infty,\s*\+?\\infty\)",
     re.IGNORECASE,
 )
 _AND = r"\\cap(?![a-zA-Z])|\\(?:wedge|land)(?![a-zA-Z])|\\text\s*\{\s*and\s*\}|(?<![a-zA-Z\\])and(?![a-zA-Z])"
 _OR = r"\\cup(?![a-zA-Z])|\\(?:vee|lor)(?![a-zA-Z])|,?\s*\\text\s*\{\s*or\s*\}|(?<![a-zA-Z\\]),?\s*or(?![a-zA-Z])"
 _UNEQUAL = re.compile(r"\\?[a-zA-Z]+\s*(?:\\neq?(?![a-zA-Z])|!=)\s*(.+)")
+_MINUS = r"\\setminus(?![a-zA-Z])|\\backslash(?![a-zA-Z])|-(?=\s*\\\{)"
+_EXCEPT = re.compile(
+    r"^(.*?)(?:\\text\s*\{\s*|(?<=[a-z]))\s*except(?:\s+for)?\s*\}?\s*(?:[a-z]\s*=\s*)?([^{}a-z]*|.*\\(?:frac|sqrt|pi).*)$"
+)
+_REAL_BUT = re.compile(
+    r"^[a-zA-Z]\s*\\in\s*\\mathbb\s*\{?R\}?\s*(?:,|\\text\s*\{\s*(?:and|with|where)\s*\})\s*(?=[a-zA-Z]\s*\\neq?)"
+)
+_BUILT = re.compile(r"\\\{\s*[a-zA-Z](?:\s*\\in\s*\\mathbb\s*\{?R\}?)?\s*(?:\\mid|:|\||\\vert)\s*(.*)\\\}")
 _MARKED = re.compile(rf"{_AND}|{_OR}|\\neq?(?![a-zA-Z])|!=|\\setminus|\\backslash|real", re.IGNORECASE)
 
 
@@ -50,6 +58,10 @@ def _equal(a: Any, b: Any) -> bool:
 
 def _union(text: str, split: Split, as_interval: Callable[[str], str]) -> list[Piece]:
     pieces: list[Piece] = []
+    if match := _EXCEPT.match(text):
+        closing = "}" if r"\text" in match[1] else ""
+        text = rf"{match[1].rstrip()}{closing} \setminus \{{{match[2]}\}}"
+    text = _REAL_BUT.sub("", text)
     for part in split(text, _OR):
         found: list[Piece] | None = None
         for factor in split(part, _AND):
@@ -73,11 +85,14 @@ def _union(text: str, split: Split, as_interval: Callable[[str], str]) -> list[P
 
 def _one(text: str, split: Split, as_interval: Callable[[str], str]) -> list[Piece]:
     text = text.strip()
-    parts = split(text, r"\\setminus(?![a-zA-Z])|\\backslash(?![a-zA-Z])")
-    if len(parts) == 2 and parts[1].startswith(r"\{"):
+    if match := _BUILT.fullmatch(text):
+        return _union(match[1], split, as_interval)
+    parts = split(text, _MINUS)
+    if len(parts) == 2 and parts[0]:
         found = _one(parts[0], split, as_interval)
-        for point in split(parts[1][2:-2], ","):
-            found = [both for a in found for b in _without(_number(point)) if (both := _meet(a, b))]
+        for low, has_low, high, has_high in _one(parts[1], split, as_interval):
+            rest = [(-mpmath.inf, False, low, not has_low), (high, not has_high, mpmath.inf, False)]
+            found = [both for a in found for b in rest if (both := _meet(a, b))]
         return found
     if _REALS.fullmatch(text):
         return [(-mpmath.inf, False, mpmath.inf, False)]

@@ -59,9 +59,9 @@ def words(text: str) -> str | None:
     r"""A name or phrase in one spelling (case, spaces, \text{} and a leading "the" do not matter), or None if the
     text is not made of words. A single letter is a variable."""
     text = plain(text).strip("\"'*_ ")
-    if not _WORDS.fullmatch(text) or text.lower() in _FORMULA_WORDS:
+    if not _WORDS.fullmatch(text) or all(word in _FORMULA_WORDS for word in text.lower().split("/")):
         return None
-    if re.fullmatch(r"(?:the )?(?:set of )?(?:all )?(?:the )?real(?: number)?s?", text.lower()):
+    if re.fullmatch(r"(?:the )?(?:set of )?(?:(?:all|any|every) )?(?:the )?real(?: number)?s?", text.lower()):
         return None  # an interval
     if not re.search(r"[^\W\d_]{3}", text) and text.lower() not in _SHORT_WORDS:
         return None

@@ -13,6 +13,7 @@ _UNIT_NAMES = {
     "€": "euro euros eur",
     "£": "sterling gbp quid",
     "pound": "pound pounds",
+    "pence": "pence",
     "₹": "rupee rupees inr rs",
     "¥": "¥ 元",
     "yen": "yen jpy",

@@ -67,7 +67,7 @@ def split_unit(text: str) -> tuple[str, str | None]:
     if match := _PLAIN_UNIT.search(text):
         stem, words = text[: match.start()], match[1].strip()
         # Behind a formula only a longer word that is known to be a unit: the h of "2\\pi r h" is a variable.
-        if stem.strip() and stem.endswith(" ") and len(words) > 1 and known_unit(words) is not None:
+        if stem.strip() and stem.endswith(" ") and re.search("[A-Za-z¢]{2}", words) and known_unit(words) is not None:
             return stem.rstrip(" -"), _unit(words, match[2])
     return text, None
 

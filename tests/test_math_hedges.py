@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 
 import pytest
 
@@ -123,6 +124,12 @@ def test_other_ways_to_settle_on_nothing(text: str, value: int) -> None:
 )
 def test_what_settles_on_a_value_is_still_an_answer(text: str, value: object) -> None:
     assert right(text, value)
+
+
+def test_spaces_and_line_breaks_behind_an_answer_are_read_once() -> None:
+    start = time.process_time()
+    assert not right("The answer is " + "\n$" * 450, 3)
+    assert time.process_time() - start < 0.5
 
 
 def test_long_lines_are_not_searched_for_hedges() -> None:
