@@ -15,7 +15,7 @@ _CLOCK = re.compile(
     r"(?: ?(?P<sharp>o'clock))?"
     r"(?:,? ?(?:(?P<half>[ap])\.? ?m\.?|in the (?P<part>morning|afternoon|evening)|at (?P<night>night)"
     r"|(?P<named>noon|midnight)))?"
-    r"(?(minute)(?: (?:hours|hrs|uhr))?)",
+    r"(?(minute)(?: (?P<day>hours|hrs|uhr))?)",
     re.IGNORECASE,
 )
 _HINT = re.compile(r":|colon|[0-9}\s.]\s*[ap]\.?\s?m|{[ap]\.?m|clock|noon|night|morning|evening", re.IGNORECASE)
@@ -73,5 +73,5 @@ def clock(text: str) -> Clock | None:
         return None
     if half is not None:
         hour = hour % 12 + (12 if half == "pm" else 0)
-    certain = bool(half or match["sharp"]) or match["minute"][0] == "0"
+    certain = bool(half or match["sharp"] or match["day"]) or match["minute"][0] == "0"
     return Clock((3600 * hour + 60 * minute + second) % 86400, half, certain)

@@ -47,6 +47,7 @@ _ARRANGED = re.compile(
 )
 _SOLIDUS = re.compile(r"(?:\{\s*\}\s*)?\^\s*\{?([0-9]+)\}?\s*/\s*(?:\{\s*\}\s*)?_\s*\{?([0-9]+)\}?")
 _DIFFERENTIAL = re.compile(r"\\(?:mathrm|text|rm)\s*\{\s*d\s*\}(?=\s*[a-zA-Z}\\^])")
+_NOT_EQUAL = re.compile(r"\\not\s*=")
 _BLACKBOARD = re.compile(r"\\mathbb\s+([A-Z])")
 _AS_TEXT = re.compile(
     r"\\(?:texttt|textsf|textsc|textup|textmd|textsl|textnormal|emph|uline|hbox|mathtt|mathnormal)(?=\s*\{)"
@@ -144,6 +145,7 @@ def _undressed(text: str) -> str:
     text = _PRIME.sub("'", _CIS.sub(" cis ", _SKIP.sub(" ", text)))
     text = _FONT_BRACED.sub(r"\\mathrm{\1}", text)
     text = _BLACKBOARD.sub(r"\\mathbb{\1}", _DIFFERENTIAL.sub("d", text))
+    text = _NOT_EQUAL.sub(r"\\neq ", text)
     text = _FONT_OF.sub(r"\\mathrm", text)
     text = _FONT.sub(" ", text)
     text = _BOLD_FORMULA.sub("", text)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from rewards.math_characters import ascii_text
 from rewards.math_clocks import HALF_DAY, PART_OF_DAY
-from rewards.math_hedges import bounded, goes_on, unsettled
-from rewards.math_languages import denied_near, said_elsewhere, unsure_elsewhere
+from rewards.math_hedges import bounded, goes_on, twice, unsettled
+from rewards.math_languages import denied_near, said_elsewhere, unsure_elsewhere, without_another
 from rewards.math_marked import boxed, boxes, hashes, last_match
 from rewards.math_numbers import DECIMAL
 from rewards.math_prose import in_json, labelled, told, without_html
@@ -92,11 +92,18 @@ _MAYBE = re.compile(
     re.IGNORECASE,
 )
 _DENIAL = re.compile(r"n't\s+")
-_WHICH = re.compile(r"\s*,?\s*which\s+(?:is|equals|makes|gives)\s+(?=[-$\\(*]*[0-9])")
+_WHICH = re.compile(
+    r"\s*,?\s*(?:which\s+(?:is|equals|makes|gives)|so|namely|i\.\s?e\.,?|that\s+is,?)\s+(?=[-$\\(*]*[0-9])"
+)
+_CAME_TO = re.compile(
+    r"[0-9.,$]+ (?:times|plus|minus|and|(?:divided|multiplied) by) [0-9.,$]+ (?:is|are|equals|makes|gives) "
+    r"([-$]*[0-9][^=]*)"
+)
+_CALCULATED = re.compile(r"[0-9.,$]+ (?:times|plus|minus|(?:divided|multiplied) by) [0-9.,$]+")
 _CONTRARY = re.compile(r"\s*,?\s*but\s+(?:rather\s+|instead\s+)?(?=[-$\\(*]*[0-9])")
 _END_OF_ANSWER = re.compile(
-    r"\n|(?<=[^\s.\\])[.!?;](?=\s|$|\*)|,?\s+(?:because|since|so|as(?!\s+(?:many|much)\b)|which|therefore|but|rather\s+than|instead\s+of)\b"
-    r"|,\s+(?!(?:and|or|sin|cos|tan|ln|log)\b)[a-z]{2,}|(?<=[0-9%}$])\s+of\b|\s+\((?=[a-z]{3,})"
+    r"\n|(?<=[^\s.\\])[.!?;](?=\s|$|\*)|,?\s+(?:because|since|so|as(?!\s+(?:many|much)\b)|which|therefore|but|and\s+not|rather\s+than|instead\s+of)\b"
+    r"|,?\s+i\.\s?e\b|,\s+(?!(?:and|or|sin|cos|tan|ln|log)\b)[a-z]{2,}|(?<=[0-9%}$])\s+of\b|\s+\((?=[a-z]{3,})"
 )
 # Formulas hold no opening delimiter of their own kind, so that a run of those is read once, not once for each.
 _MATH = re.compile(
@@ -160,10 +167,16 @@ def phrase(text: str) -> str | None:
         line, behind = _sentence(behind[result.end() :])
     if line.startswith("not ") and (contrary := _CONTRARY.match(behind)):  # not 12 but 17
         line, behind = _sentence(behind[contrary.end() :])
+    if same := twice(line, behind.split("\n")[0][:100]):
+        return same
     if goes_on(_spoken(behind)) and _NUMBER.search(_spoken(line)):
         return line + behind.splitlines()[0]
     if not _NUMBER.match(line) and unsettled(_spoken(line)):
         return re.sub(r"^\W*(?:either|both)\s+", "", line)
+    if (result := _WHICH.match(behind)) and _CALCULATED.fullmatch(line):
+        line, behind = _sentence(behind[result.end() :])
+    if came := _CAME_TO.fullmatch(line):  # 13 times 2 is 26
+        return came[1]
     if re.match(r"[A-Za-z]{2,} ", line):  # "Final answer: the largest $n$ is 34"
         line = re.split(r"\b(?:is|are|equals)\s+(?=\S)", line)[-1]
     if several or line.startswith("not "):
@@ -182,7 +195,10 @@ def phrase(text: str) -> str | None:
     start = _NUMBER.match(line)
     if start or not _NUMBER.search(line):
         return line
-    words = re.findall(r"[A-Za-z]{3,}", line[: _NUMBER.search(line).start()])  # type: ignore[union-attr]
+    before = line[: _NUMBER.search(line).start()]  # type: ignore[union-attr]
+    if re.search(r"[A-Za-z][(^*/]$", before):  # sqrt(2)
+        return line
+    words = re.findall(r"[A-Za-z]{3,}", before)
     return last_number(line) if words and "\\" not in line else line
 
 
@@ -224,13 +240,14 @@ def _spoken(line: str) -> str:
 
 def _elsewhere(line: str, behind: str) -> str | None:
     """The value behind "the answer is" in another language; None where a sentence there has none."""
+    line = without_another(line)
     if unsure_elsewhere(line):
         return f"not {line}"
     number = _NUMBER.search(line)
     opening = _MATH.match(line)
     if opening and _is_math(opening):
         return _last_side(_inside(opening))
-    if number and not _NUMBER.match(line.lstrip("*_ $")) and re.match(r"[^\W\d_]{2,}", line):
+    if number and not _NUMBER.match(line.lstrip("*_ $")) and re.match(r"[^\W\d_]{2,}|[^\W\d_A-Za-z]", line):
         return last_number(line) if re.match(r"\s*[^\s0-9]*\s*[^0-9]*$", line[number.end() :]) else line
     return re.sub(r"\s*(?:입니다|이다|です|だ|となる|になる)$", "", line.strip("*_ "))
 
@@ -247,9 +264,12 @@ def _unsure(maybe: re.Match[str]) -> str | None:
     return None
 
 
+_THEREFORE = re.compile(r"(?:Thus|So|Hence|Therefore|Then|Finally),?\s+(?=[$\\a-z])")
+
+
 def whole(text: str) -> str | None:
     """All of a short text without sentences: one line with at most one word that is not part of a formula."""
-    text = text.strip()
+    text = _THEREFORE.sub("", text.strip())
     if not text or len(text) > 200 or "\n" in text:
         return None
     if nothing(text):
@@ -261,7 +281,7 @@ def whole(text: str) -> str | None:
     bare = re.sub(r"\\(?:text|mbox|begin|end)\s*\{[^{}]*\}(?:\{[clr|]*\})?|\\[a-zA-Z]+", " ", text)
     bare = re.sub(r"\b[A-Z]{2,3}\b", " ", bare) if "=" in text else bare  # AB = CD
     words = [word for word in re.findall(r"[^\W\d_]{2,}", bare) if word.lower() not in _FORMULA_WORDS]
-    if words and words[0].lower() in NUMBER_WORDS and text.startswith(words[0]):
+    if words and words[0].lower() in NUMBER_WORDS and not re.search(r"[0-9]", text) and text.startswith(words[0]):
         text = re.split(r"\s+of\s", text, maxsplit=1)[0]  # two thirds of the cake
         words = [word for word in re.findall(r"[^\W\d_]{2,}", text) if word.lower() not in NUMBER_WORDS | {"and"}]
     allowed = 0 if _MATH.search(text) else 1

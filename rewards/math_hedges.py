@@ -22,14 +22,15 @@ _FILLER = (
 )
 _MAY = (
     r"(?:(?:could|may|might|can|would|be|is|also|well|maybe|perhaps|possibly|probably|likely|either|both|one|any|of|a"
-    r"|an|the|even|else|it|value|number|numbers|values|answer|among|choice)\s+)*"
+    r"|an|the|following:?|even|else|it|value|number|numbers|values|answer|among|choice)\s+)*"
 )
 _COMPARED = (
     r"(?:(?:no|not|any|much|far|slightly|strictly)\s+)*(?:greater|more|less|fewer|larger|smaller|higher|lower|bigger)"
     r"\s+than(?:\s+or\s+equal\s+to)?|exceeds|exceeding|above|below|over|under|beyond|beneath|past"
 )
 _LIMITED = (
-    r"at\s+(?:the\s+)?(?:very\s+)?(?:least|most|minimum|maximum)|bounded\s+by|up\s+to|a\s+(?:minimum|maximum)\s+of"
+    r"at\s+(?:the\s+)?(?:very\s+)?(?:least|most|minimum|maximum)|bounded\s+by|up\s+to"
+    r"|(?:min(?:imum)?|max(?:imum)?)\.?(?:\s+of)?"
 )
 _FAR = (
     r"anything\s+but|(?<!none\s)(?<!no\s)other\s+than|far\s+from|different\s+from|unequal\s+to|in\s+no\s+case|hardly"
@@ -42,8 +43,11 @@ _DENIED = re.compile(
 )
 _BOUNDED = re.compile(rf"{_FILLER}(?:{_COMPARED})\s+(?:the\s+number\s+)?{_N}{_TAIL}", re.IGNORECASE)
 _AT_LEAST = re.compile(rf"{_FILLER}(?:{_LIMITED})\s+{_N}{_TAIL}", re.IGNORECASE)
+_BOTH = re.compile(
+    rf"{_FILLER}(?:{_COMPARED}|{_LIMITED})\s+{_N}[^0-9]*\b(?:{_COMPARED}|{_LIMITED})\s+{_N}{_TAIL}", re.IGNORECASE
+)
 _RANGE = re.compile(
-    rf"{_FILLER}(?:between|from|within|among|(?:range|interval)(?:\s+(?:of|from))?)\s+{_N}{_UNIT}\s*"
+    rf"{_FILLER}(?:between|from|within|among|around|about|(?:range|interval)(?:\s+(?:of|from))?)\s+{_N}{_UNIT}\s*"
     rf"(?:,?\s*\band\b|\bto\b|\bthrough\b|-)\s*{_N}{_TAIL}",
     re.IGNORECASE,
 )
@@ -55,15 +59,16 @@ _OR = re.compile(
     rf".*?(?P<a>{_N})(?P<unit>{_UNIT})\s+or\s+(?:[a-z]+\s+){{0,2}}(?P<b>{_N})(?P<other>{_TAIL})", re.IGNORECASE
 )
 _BESIDE = re.compile(
-    rf"\b(?:(?:almost|nearly|near|close\s+to|approach(?:es|ing)|tends?\s+to|shy\s+of|short\s+of"
+    rf"\b(?:(?:almost|nearly|near|close\s+to|approach(?:es|ing)|tends?\s+to|within|in\s+the\s+vicinity\s+of|doubtfully|supposedly|shy\s+of|short\s+of"
     rf"|(?:just|a\s+little|a\s+bit)\s+(?:under|over|below|above))|(?:wrong|incorrect|false)\s*:?)\s+{_N}{_TAIL}\Z",
     re.IGNORECASE,
 )
 """A value near another, or a wrong one."""
 _CHANGED = re.compile(
-    rf"\b(?:twice|thrice|half|double|triple|minus|negative|(?<!other\s)than"
+    rf"\b(?:twice|thrice|times|sqrt|log|ln|sin|cos|tan|exp|plus|half|double|triple|minus|negative|(?<!other\s)than"
     rf"|(?:opposite|inverse|reciprocal|negative|square|cube|root|half|double|triple|third|quarter|logarithm|sine|cosine"
-    rf"|factorial|complement|multiple|divisor|factor)\s+of)\s+(?:of\s+|the\s+|number\s+)*{_N}{_TAIL}\Z",
+    rf"|factorial|complement|multiple|divisor|factor|power|percent|halves|thirds|quarters|fifths)\s+of"
+    rf"|(?:sum|product|quotient|difference|average|mean)\s+(?:of|between)\s+{_N}\s+and)\s+(?:of\s+|the\s+|number\s+)*{_N}{_TAIL}\Z",
     re.IGNORECASE,
 )
 """Another value, made of the one that is written."""
@@ -71,10 +76,18 @@ _TIME_BOUND = re.compile(
     rf"\b(?:before|after|(?:later|earlier)\s+than|between\s+{_TIME}\s*(?:and|to)|{_TIME}\s+or)\s+{_TIME}{_TAIL}\Z",
     re.IGNORECASE,
 )
-_EITHER_WORD = re.compile(rf"\W*either\b[^0-9]*\bor\b[^0-9]*{_N}{_TAIL}", re.IGNORECASE)
+_EITHER_WORD = re.compile(
+    rf"\W*(?:either\b[^0-9]*\bor|between\b[^0-9]*\band|from\b[^0-9]*\bto)\b[^0-9]*{_N}{_TAIL}", re.IGNORECASE
+)
 _MORE = re.compile(
-    rf"\s*+[,;(]?\s*+(?:or|but|and)?\s*+(?:it|this)?\s*+\b(?:or|could|may|might|maybe|perhaps|possibly|alternatively|otherwise|else)\b"
+    rf"\s*+[,;(?]?\s*+(?:or|but|and)?\s*+(?:it|this)?\s*+\b(?:or|could|may|might|maybe|perhaps|possibly|alternatively|otherwise|else)\b"
     rf"[^.\n]*?{_N}",
+    re.IGNORECASE,
+)
+
+
+_TWICE = re.compile(
+    rf"(?:either\s+)?(?P<a>{_N})\s*,?\s*\(?(?:or|i\.\s?e\.,?|that\s+is,?|equivalently)\s+(?P<b>{_N})\)?(?=\s*(?:[.!]\s*)?$)",
     re.IGNORECASE,
 )
 
@@ -93,10 +106,16 @@ def unsettled(line: str, *, prose: bool = False) -> bool:
     return (
         any(kind.search(line) for kind in (_DENIED, _BESIDE, _CHANGED, _TIME_BOUND))
         or _EITHER_WORD.fullmatch(line) is not None
-        or any(bound.fullmatch(line) for bound in (_BOUNDED, _RANGE, _AT_LEAST))
+        or any(bound.fullmatch(line) for bound in (_BOUNDED, _RANGE, _AT_LEAST, _BOTH))
         or _several(line)
         or _one_of_two(line)
     )
+
+
+def twice(line: str, rest: str) -> str | None:
+    """The value of "3/4 or 75%" or of "3/4", ", or 0.75", which is said twice; None for anything else."""
+    match = _TWICE.fullmatch(line) or _TWICE.match(line + rest)
+    return match["a"] if match and _equal(match["a"], match["b"]) else None
 
 
 def bounded(value: str) -> bool:

@@ -12,7 +12,7 @@ _ASCII_ANSWERS = tuple(word for word in _ANSWERS.split() if word.isascii())
 
 _CJK_DENIED = r"(?:不|并不|並不|不会|不可能|可能|也许|或许|大概|大约|大約|约|約)"
 _SAID = re.compile(
-    rf"(?:答案|答え|正解|結果|结果|最终结果)\s*(?P<not>{_CJK_DENIED}\s*是?)?(?:应该?|應該?)?\s*(?:是|为|為|选|選|は|:|=)+\s*:?\s*"
+    rf"(?:答案|答え|正解|結果|结果|最终结果)\s*(?P<not>{_CJK_DENIED}\s*是?)?(?:应该?|應該?)?\s*(?:是|为|為|选|選|は|:|=)+\s*[:,]?\s*"
     rf"|(?<![不别別勿非未])(?:故|应|應|所以|因此)?\s*(?<![不别別勿非未])(?:选择?|選)\s*:?\s*(?=[A-J](?![a-z]))|答案\s+(?=[-$\\0-9])|(?<![^\W_])答\s*:\s*|(?:정답|답)\s*(?:은|는|:)\s*:?\s*"
     rf"|(?<![^\W_])(?:{ANSWER_ELSEWHERE}|الجواب|الإجابة|उत्तर|đáp\s+án|đáp\s+số)"
     r"(?:\s+(?:final\w*|correct[ae]?|corretta|correta|exacte|finale))?"
@@ -46,6 +46,16 @@ def said_elsewhere(text: str) -> re.Match[str] | None:
         if not any(word in lowered for word in _ASCII_ANSWERS):
             return None
     return last_match(_SAID.finditer(text))
+
+
+_NOT_ANOTHER = re.compile(
+    r"(?<=[0-9$})])[^0-9,]{0,20}?(?:,\s*|\s(?:et|e|y|и|und)\s+)(?:而?不是|nicht|non|no|не|а\s+не|ikke|niet|inte)\s*[^0-9]*[0-9.,]+\W*\Z"
+)
+
+
+def without_another(line: str) -> str:
+    """A sentence without the value that it denies behind its own: "26,不是25"."""
+    return _NOT_ANOTHER.sub("", line) if len(line) <= 200 else line
 
 
 def unsure_elsewhere(line: str) -> bool:

@@ -22,15 +22,15 @@ _REALS = re.compile(
     r"real(?:\s+number)?s?\s*\}?|\(-\\infty,\s*\+?\\infty\)",
     re.IGNORECASE,
 )
-_AND = r"\\cap(?![a-zA-Z])|\\(?:wedge|land)(?![a-zA-Z])|\\text\s*\{\s*and\s*\}|(?<![a-zA-Z\\])and(?![a-zA-Z])"
+_AND = (
+    r",\s*(?=[a-zA-Z]\s*\\neq?(?![a-zA-Z]))|\\cap(?![a-zA-Z])|\\(?:wedge|land)(?![a-zA-Z])|\\text\s*\{\s*and\s*\}"
+    r"|(?<![a-zA-Z\\])and(?![a-zA-Z])"
+)
 _OR = r"\\cup(?![a-zA-Z])|\\(?:vee|lor)(?![a-zA-Z])|,?\s*\\text\s*\{\s*or\s*\}|(?<![a-zA-Z\\]),?\s*or(?![a-zA-Z])"
 _UNEQUAL = re.compile(r"\\?[a-zA-Z]+\s*(?:\\neq?(?![a-zA-Z])|!=)\s*(.+)")
 _MINUS = r"\\setminus(?![a-zA-Z])|\\backslash(?![a-zA-Z])|-(?=\s*\\\{)"
 _EXCEPT = re.compile(
     r"^(.*?)(?:\\text\s*\{\s*|(?<=[a-z]))\s*except(?:\s+for)?\s*\}?\s*(?:[a-z]\s*=\s*)?([^{}a-z]*|.*\\(?:frac|sqrt|pi).*)$"
-)
-_REAL_BUT = re.compile(
-    r"^[a-zA-Z]\s*\\in\s*\\mathbb\s*\{?R\}?\s*(?:,|\\text\s*\{\s*(?:and|with|where)\s*\})\s*(?=[a-zA-Z]\s*\\neq?)"
 )
 _BUILT = re.compile(r"\\\{\s*[a-zA-Z](?:\s*\\in\s*\\mathbb\s*\{?R\}?)?\s*(?:\\mid|:|\||\\vert)\s*(.*)\\\}")
 _MARKED = re.compile(rf"{_AND}|{_OR}|\\neq?(?![a-zA-Z])|!=|\\setminus|\\backslash|real", re.IGNORECASE)
@@ -61,7 +61,6 @@ def _union(text: str, split: Split, as_interval: Callable[[str], str]) -> list[P
     if match := _EXCEPT.match(text):
         closing = "}" if r"\text" in match[1] else ""
         text = rf"{match[1].rstrip()}{closing} \setminus \{{{match[2]}\}}"
-    text = _REAL_BUT.sub("", text)
     for part in split(text, _OR):
         found: list[Piece] | None = None
         for factor in split(part, _AND):
