@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from rewards.math_characters import ascii_text
 from rewards.math_clocks import HALF_DAY, PART_OF_DAY
 from rewards.math_hedges import bounded, goes_on, twice, unsettled
-from rewards.math_languages import denied_near, said_elsewhere, unsure_elsewhere, without_another
+from rewards.math_languages import denied_near, listed_elsewhere, said_elsewhere, unsure_elsewhere, without_another
 from rewards.math_marked import boxed, boxes, hashes, last_match
 from rewards.math_numbers import DECIMAL
 from rewards.math_prose import in_json, labelled, told, without_html
@@ -241,6 +241,8 @@ def _spoken(line: str) -> str:
 def _elsewhere(line: str, behind: str) -> str | None:
     """The value behind "the answer is" in another language; None where a sentence there has none."""
     line = without_another(line)
+    if both := listed_elsewhere(line):
+        return both
     if unsure_elsewhere(line):
         return f"not {line}"
     number = _NUMBER.search(line)
@@ -336,7 +338,8 @@ def _unsettled_end(text: str, last: re.Match[str]) -> str | None:
     """The end of the sentence up to its last value where that is no answer: "it is either 14 or 23", "x is not 5"."""
     before = re.split(r"(?<=[.!?;])\s+|\n", text[max(0, last.start() - 150) : last.start()])[-1]
     sentence = before + text[last.start() : last.end()]
-    for part in (sentence, re.split(r"\b(?:is|are|was|were|be|equals|lies|ranges|it's)\s+", sentence)[-1]):
+    value = re.split(r"\b(?:is|are|was|were|be|equals|lies|ranges|it's)\s+", sentence)[-1]
+    for part in (sentence, value) if value != sentence else (sentence,):
         if unsettled(_spoken(part), prose=True):
             return part
     label = _LABEL.match(sentence)

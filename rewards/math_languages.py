@@ -58,6 +58,15 @@ def without_another(line: str) -> str:
     return _NOT_ANOTHER.sub("", line) if len(line) <= 200 else line
 
 
+_LISTED = re.compile(rf"\s*([0-9]+(?:\.[0-9]+)?)\s+{_OR}\s+([0-9]+(?:\.[0-9]+)?)\W*", re.IGNORECASE)
+
+
+def listed_elsewhere(line: str) -> str | None:
+    """Two numbers with "and" or "or" of another language between them, as a list."""
+    match = _LISTED.fullmatch(line)
+    return f"{match[1]}, {match[2]}" if match else None
+
+
 def unsure_elsewhere(line: str) -> bool:
     """Whether a sentence of another language denies or bounds the number that it names, or names two."""
     line = line[:200]

@@ -11,7 +11,10 @@ _CHOICE = re.compile(
     r"(?:([A-Ja-j])|\(\s*([A-Za-z])\s*\))(?:[.:)]|(?:(?<=\))|[.:)])\s*(?!(?:and|or)\b|[,/&]).*)?", re.DOTALL
 )
 _BARE_CHOICE = re.compile(r"\(\s*([A-Z])\s*\)|([A-J])|\(\s*([A-J])\s*\)")
-_NUMERAL = re.compile(r"([+-]?)([0-9A-Z.]+)\s*_\s*(?:\{\s*([0-9]+)\s*\}|([0-9]+)|\{\s*\\text\s*\{([a-z]+)\}\s*\})")
+_NUMERAL = re.compile(
+    r"([+-]?)([0-9A-Z.]+)\s*_\s*(?:\{\s*([0-9]+)\s*\}|([0-9]+)|\{\s*\\text\s*\{"
+    r"((?:two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|sixteen|bin|oct|dec|hex)[a-z]*)\}\s*\})"
+)
 _WORDS = re.compile(r"[^\W\d_]+(?:(?: |, |\. |'|-|/| & | - )[^\W\d_]+)*")
 _ROMAN = re.compile(r"M{0,3}(?:CM|CD|D?C{0,3})(?:XC|XL|L?X{0,3})(?:IX|IV|V?I{0,3})")
 _SHORT_WORDS = frozenset(("no", "on", "up", "go", "ok", "hi", "he", "we"))
