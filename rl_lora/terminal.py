@@ -4,13 +4,15 @@ that the terminal's encoding lacks.
 
 from __future__ import annotations
 
+import io
+import os
 import re
 import sys
 import traceback
 import warnings
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
@@ -54,8 +56,32 @@ def say(text: object) -> None:
     Terminal().print(str(text))
 
 
+class Lasting(io.FileIO):
+    """A standard stream whose loss ends nothing: a terminal that was closed, a pipe that nobody reads, a full disk.
+    What is printed from then on goes nowhere."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            return memoryview(data).nbytes
+
+
+def _lasting(stream: TextIO) -> TextIO:
+    stream.flush()
+    raw = Lasting(stream.fileno(), "w", closefd=False)
+    return io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, line_buffering=bool(stream.line_buffering))
+
+
 def guard() -> None:
-    """For a command: what the encoding lacks is written out, and tracebacks and warnings show control characters."""
+    """For a command: what the encoding lacks is written out, tracebacks and warnings show control characters, and a
+    terminal that is gone ends no run."""
+    for name in ("stdout", "stderr"):
+        if (stream := getattr(sys, name)) is getattr(sys, f"__{name}__") and stream is not None:
+            setattr(sys, name, _lasting(stream))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

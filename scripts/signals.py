@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, as every command takes them: they end it in good order, the second time at once.
+"""Ctrl-C, SIGTERM and SIGHUP, as every command takes them: they end it in good order, the second time at once.
 
 Imported before the libraries that take seconds to import, in which Ctrl-C ends the command without a traceback.
 """
@@ -23,11 +23,16 @@ GRACE = 30.0
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM."""
+    """SIGTERM, or SIGHUP, which comes where a terminal is closed."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = number
 
 
 def listen() -> None:
-    """Raise KeyboardInterrupt at Ctrl-C and Terminated at SIGTERM. Under a launcher, end when it is gone.
+    """Raise KeyboardInterrupt at Ctrl-C and Terminated at SIGTERM, and at SIGHUP unless `nohup` has it ignored. Under a
+    launcher, end when it is gone.
 
     Only in a program that is a command: one that merely calls its `main` has signals of its own.
     """
@@ -36,14 +41,17 @@ def listen() -> None:
     came: list[float] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP and came:
+            return  # the shell and the system each send one
         if came and not (UNDER_LAUNCHER and time.monotonic() - came[0] < SAME_PRESS):
             os._exit(128 + number)
         if not came:
             came.append(time.monotonic())
-            raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+            raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, interrupt)
     if UNDER_LAUNCHER:
         threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
 
@@ -59,7 +67,7 @@ def _follow(launcher: int) -> None:
 
 def ended_by(error: KeyboardInterrupt) -> int:
     """The exit code of a command that a signal has ended. It ends, whatever its threads still wait for."""
-    code = 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
+    code = 128 + (error.number if isinstance(error, Terminated) else signal.SIGINT)
 
     def end() -> None:
         time.sleep(GRACE / 3)

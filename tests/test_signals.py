@@ -59,7 +59,8 @@ def slow_run(model: Path, tmp_path: Path) -> tuple[list[str], Path]:
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+    ("number", "code"),
+    [(signal.SIGTERM, 143), (signal.SIGHUP, 129), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
 )
 def test_a_signal_ends_a_run_with_its_last_finished_step_and_the_command_that_goes_on(
     number: signal.Signals, code: int, model: Path, tmp_path: Path
@@ -81,6 +82,27 @@ def test_a_signal_ends_a_run_with_its_last_finished_step_and_the_command_that_go
     assert again.returncode == 0, err
     assert f"going on from step {checkpoint.step}" in out
     assert_same_run(run_dir, tmp_path / "run")
+
+
+def test_a_run_under_nohup_outlives_its_terminal(model: Path, tmp_path: Path) -> None:
+    command, run_dir = slow_run(model, tmp_path)
+    lost, other_end = os.openpty()
+    process = subprocess.Popen(
+        ["nohup", sys.executable, str(ROOT / command[0]), *command[1:]],
+        cwd=tmp_path,
+        env=ENVIRON,
+        stdout=other_end,
+        stderr=other_end,
+        stdin=other_end,
+    )
+    os.close(other_end)
+    deadline = time.monotonic() + 120
+    while not (run_dir / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGHUP)
+    os.close(lost)
+    assert process.wait(timeout=120) == 0
+    assert (run_dir / "summary.json").exists()
 
 
 def test_ctrl_c_while_libraries_are_imported_says_nothing(tmp_path: Path) -> None:

@@ -169,3 +169,25 @@ def test_no_encoding_ends_a_command_and_tracebacks_and_warnings_are_harmless(enc
     assert "RuntimeError: \\x1b]52;c;x\\x07" in err
     assert "UserWarning: \\x1b[2J" in err
     assert harmless(err)
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+@pytest.mark.parametrize("lost", ["a full disk", "a pipe that nobody reads"])
+def test_a_stream_that_is_lost_ends_no_command(stream: str, lost: str, tmp_path: Path) -> None:
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom rl_lora.terminal import Terminal, guard\nguard()\n"
+        "for i in range(9):\n    Terminal().print('x' * 9999)\n    Terminal(stderr=True).print('y' * 9999)\n"
+        "    print('z' * 9999)\nPath(sys.argv[1]).touch()\nsys.exit(7)\n"
+    )
+    if lost == "a full disk":
+        end = os.open("/dev/full", os.O_WRONLY)
+    else:
+        read, end = os.pipe()
+        os.close(read)
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: end}
+    command = [sys.executable, "-c", script, str(tmp_path / "done")]
+    result = subprocess.run(command, cwd=ROOT, **streams, text=True)
+    os.close(end)
+    assert (tmp_path / "done").exists()
+    assert result.returncode == 7
+    assert "Traceback" not in (result.stderr or "") + (result.stdout or "")
