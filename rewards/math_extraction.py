@@ -240,7 +240,7 @@ def _spoken(line: str) -> str:
 
 def _elsewhere(line: str, behind: str) -> str | None:
     """The value behind "the answer is" in another language; None where a sentence there has none."""
-    line = without_another(line)
+    line = re.sub(r"^(?:[负負]|マイナス|마이너스|минус|minus)\s*(?=[0-9])", "-", without_another(line))
     if both := listed_elsewhere(line):
         return both
     if unsure_elsewhere(line):
