@@ -102,7 +102,7 @@ def _row(n: int, value: Any, where: str) -> Row:
 
 def _parse(text: bytes, where: str) -> Any:
     try:
-        return json.loads(text.decode("utf-8"))
+        return json.loads(text.decode("utf-8"), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from error
     except json.JSONDecodeError as error:
@@ -162,3 +162,12 @@ READERS: dict[str, Callable[[bytes, str], list[Row]]] = {
 }
 UNREAD = {".arrow", ".bz2", ".feather", ".pkl", ".pickle", ".xls", ".xlsx", ".xz", ".yaml", ".yml", ".zip", ".zst"}
 KINDS = f"{', '.join(READERS)}, each also with .gz behind"
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Raises ValueError for a name that comes twice: one of its values would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it has {next(name for name in names if names.count(name) > 1)!r} twice")
+    return found

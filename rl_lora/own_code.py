@@ -70,7 +70,8 @@ def causes(error: BaseException) -> list[BaseException]:
 
 def _is_under(frame: traceback.FrameSummary, folders: tuple[Path, ...]) -> bool:
     made = (frame.filename, frame.name) == ("<string>", "__init__")  # by `dataclass`
-    return made or frame.filename.startswith("<frozen") or _of(Path(frame.filename), folders)
+    compiled = frame.filename.endswith((".pxi", ".pyx"))  # of a library; where it was built is not here
+    return made or compiled or frame.filename.startswith("<frozen") or _of(Path(frame.filename), folders)
 
 
 def _of(file: Path, folders: tuple[Path, ...]) -> bool:

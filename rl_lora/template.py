@@ -19,11 +19,14 @@ from transformers import PreTrainedTokenizerBase
 
 QUESTION, REPLY, THOUGHT = "zqquestionzq", "zqreplyzq", "zqthoughtzq"
 """Stand for the messages while what is around them is rendered."""
-TAG = re.compile(r"<(?!/)(?P<angle>[\w:.-]+)>|\[(?!/)(?P<square>[A-Z_]+)\]|◁(?!/)(?P<kimi>\w+)▷|<\|(?P<bar>[\w-]+)\|>")
-"""What may open a thought, as models write it: <think>, [THINK], ◁think▷; <|...|> has no closing form of its own."""
-HEADER = re.compile("assistant|model|bot|answer|response|output|start|end_of_turn|eos|bos|sep")
+TAG = re.compile(
+    r"<(?!/)(?P<angle>[\w:.-]+)>|\[(?!/)(?P<square>[A-Z_]+)\]|◁(?!/)(?P<kimi>\w+)▷|<\|(?P<bar>[\w-]+)\|>|<\|(?P<half>[\w-]+)>"
+)
+"""What may open a thought, as models write it: <think>, [THINK], ◁think▷, <|channel>; <|...|> has no closing form of
+its own."""
+HEADER = re.compile("assistant|model|bot|answer|response|output|start|turn|eos|bos|sep")
 """What the name of a tag that opens a reply, and no thought, has in it."""
-CLOSING = {"angle": "</{}>", "square": "[/{}]", "kimi": "◁/{}▷"}
+CLOSING = {"angle": "</{}>", "square": "[/{}]", "kimi": "◁/{}▷", "half": "<{}|>"}
 ALTERNATIVES = "choose another model, or pass what its template takes for that with --model.template_kwargs"
 Messages = Sequence[Mapping[str, str]]
 

@@ -288,6 +288,16 @@ def test_a_thought_is_closed_as_the_template_itself_closes_it() -> None:
     assert taught(chat, "4").endswith("assistant\n<t></t>!4<|im_end|>")
 
 
+def test_a_thought_in_a_channel_of_half_open_tags_is_closed_and_a_closed_one_left_alone() -> None:
+    body = "{% for m in messages %}<|turn>{{ m.role }}\n{{ m.content }}<turn|>\n{% endfor %}"
+    begins = "{% if add_generation_prompt %}<|turn>assistant\n<|channel>thought\n{% endif %}"
+    marks = ("<|turn>", "<turn|>", "<|channel>", "<channel|>")
+    opened = Chat(tokenizer_with(body + begins, marks))
+    assert taught(opened, "4").endswith("<|channel>thought\n\n<channel|>\n\n4<turn|>")
+    closed = Chat(tokenizer_with(body + begins.replace("thought\n", "thought\n<channel|>"), marks))
+    assert taught(closed, "4").endswith("<|channel>thought\n<channel|>4<turn|>")
+
+
 def test_an_empty_thought_that_a_whole_turn_begins_with_is_taught_too() -> None:
     thought = "{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}"
     chat = Chat(tokenizer_with(CHATML.replace("{{ m.content }}", thought) + START, MARKS))

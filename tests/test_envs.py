@@ -422,6 +422,7 @@ GOOD = b'{"prompt": "a", "answer": 1}\n'
         (GOOD + b'\n{"prompt": "b", ', {}, r"data\.jsonl, line 3: not JSON \(.* at column 17\)"),
         (GOOD + b'["a", 1]', {}, "line 2: expected a JSON object, got a list"),
         (GOOD + b"[" * 100_000, {}, "line 2: not JSON"),
+        (GOOD + b'{"prompt": "b", "answer": 1, "answer": 2}', {}, "line 2: .* has 'answer' twice"),
         (GOOD + b'{"prompt": "b", "answer": ' + b"9" * 10_000 + b"}", {}, "line 2: not JSON"),
         (GOOD + b'{"prompt": "\xff", "answer": 1}', {}, "line 2: not UTF-8 .* at byte 12"),
         (GOOD + b'{"prompt": "b"}', {}, "line 2: there is no column 'answer'; there are 'prompt' .*reference_column"),
