@@ -56,7 +56,8 @@ def own_sources(names: Iterable[str]) -> list[str]:
             with suppress(OSError):
                 found[name] = Path(file).read_bytes().decode("utf-8", "replace")
         for value in list(vars(module).values()):
-            rest.append(value.__name__ if isinstance(value, ModuleType) else str(getattr(value, "__module__", "")))
+            with suppress(Exception):  # a proxy of something that is not there yet
+                rest.append(value.__name__ if isinstance(value, ModuleType) else str(getattr(value, "__module__", "")))
     return [found[name] for name in sorted(found)]
 
 
