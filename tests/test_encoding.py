@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCES = [path for folder in ("rl_lora", "envs", "rewards", "scripts") for path in (ROOT / folder).rglob("*.py")]
+SOURCES = sorted(p for folder in ("rl_lora", "envs", "rewards", "scripts") for p in (ROOT / folder).rglob("*.py"))
 
 
 def without_encoding(source: str) -> list[str]:

@@ -117,7 +117,7 @@ def test_many_copies_share_the_rows_that_python_gave_and_a_longer_list_is_read_a
         ("d.csv", b"prompt,answer\n\xff,1\n", "not UTF-8"),
         ("d.parquet", b"PAR1", "cannot read .* as Parquet"),
         ("d.jsonl.gz", b"no gzip", "cannot read .*d.jsonl.gz"),
-        ("d.jsonl.gz", gzip.compress(b'{"prompt": "a"}' * 99)[:-9], "cannot read .*d.jsonl.gz"),
+        ("d.jsonl.gz", gzip.compress(b'{"prompt": "a"}' * 99, mtime=0)[:-9], "cannot read .*d.jsonl.gz"),
         ("d.xlsx", b"PK", r"\.xlsx files are not read here, but \.jsonl, \.json, \.csv, \.tsv, \.parquet, each also"),
         ("d.jsonl.zst", b"(", r"\.zst files are not read here"),
     ],
