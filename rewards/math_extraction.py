@@ -161,6 +161,8 @@ def phrase(text: str) -> str | None:
     line, behind = _sentence(rest)
     if denial := _DENIAL.match(line):
         line = f"not {line[denial.end() :]}"
+    elif _FALSE_LABEL.search(text[max(0, last.start() - 30) : last.start()]) or _FALSE_BEHIND.match(behind):
+        return f"not {line}"
     if last is elsewhere:
         return _elsewhere(line, behind)
     if not _NUMBER.match(line) and (result := _WHICH.match(behind)):  # the sum of 12 and 5, which is 17
@@ -200,6 +202,18 @@ def phrase(text: str) -> str | None:
         return line
     words = re.findall(r"[A-Za-z]{3,}", before)
     return last_number(line) if words and "\\" not in line else line
+
+
+_FALSE_NAME = re.compile(r"\b(?:wrong|incorrect|false|invalid|not)(?:\b|_)", re.IGNORECASE)
+_FALSE_LABEL = re.compile(
+    r"(?:^|[.!?;:\n*])\W*(?:(?:an?|the)\s+)?(?:wrong|incorrect|false|invalid|not(?:\s+(?:an?|the|my|our))?)\s+$",
+    re.IGNORECASE,
+)
+_FALSE_BEHIND = re.compile(
+    r",?\s*(?:which|but\s+(?:that|this|it))\s+(?:is|was)\s+(?:wrong|incorrect|false|not\s+(?:right|correct|true))\b",
+    re.IGNORECASE,
+)
+"""What says of an answer that it is none: "Wrong answer: 73", "the answer is 42, which is wrong"."""
 
 
 def _half_behind(text: str, time: re.Match[str]) -> str:
@@ -331,7 +345,7 @@ def _of_two_units(text: str, last: re.Match[str]) -> str | None:
     return None
 
 
-_LABEL = re.compile(r"\W*[A-Za-z][A-Za-z ]{0,30}:\W*")
+_LABEL = re.compile(r"\W*[A-Za-z][A-Za-z_ ]{0,30}\"?:\W*")
 
 
 def _unsettled_end(text: str, last: re.Match[str]) -> str | None:
@@ -343,6 +357,8 @@ def _unsettled_end(text: str, last: re.Match[str]) -> str | None:
         if unsettled(_spoken(part), prose=True):
             return part
     label = _LABEL.match(sentence)
+    if label and _FALSE_NAME.search(label[0]):
+        return f"not {sentence[label.end() :]}"
     return sentence if label and bounded(_spoken(sentence[label.end() :])) else None
 
 
