@@ -2,6 +2,7 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+PYTEST_WORKERS ?= 2
 
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
@@ -54,8 +55,9 @@ peers: $(VENV)-peers/.ready $(VENV)-vllm/.ready ## environments of TRL and vLLM,
 
 lm-eval: $(VENV)-lm-eval/.ready ## environment of lm-evaluation-harness, for scripts/compare_lm_eval.py
 
-test: lint ## lint, then run the tests (PYTEST_ARGS='-m slow' for the slow ones)
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+# One thread a process: threads that wait for each other spin, and take the time of the other processes.
+test: lint ## lint, then run the tests (PYTEST_ARGS='-m slow' for the slow ones, PYTEST_WORKERS=4 for more processes)
+	OMP_NUM_THREADS=1 RAYON_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/.test ## ruff and mypy
 	$(VENV)/bin/ruff check $(SOURCES)

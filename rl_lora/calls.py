@@ -21,6 +21,9 @@ except ImportError:  # not on Windows
 WAITS, WAITS_LONG = 0.05, 1.0
 """Seconds off the processor: two calls in a row, or a single one, after which others of their kind run in threads."""
 
+MOSTLY = 4
+"""A call has waited if it did so for this many times as long as it computed: on a busy machine computing waits too."""
+
 
 class Calls:
     """Starts calls, `limit` at a time at most; with a limit of 1 one after another.
@@ -64,9 +67,9 @@ class Calls:
             if isinstance(value, Future):
                 return self._elsewhere(value)
             future.set_result(value)
-        seconds = time.perf_counter() - begin
-        paused = _pauses() != pauses
-        self._note(key, seconds - (time.thread_time() - busy) if paused else 0.0)
+        seconds, busy = time.perf_counter() - begin, time.thread_time() - busy
+        waited = seconds - busy
+        self._note(key, waited if _pauses() != pauses and waited > MOSTLY * busy else 0.0)
         return future
 
     def _elsewhere(self, future: Future[Any]) -> Future[Any]:

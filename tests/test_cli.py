@@ -171,7 +171,7 @@ def test_options_that_are_none_end_with_code_2(command: Callable[..., Result], a
         ("--model.name ./nowhere", "model path './nowhere' does not exist"),
         ("--model.name 'no model'", "'no model' is no model: give 'smollm2-135m', a local folder, or a hub id"),
         ("--env.id rl_lora/Nope-v0", "unknown environment 'rl_lora/Nope-v0'"),
-        ("--env.id rl_lora/Nope-v0", "registered here: rl_lora/Arithmetic-v0, rl_lora/Math-v0, rl_lora/Prompts-v0"),
+        ("--env.id rl_lora/Nope-v0", "rl_lora/Arithmetic-v0, rl_lora/Math-v0, rl_lora/Prompts-v0"),
         ("--env.id nomodule:Nope-v0", "environment 'nomodule:Nope-v0'"),
         ("--env.id CartPole-v1", "CartPole-v1 gives ndarray observations; a text environment gives str"),
         ("--env.kwargs.digit 3", "environment 'rl_lora/Arithmetic-v0' does not take {'digit': 3}"),
