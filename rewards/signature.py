@@ -11,8 +11,10 @@ a problem, everything it takes is a list, and it returns a list. TRL's reward fu
 from __future__ import annotations
 
 import copy
+import difflib
 import functools
 import inspect
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -139,6 +141,12 @@ def _by_place(named: Sequence[inspect.Parameter], name: str, columns: Collection
         second = places[1]
         if second not in ONE and second not in (columns or ()):
             found[second] = "reference"
+            if near := difflib.get_close_matches(second, columns or (), 1, cutoff=0.75):
+                warnings.warn(
+                    f"reward {name!r}: the data have no column {second!r}, so that parameter gets the reference; if "
+                    f"the column {near[0]!r} is meant, call it that",
+                    stacklevel=2,
+                )
     return found
 
 

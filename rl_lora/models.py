@@ -58,6 +58,8 @@ def resolve_model(name: str) -> str:
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         problem = "is a file" if path.exists() else "does not exist"
         raise ValueError(f"model path {name!r} {problem}; give the folder of a saved Hugging Face causal LM")
+    if difflib.get_close_matches(name, [DEFAULT_MODEL, EMBEDDED_MODEL], cutoff=0.85):
+        raise ValueError(f"there is no model {name!r}: did you mean {DEFAULT_MODEL!r} or {EMBEDDED_MODEL!r}?")
     try:
         validate_repo_id(name)
     except HFValidationError as error:

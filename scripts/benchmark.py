@@ -97,12 +97,14 @@ def run(config: BenchmarkConfig) -> Figures:
             "steps": [],
         }
     for case in rollouts:
+        console.print(f"rollouts and learning, {case}: {config.rounds} rounds and one to warm up", style="dim")
         with console.status(f"rollouts and learning, {case} ..."):
             result["rollouts"].append(measure_rollouts(bench, case, config, result["machine"]["bytes_per_second"]))
         console.print(rollout_table(result["rollouts"][-1]))
         for title, parts in result["rollouts"][-1]["breakdown"].items():
             console.print(breakdown_table(f"{case}, {title}: where the time goes", parts))
     for case in steps:
+        console.print(f"steps, {case}: {config.rounds} rounds and one to warm up", style="dim")
         with console.status(f"steps, {case} ..."):
             result["steps"].append(measure_steps(bench, case, config))
         console.print(step_table(result["steps"][-1]))

@@ -373,3 +373,14 @@ def test_calling_by_name_costs_little() -> None:
 def test_one_number_is_a_reward_in_whatever_it_is_wrapped(value: Any) -> None:
     (found,) = judged(lambda completion, reference: value, "a")
     assert found == 1.0
+
+
+def test_a_second_parameter_spelled_nearly_like_a_column_is_warned_of() -> None:
+    def needs(completion: str, lvel: object) -> float:
+        return float(lvel == "the reference")
+
+    with pytest.warns(UserWarning, match="no column 'lvel'.*the column 'level'"):
+        judge = Judge(resolve(needs), ["prompt", "answer", "level"])
+    (verdict,) = judge.start(Case("the reference", "?"), [Reply("x")])()
+    assert isinstance(verdict, Score)
+    assert verdict.value == 1.0
