@@ -193,9 +193,9 @@ class RunReport:
         if step and (warning := reply_warning(evaluation.samples(), self._held_out(0))):
             self.console.print(warning, style="yellow")
 
-    def samples(self, step: int, groups: Sequence[Group]) -> None:
-        """A table of sampled completions: of the first groups, the best and the worst episode."""
-        table = Table(title=f"sampled in step {step}", title_justify="left", show_edge=False, pad_edge=False)
+    def samples(self, step: int, groups: Sequence[Group], what: str = "sampled in") -> None:
+        """A table of completions, sampled or demonstrated: of the first groups, the best and the worst episode."""
+        table = Table(title=f"{what} step {step}", title_justify="left", show_edge=False, pad_edge=False)
         for column in ("problem", "reply", "reward"):
             table.add_column(column, justify="right" if column == "reward" else "left", overflow="fold")
         for group in [group for group in groups if group.episodes][:4]:
@@ -282,8 +282,10 @@ class RunReport:
         if gain := summary.get("change"):
             ends = f"{100 * gain['low']:+.1f} to {100 * gain['high']:+.1f}"
             out(f"  change  {100 * gain['difference']:+.1f} points (95 %: {ends}), paired by problem")
-        first, last = (_number(summary[f"reward_{when}"], ".3f") for when in ("first", "last"))
-        out(f"  mean reward of sampled episodes: {first} in the first step, {last} in the last")
+        first, last = summary["reward_first"], summary["reward_last"]
+        if first is not None or last is not None:  # demonstrations have none
+            ends = f"{_number(first, '.3f')} in the first step, {_number(last, '.3f')} in the last"
+            out(f"  mean reward of sampled episodes: {ends}")
         unscorable, held_out = summary.get("unscorable"), summary.get("unscorable_held_out")
         nothing = bool(unscorable) and not summary["scored"]
         if unscorable:

@@ -364,7 +364,8 @@ class Trainer:
             self.report.step(self.step, record)
             every = self.config.log.samples_every
             if every and (self.step % every == 0 or self.step == 1):
-                self.report.samples(self.step, groups)
+                what = "demonstrations of" if self.learner.given else "sampled in"
+                self.report.samples(self.step, groups, what)
             write_samples(
                 self.run_dir, self.step, groups, self.config.log.samples_per_step, self.config.log.samples_mib
             )
