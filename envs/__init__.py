@@ -5,15 +5,18 @@
 
 import gymnasium as gym
 
-from envs.text import Problem, SingleTurnEnv, TextEnv, TextSpace, judge
+from rl_lora.envs.text import Problem, SingleTurnEnv, TextEnv, TextSpace, judge
+from rl_lora.system.short_names import one_module
+
+one_module(__name__)
 
 __all__ = ["Problem", "SingleTurnEnv", "TextEnv", "TextSpace", "judge"]
 
 _ENVS = {
-    "rl_lora/Arithmetic-v0": "envs.arithmetic:ArithmeticEnv",
-    "rl_lora/Math-v0": "envs.math:MathEnv",
-    "rl_lora/Prompts-v0": "envs.prompts:PromptsEnv",
-    "rl_lora/ReasoningGym-v0": "envs.reasoning_gym:ReasoningGymEnv",
+    "rl_lora/Arithmetic-v0": "rl_lora.envs.arithmetic:ArithmeticEnv",
+    "rl_lora/Math-v0": "rl_lora.envs.math:MathEnv",
+    "rl_lora/Prompts-v0": "rl_lora.envs.prompts:PromptsEnv",
+    "rl_lora/ReasoningGym-v0": "rl_lora.envs.reasoning_gym:ReasoningGymEnv",
 }
 
 for _id, _entry_point in _ENVS.items():

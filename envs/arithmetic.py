@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from envs.split import check_split, split_of
-from envs.text import Problem, SingleTurnEnv, fill, placeholders
-from rewards import RewardSpec
+from rl_lora.envs.split import check_split, split_of
+from rl_lora.envs.text import Problem, SingleTurnEnv, fill, placeholders
+from rl_lora.rewards import RewardSpec
 
 OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 EVAL_FRACTION = 0.1

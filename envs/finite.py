@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from envs.text import Problem, SingleTurnEnv
-from rewards import RewardSpec
+from rl_lora.envs.text import Problem, SingleTurnEnv
+from rl_lora.rewards import RewardSpec
 
 
 class FiniteEnv(SingleTurnEnv):

@@ -8,13 +8,13 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from envs.finite import FiniteEnv
-from envs.jsonl import Row
-from envs.prompts import as_text
-from envs.records import is_file, read_records
-from envs.split import check_fraction, check_split, split_of
-from envs.text import Problem, check_placeholders, fill, placeholders
-from rewards import RewardSpec
+from rl_lora.envs.finite import FiniteEnv
+from rl_lora.envs.jsonl import Row
+from rl_lora.envs.prompts import as_text
+from rl_lora.envs.records import is_file, read_records
+from rl_lora.envs.split import check_fraction, check_split, split_of
+from rl_lora.envs.text import Problem, check_placeholders, fill, placeholders
+from rl_lora.rewards import RewardSpec
 
 QUESTION_COLUMNS = ("question_concat", "question", "problem", "prompt")
 ANSWER_COLUMNS = ("answer", "final_answer", "result", "solution")

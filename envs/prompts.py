@@ -7,12 +7,12 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from envs.finite import FiniteEnv
-from envs.jsonl import Row
-from envs.records import read_records
-from envs.split import check_fraction, check_split, split_of
-from envs.text import Problem, check_placeholders, fill, placeholders
-from rewards import Judge, Messages, RewardSpec
+from rl_lora.envs.finite import FiniteEnv
+from rl_lora.envs.jsonl import Row
+from rl_lora.envs.records import read_records
+from rl_lora.envs.split import check_fraction, check_split, split_of
+from rl_lora.envs.text import Problem, check_placeholders, fill, placeholders
+from rl_lora.rewards import Judge, Messages, RewardSpec
 
 ANSWER = "answer"
 
@@ -24,7 +24,7 @@ class PromptsEnv(FiniteEnv):
         path: the data: a .jsonl, .json, .csv, .tsv or .parquet file, also with .gz behind; a folder or the id of a data
             set on the Hugging Face hub, which `datasets` reads (`pip install 'rl_lora[data]'`); or, in Python, rows: a
             list of dicts, a `datasets.Dataset`. Read once a process, however many copies of the environment there are.
-        reward: see `rewards.resolve`. Its functions may ask for any column by name: `rewards.signature`.
+        reward: see `rewards.resolve`. Its functions may ask for any column by name: `rl_lora.rewards.signature`.
         prompt_column: where the prompt stands: a text, or messages, [{"role": "user", "content": ...}], of which the
             last one is the user's. It is also what the split goes by.
         reference_column: where the reference for the reward function stands, any JSON; "a.b" is b of the mapping in

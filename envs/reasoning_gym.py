@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from envs.split import check_fraction, check_split, split_of
-from envs.text import Problem, SingleTurnEnv, fill, placeholders
-from envs.worked import WORKED
-from rewards import RewardSpec, Score, Unscorable
+from rl_lora.envs.split import check_fraction, check_split, split_of
+from rl_lora.envs.text import Problem, SingleTurnEnv, fill, placeholders
+from rl_lora.envs.worked import WORKED
+from rl_lora.rewards import RewardSpec, Score, Unscorable
 
 SIZE = 2**20
 """Problems of a generator, a virtual number: each is made when it is asked for."""
@@ -54,7 +54,7 @@ class ReasoningGymEnv(SingleTurnEnv):
         template: what is asked; {question} stands for the generator's question.
         demonstration: a reply that solves the problem, for `scripts/sft.py`, as a template: {answer}, {question} and
             the generator's metadata may stand in it ({answer_cot} of gsm_symbolic), and {worked}, a solution in steps,
-            for the generators of `envs.worked`. Problems that have no one answer are not demonstrated.
+            for the generators of `rl_lora.envs.worked`. Problems that have no one answer are not demonstrated.
         reward: see `rewards.resolve`; the reference is the answer, a text. By default the generator's own verdict on
             what stands between the last <answer> tags, or else on the whole reply: 1.0 if it is right, or 0.0, also
             where its scorer fails on the reply but not on the problem's own answer.

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from envs.jsonl import KINDS, READERS, UNREAD, Row, locate, read_rows, suffix_of
+from rl_lora.envs.jsonl import KINDS, READERS, UNREAD, Row, locate, read_rows, suffix_of
 
 SAVED = ("dataset_dict.json", "state.json")
 """What `save_to_disk` of `datasets` leaves in its folder, of several splits and of one."""

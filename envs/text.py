@@ -21,7 +21,7 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from rewards import (
+from rl_lora.rewards import (
     Calls,
     Case,
     Judge,

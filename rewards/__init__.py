@@ -4,17 +4,20 @@ They know neither tensors nor environments. `resolve` leads from a configuration
 one may take, and `Judge` calls it.
 """
 
-from rewards.background import Calls
-from rewards.code import code_of, modules_of
-from rewards.combine import Part, WeightedSum
-from rewards.format import format_match
-from rewards.judging import Judge, score
-from rewards.length import length_reward
-from rewards.math import Outcome, Verdict, math_match, verify
-from rewards.numeric import numeric_match
-from rewards.references import reference_fault
-from rewards.registry import BUILTINS, RewardSpec, resolve
-from rewards.score import Case, Messages, Reply, RewardError, RewardFunction, Score, Unscorable, name_of
+from rl_lora.rewards.background import Calls
+from rl_lora.rewards.code import code_of, modules_of
+from rl_lora.rewards.combine import Part, WeightedSum
+from rl_lora.rewards.format import format_match
+from rl_lora.rewards.judging import Judge, score
+from rl_lora.rewards.length import length_reward
+from rl_lora.rewards.math import Outcome, Verdict, math_match, verify
+from rl_lora.rewards.numeric import numeric_match
+from rl_lora.rewards.references import reference_fault
+from rl_lora.rewards.registry import BUILTINS, RewardSpec, resolve
+from rl_lora.rewards.score import Case, Messages, Reply, RewardError, RewardFunction, Score, Unscorable, name_of
+from rl_lora.system.short_names import one_module
+
+one_module(__name__)
 
 __all__ = [
     "BUILTINS",

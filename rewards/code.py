@@ -15,8 +15,8 @@ from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
 
-from rewards.combine import WeightedSum
-from rewards.score import RewardFunction, name_of
+from rl_lora.rewards.combine import WeightedSum
+from rl_lora.rewards.score import RewardFunction, name_of
 
 
 def code_of(reward: RewardFunction) -> str:
@@ -30,7 +30,7 @@ def code_of(reward: RewardFunction) -> str:
         given = _plain({**dict(enumerate(reward.args)), **reward.keywords})
         return f"{code_of(reward.func)}\n{given}" if given else code_of(reward.func)
     module = str(getattr(reward, "__module__", None))
-    if module.partition(".")[0] == __package__:
+    if f"{module}.".startswith(f"{__package__}."):
         return _package()
     try:
         source = "" if module == "__main__" else inspect.getsource(sys.modules[module])
@@ -106,4 +106,4 @@ def _bytecode(code: CodeType) -> tuple[Any, ...]:
 
 @functools.cache
 def _package() -> str:
-    return "\n".join(path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py")))
+    return "\n".join(path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.rglob("*.py")))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rewards.score import NotApplicable, RewardFunction, Score, Unscorable
+from rl_lora.rewards.score import NotApplicable, RewardFunction, Score, Unscorable
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class WeightedSum:
 
     def __call__(self, completion: str, reference: Any = None) -> Score:
         """Raises Unscorable and RewardError as the parts do."""
-        from rewards.judging import score  # judging knows sums
+        from rl_lora.rewards.judging import score  # judging knows sums
 
         return score(self, completion, reference)
 

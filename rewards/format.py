@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from rewards.numeric import SIGNS, UNSIGNED
+from rl_lora.rewards.numeric import SIGNS, UNSIGNED
 
 JUST_A_NUMBER = rf"\s*[{SIGNS}]?{UNSIGNED}\.?\s*"
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
-from rewards.background import AtOnce, Calls, in_loop
-from rewards.combine import WeightedSum
-from rewards.score import (
+from rl_lora.rewards.background import AtOnce, Calls, in_loop
+from rl_lora.rewards.combine import WeightedSum
+from rl_lora.rewards.score import (
     Case,
     NotApplicable,
     Reply,
@@ -21,7 +21,7 @@ from rewards.score import (
     as_score,
     name_of,
 )
-from rewards.signature import Signature, read
+from rl_lora.rewards.signature import Signature, read
 
 Verdicts = list[Score | Unscorable]
 """One for each reply."""

@@ -20,15 +20,15 @@ from fractions import Fraction
 from numbers import Integral
 from typing import Any
 
-from rewards import math_workers
-from rewards.math_clocks import Clock, clock
-from rewards.math_compounds import Compound, compound, same_compound
-from rewards.math_dress import clean
-from rewards.math_extraction import boxed, extract, methods_of
-from rewards.math_numbers import Quantity, quantity
-from rewards.math_prose import told
-from rewards.math_text import base_numeral, canonical, choice, chosen, nothing, ratio, roman, same_ratio, words
-from rewards.score import Score, Unscorable
+from rl_lora.rewards import math_workers
+from rl_lora.rewards.math_clocks import Clock, clock
+from rl_lora.rewards.math_compounds import Compound, compound, same_compound
+from rl_lora.rewards.math_dress import clean
+from rl_lora.rewards.math_extraction import boxed, extract, methods_of
+from rl_lora.rewards.math_numbers import Quantity, quantity
+from rl_lora.rewards.math_prose import told
+from rl_lora.rewards.math_text import base_numeral, canonical, choice, chosen, nothing, ratio, roman, same_ratio, words
+from rl_lora.rewards.score import Score, Unscorable
 
 MAX_ANSWER_CHARS = 1000
 MAX_NESTING = 50

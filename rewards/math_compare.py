@@ -16,17 +16,17 @@ from typing import Any
 
 import mpmath
 
-from rewards.math_clocks import clock
-from rewards.math_compounds import compound, same_compound
-from rewards.math_dress import clean
-from rewards.math_expression import TooLarge, Tree, Undefined, Unreadable, evaluate, read, same_value, variables
-from rewards.math_lines import side_by_side
-from rewards.math_names import is_name
-from rewards.math_numbers import quantity
-from rewards.math_sets import same_set
-from rewards.math_text import base_numeral, canonical, roman
-from rewards.math_unit_names import units_conflict
-from rewards.math_units import split_unit
+from rl_lora.rewards.math_clocks import clock
+from rl_lora.rewards.math_compounds import compound, same_compound
+from rl_lora.rewards.math_dress import clean
+from rl_lora.rewards.math_expression import TooLarge, Tree, Undefined, Unreadable, evaluate, read, same_value, variables
+from rl_lora.rewards.math_lines import side_by_side
+from rl_lora.rewards.math_names import is_name
+from rl_lora.rewards.math_numbers import quantity
+from rl_lora.rewards.math_sets import same_set
+from rl_lora.rewards.math_text import base_numeral, canonical, roman
+from rl_lora.rewards.math_unit_names import units_conflict
+from rl_lora.rewards.math_units import split_unit
 
 EQUAL, DIFFERENT, UNREADABLE = "equal", "different", "unreadable reference"
 MAX_ITEMS = 64
@@ -422,7 +422,7 @@ def _proportional(a: Tree, b: Tree) -> bool:
 
 
 def _variables(tree: Tree) -> frozenset[str]:
-    from rewards.math_expression import variables
+    from rl_lora.rewards.math_expression import variables
 
     return variables(tree)
 

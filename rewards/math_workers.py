@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 
-from rewards.score import RewardError, Unscorable
+from rl_lora.rewards.score import RewardError, Unscorable
 
 START_SECONDS = 120.0
 """A worker that has not imported its libraries by then is given up (sympy takes a second, more on a busy machine)."""
@@ -25,7 +25,9 @@ MEMORY_MB = 1024
 """Address space of one worker; about 250 MB of it are libraries."""
 MAX_WORKERS = min(4, os.cpu_count() or 1)
 
-_START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from rewards.math_workers import serve; serve()"
+_START = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from rl_lora.rewards.math_workers import serve; serve()"
+)
 
 
 class Worker:
@@ -197,7 +199,7 @@ def serve() -> None:
         replies.write(json.dumps(answer).encode() + b"\n")
 
     try:
-        from rewards.math_compare import compare, warm_up
+        from rl_lora.rewards.math_compare import compare, warm_up
 
         warm_up()
     except Exception as error:

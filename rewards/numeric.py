@@ -11,7 +11,7 @@ from decimal import Decimal, InvalidOperation
 from numbers import Integral
 from typing import Any
 
-from rewards.score import Score
+from rl_lora.rewards.score import Score
 
 MAX_CHARS = 4096
 """Only this many characters at the end of a text are looked at."""

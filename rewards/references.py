@@ -6,12 +6,12 @@ import contextlib
 import functools
 from typing import Any
 
-from rewards.combine import WeightedSum
-from rewards.math import check_reference as check_math
-from rewards.math import math_match
-from rewards.numeric import check_reference as check_numeric
-from rewards.numeric import numeric_match
-from rewards.score import RewardFunction
+from rl_lora.rewards.combine import WeightedSum
+from rl_lora.rewards.math import check_reference as check_math
+from rl_lora.rewards.math import math_match
+from rl_lora.rewards.numeric import check_reference as check_numeric
+from rl_lora.rewards.numeric import numeric_match
+from rl_lora.rewards.score import RewardFunction
 
 CHECKS = {math_match: check_math, numeric_match: check_numeric}
 """Of the built-in functions that need a reference of a certain kind. A function of one's own may have an attribute

@@ -11,13 +11,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rewards.combine import Part, WeightedSum
-from rewards.format import format_match
-from rewards.length import length_reward
-from rewards.math import math_match
-from rewards.numeric import numeric_match
-from rewards.score import RewardFunction, name_of
-from rewards.signature import read
+from rl_lora.rewards.combine import Part, WeightedSum
+from rl_lora.rewards.format import format_match
+from rl_lora.rewards.length import length_reward
+from rl_lora.rewards.math import math_match
+from rl_lora.rewards.numeric import numeric_match
+from rl_lora.rewards.score import RewardFunction, name_of
+from rl_lora.rewards.signature import read
 
 BUILTINS: dict[str, RewardFunction] = {
     "format": format_match,
@@ -45,7 +45,7 @@ def resolve(spec: RewardSpec) -> RewardFunction:
 
       In Python a name may be any text, with a function as its value, or as the option `function`;
     - a list of names and functions: their sum, of weight 1 each;
-    - a function, as it is: `rewards.signature` says what it may take.
+    - a function, as it is: `rl_lora.rewards.signature` says what it may take.
 
     Raises:
         ValueError: a name, option or weight that cannot be; the message says what there is.

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, SupportsFloat
 
 RewardFunction = Callable[..., Any]
-"""See `rewards.signature`: its parameters say what it is called with."""
+"""See `rl_lora.rewards.signature`: its parameters say what it is called with."""
 Messages = list[dict[str, Any]]
 """A conversation: [{"role": "user", "content": "..."}, ...]."""
 

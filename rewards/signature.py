@@ -19,7 +19,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rewards.score import Case, Messages, Reply, RewardError, RewardFunction
+from rl_lora.rewards.score import Case, Messages, Reply, RewardError, RewardFunction
 
 ONE = ("completion", "reference", "prompt", "record")
 BATCH = ("completions", "prompts", "completion_ids")

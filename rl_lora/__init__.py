@@ -1,36 +1,62 @@
 """RL policy-gradient training of LoRA adapters on Hugging Face causal language models.
 
-One frozen base, many adapters in every batch: see the README for the commands, and for the way through the house.
+One frozen base, many adapters in every batch. The names below are the public interface; each is imported when it is
+first used, so that `import rl_lora` itself is fast.
 """
 
-from rl_lora.adapter import Adapter
-from rl_lora.adapter_io import load_adapter, save_adapter
-from rl_lora.config import EvaluateConfig, TrainConfig
-from rl_lora.evaluator import evaluate
-from rl_lora.learner import Learner
-from rl_lora.lora import AdapterBank
-from rl_lora.native_sampler import NativeSampler
-from rl_lora.policy import Policy
-from rl_lora.rollout import RolloutWorker
-from rl_lora.sampler import Completion, Request, Sampler
-from rl_lora.trainer import Trainer, train
+from __future__ import annotations
 
-__all__ = [
-    "Adapter",
-    "AdapterBank",
-    "Completion",
-    "EvaluateConfig",
-    "Learner",
-    "NativeSampler",
-    "Policy",
-    "Request",
-    "RolloutWorker",
-    "Sampler",
-    "TrainConfig",
-    "Trainer",
-    "evaluate",
-    "load_adapter",
-    "save_adapter",
-    "train",
-]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rl_lora.adapter import Adapter as Adapter
+    from rl_lora.adapter_io import load_adapter as load_adapter
+    from rl_lora.adapter_io import save_adapter as save_adapter
+    from rl_lora.config import EvaluateConfig as EvaluateConfig
+    from rl_lora.config import TrainConfig as TrainConfig
+    from rl_lora.evaluator import evaluate as evaluate
+    from rl_lora.learner import Learner as Learner
+    from rl_lora.lora import AdapterBank as AdapterBank
+    from rl_lora.models import load_causal_lm as load_causal_lm
+    from rl_lora.native_sampler import NativeSampler as NativeSampler
+    from rl_lora.policy import Policy as Policy
+    from rl_lora.rollout import RolloutWorker as RolloutWorker
+    from rl_lora.sampler import Completion as Completion
+    from rl_lora.sampler import Request as Request
+    from rl_lora.sampler import Sampler as Sampler
+    from rl_lora.trainer import Trainer as Trainer
+    from rl_lora.trainer import train as train
+
+_HOMES = {
+    "Adapter": "rl_lora.adapter",
+    "AdapterBank": "rl_lora.lora",
+    "Completion": "rl_lora.sampler",
+    "EvaluateConfig": "rl_lora.config",
+    "Learner": "rl_lora.learner",
+    "NativeSampler": "rl_lora.native_sampler",
+    "Policy": "rl_lora.policy",
+    "Request": "rl_lora.sampler",
+    "RolloutWorker": "rl_lora.rollout",
+    "Sampler": "rl_lora.sampler",
+    "TrainConfig": "rl_lora.config",
+    "Trainer": "rl_lora.trainer",
+    "evaluate": "rl_lora.evaluator",
+    "load_adapter": "rl_lora.adapter_io",
+    "load_causal_lm": "rl_lora.models",
+    "save_adapter": "rl_lora.adapter_io",
+    "train": "rl_lora.trainer",
+}
+__all__ = list(_HOMES)
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

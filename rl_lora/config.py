@@ -25,6 +25,12 @@ def expand_home(config: Any, *names: str) -> None:
             setattr(config, name, [os.path.expanduser(path) for path in value])
 
 
+def without_module(env_id: str) -> str:
+    """The id of one of our own environments needs no module: `envs:rl_lora/Math-v0` is `rl_lora/Math-v0`."""
+    name = env_id.removeprefix("rl_lora.").removeprefix("envs:")
+    return name if name.startswith("rl_lora/") else env_id
+
+
 @dataclass
 class ModelConfig:
     """The frozen base."""
@@ -79,6 +85,9 @@ class EnvConfig:
     """A gymnasium id; `module:id` imports the module that registers it."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments of the environment, e.g. --env.kwargs.digits 3."""
+
+    def __post_init__(self) -> None:
+        self.id = without_module(self.id)
 
 
 @dataclass
@@ -270,6 +279,9 @@ class EnvOfRun:
     """A gymnasium id; `module:id` imports the module that registers it. By default the run's."""
     kwargs: dict[str, Any] | None = None
     """Arguments of the environment. With an id of its own these are all; else they go over the run's."""
+
+    def __post_init__(self) -> None:
+        self.id = self.id and without_module(self.id)
 
 
 @dataclass
@@ -512,6 +524,7 @@ def differences(config: TrainConfig, other: dict[str, Any]) -> list[str]:
     for name in ("model.name", "adapter.init_from"):  # older versions wrote ~ down as it was typed
         if isinstance(theirs[name], str):
             theirs[name] = os.path.expanduser(theirs[name])
+    theirs["env.id"] = without_module(theirs["env.id"])
     if "model.name" in other:
         theirs["model.name"] = canonical(other["model.name"])
     return [

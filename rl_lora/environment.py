@@ -34,7 +34,7 @@ def environment(config: EnvConfig, **overrides: Any) -> MakeEnv:
     def make() -> Env:
         try:
             # The passive checker would warn about text observations that are fine; `check_env` is for tests.
-            return gym.make(config.id, disable_env_checker=True, **resolved(kwargs))
+            return gym.make(with_module(config.id), disable_env_checker=True, **resolved(kwargs))
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # SystemExit among them
@@ -42,6 +42,11 @@ def environment(config: EnvConfig, **overrides: Any) -> MakeEnv:
 
     close(make())
     return make
+
+
+def with_module(env_id: str) -> str:
+    """A gymnasium id with the module that registers it: those of `rl_lora` need none."""
+    return f"rl_lora.envs:{env_id}" if env_id.startswith("rl_lora/") else env_id
 
 
 def _not_made(error: BaseException, name: str, kwargs: dict[str, Any]) -> ValueError:

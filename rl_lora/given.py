@@ -15,8 +15,8 @@ from typing import Any
 from rl_lora.config import EnvConfig
 
 PREFIX = "given in Python: "
-PROMPTS = "envs:rl_lora/Prompts-v0"
-"""Reads rows; `envs` is imported by gymnasium, when the environment is made."""
+PROMPTS = "rl_lora/Prompts-v0"
+"""The environment that reads rows."""
 OBJECTS: dict[str, Any] = {}
 """What this process was given, by the text in its place."""
 

@@ -19,16 +19,16 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
-import envs  # noqa: F401  registers the environments
+import rl_lora.envs  # noqa: F401  registers the environments
 from rl_lora import models
 from rl_lora.config import LearnerConfig, ModelConfig, expand_home
 from rl_lora.learner import Learner
+from rl_lora.scripts.breakdown import Part, breakdown, breakdown_table
+from rl_lora.scripts.command import main as command
+from rl_lora.scripts.measurements import Bench, Shape, shape
+from rl_lora.scripts.peer_process import Figures, Peers
+from rl_lora.scripts.peers import PEERS
 from rl_lora.terminal import Terminal, in_line
-from scripts.breakdown import Part, breakdown, breakdown_table
-from scripts.command import main as command
-from scripts.measurements import Bench, Shape, shape
-from scripts.peer_process import Figures, Peers
-from scripts.peers import PEERS
 
 LAST = 3
 """Rounds at the end whose reward is shown apart: what was learned by then."""

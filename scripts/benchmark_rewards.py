@@ -19,10 +19,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # also when the package is not installed
 
-import envs  # noqa: F401  registers the environments
-from rewards import numeric_match
+import rl_lora.envs  # noqa: F401  registers the environments
 from rl_lora.config import EvalConfig, LogConfig, ModelConfig, RolloutConfig, TrainConfig
 from rl_lora.metrics import MetricsFile, Record
+from rl_lora.rewards import numeric_match
 from rl_lora.trainer import train
 
 

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # also when the package i
 
 import yaml
 
-import envs  # noqa: F401  registers the environments
+import rl_lora.envs  # noqa: F401  registers the environments
 from rl_lora.adapter_io import check_adapter, load_adapter
 from rl_lora.candidates import adapter_in
 from rl_lora.config import EnvConfig, EpisodeConfig, ModelConfig, expand_home
@@ -32,8 +32,8 @@ from rl_lora.native_sampler import NativeSampler
 from rl_lora.policy import Policy
 from rl_lora.rollout import RolloutWorker
 from rl_lora.samples import Sample
+from rl_lora.scripts.command import main as command
 from rl_lora.terminal import Terminal
-from scripts.command import main as command
 
 TASK = "rl_lora_gsm8k"
 FILTER = "flexible-extract"

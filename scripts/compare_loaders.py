@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-import envs  # noqa: F401  registers the environments
+import rl_lora.envs  # noqa: F401  registers the environments
 from rl_lora.adapter_io import load_adapter
 from rl_lora.candidates import adapter_in
 from rl_lora.config import EnvConfig, ModelConfig
@@ -29,8 +29,8 @@ from rl_lora.models import resolve_model
 from rl_lora.native_sampler import NativeSampler
 from rl_lora.policy import Policy
 from rl_lora.sampler import Request
-from scripts.command import main as command
-from scripts.peer_process import Peers
+from rl_lora.scripts.command import main as command
+from rl_lora.scripts.peer_process import Peers
 
 Replies = list[list[int]]
 

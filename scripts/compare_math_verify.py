@@ -18,9 +18,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # also when the package is not installed
 
-from rewards import Outcome, verify
 from rl_lora.config import expand_home
-from scripts.command import main as command
+from rl_lora.rewards import Outcome, verify
+from rl_lora.scripts.command import main as command
 
 
 @dataclass

@@ -23,11 +23,11 @@ from rl_lora.packing import pack
 from rl_lora.policy import Policy, compute_dtype
 from rl_lora.rollout import RolloutWorker
 from rl_lora.sampler import Request
+from rl_lora.scripts.peer_process import Figures
+from rl_lora.scripts.peers import Meter
 from rl_lora.trainer import no_accelerator
 from rl_lora.tree import find_trunks
 from rl_lora.types import Episode, Group, Stop, Turn
-from scripts.peer_process import Figures
-from scripts.peers import Meter
 
 MATRIX = {"cpu": 2048, "cuda": 8192}
 """Rows of the product that the machine's peak is taken from."""

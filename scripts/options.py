@@ -20,8 +20,7 @@ from docstring_parser import parse_from_object
 import rl_lora
 from rl_lora.config import as_typed
 from rl_lora.plain_yaml import Loader, dump, items
-from rl_lora.terminal import Terminal, in_line
-from scripts.values import (
+from rl_lora.scripts.values import (
     described,
     explained,
     from_node,
@@ -31,6 +30,7 @@ from scripts.values import (
     is_list,
     members,
 )
+from rl_lora.terminal import Terminal, in_line
 
 Config = TypeVar("Config")
 OWN = {

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # also when the package is not installed
 
-import scripts.signals  # noqa: F401  first: the other imports take seconds
+import rl_lora.scripts.signals  # noqa: F401  first: the other imports take seconds
 
 # isort: split
 import yaml
@@ -21,8 +21,8 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from rl_lora.config import expand_home
 from rl_lora.metrics import MetricsFile, Record
+from rl_lora.scripts.command import main as command
 from rl_lora.terminal import say
-from scripts.command import main as command
 
 DASHES = ("-", "--", "-.")
 

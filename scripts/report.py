@@ -11,15 +11,15 @@ from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # also when the package is not installed
 
-import scripts.signals  # noqa: F401  first: the other imports take seconds
+import rl_lora.scripts.signals
 
 # isort: split
 import rl_lora
 from rl_lora.files import FileError, read_json
 from rl_lora.page import evaluation_page, lines, write
+from rl_lora.scripts.command import run
 from rl_lora.terminal import guard, say
 from rl_lora.training_page import training_page
-from scripts.command import run
 
 
 def report(folder: Path, page: Path | None = None) -> None:

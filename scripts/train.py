@@ -7,14 +7,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # also when the package is not installed
 
-import scripts.signals  # noqa: F401  first: the other imports take seconds
+import rl_lora.scripts.signals
 
 # isort: split
-import envs  # noqa: F401  registers the environments
+import rl_lora.envs  # noqa: F401  registers the environments
 from rl_lora.config import TrainConfig
+from rl_lora.scripts.command import main as command
+from rl_lora.scripts.signals import goes_on
 from rl_lora.trainer import train
-from scripts.command import main as command
-from scripts.signals import goes_on
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-import envs  # noqa: F401  registers the environments
+import rl_lora.envs  # noqa: F401  registers the environments
 from rl_lora import EvaluateConfig, Policy, evaluate, save_adapter
 from rl_lora.config import EnvConfig, ModelConfig, TrainConfig
 from rl_lora.trainer import train

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-import envs  # noqa: F401  registers the environments
+import rl_lora.envs  # noqa: F401  registers the environments
 from rl_lora import EvaluateConfig, evaluate
 from rl_lora.config import EnvConfig, ModelConfig
 from rl_lora.samples import SampleStore

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-import envs  # noqa: F401  registers the environments
-from envs import Problem, SingleTurnEnv
+import rl_lora.envs  # noqa: F401  registers the environments
 from rl_lora import files
 from rl_lora.checkpoint import Checkpoints
 from rl_lora.config import EnvConfig, TrainConfig
+from rl_lora.envs import Problem, SingleTurnEnv
 from rl_lora.metrics import MetricsFile
 from rl_lora.policy import Policy
 from rl_lora.task import Problem as Known

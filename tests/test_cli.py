@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
-import scripts.evaluate
-import scripts.train
+import rl_lora.scripts.evaluate
+import rl_lora.scripts.train
 from rl_lora.candidates import named, other_task
 from rl_lora.config import EvaluationSettings, TrainConfig, flatten
+from rl_lora.scripts.command import parse, run
 from rl_lora.trainer import train
-from scripts.command import parse, run
 from tests.test_trainer import metrics, tiny_config
 from tests.tiny import tiny_folder
 
@@ -39,7 +39,7 @@ def command(
     """Calls a command's main with arguments, in an empty working directory."""
     monkeypatch.chdir(tmp_path)
 
-    def call(*args: str, main: Callable[[], None] = scripts.train.main) -> Result:
+    def call(*args: str, main: Callable[[], None] = rl_lora.scripts.train.main) -> Result:
         monkeypatch.setattr(sys, "argv", ["command", *args])
         with pytest.raises(SystemExit) as exit:
             main()
@@ -267,7 +267,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_ends_with_code_130(
     def interrupted(config: TrainConfig) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(scripts.train, "train", interrupted)
+    monkeypatch.setattr(rl_lora.scripts.train, "train", interrupted)
     result = command()
     assert result.code == 130
     assert "interrupted" in result.err
@@ -287,7 +287,7 @@ def test_the_next_command_that_a_run_names_repeats_its_evaluation(
 ) -> None:
     python, script, *args = shlex.split(json.loads((Path(finished.run_dir) / "summary.json").read_text())["next"])
     assert (Path(python).name, script) == ("python", "scripts/evaluate.py")
-    result = command(*args, main=scripts.evaluate.main)
+    result = command(*args, main=rl_lora.scripts.evaluate.main)
     assert result.code == 0, result.err
     base, trained = json.loads(Path("evaluation/results.json").read_text())["rows"]
     before, after = metrics(Path(finished.run_dir), "eval")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import envs  # noqa: F401
+import rl_lora.envs  # noqa: F401
 from rl_lora.config import EnvConfig, LearnerConfig, RolloutConfig, TrainConfig, validate
 from rl_lora.curriculum import Curriculum, curriculum_of
 from rl_lora.environment import environment

@@ -18,15 +18,15 @@ from gymnasium.utils.env_checker import check_env
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import envs
-import envs.jsonl
-from envs import SingleTurnEnv, TextEnv, TextSpace
-from envs.arithmetic import ArithmeticEnv
-from envs.prompts import PromptsEnv
-from envs.split import split_of
-from envs.text import fill
-from rewards import RewardError, Score, Unscorable
+from rl_lora import envs
+from rl_lora.envs import SingleTurnEnv, TextEnv, TextSpace
+from rl_lora.envs.arithmetic import ArithmeticEnv
+from rl_lora.envs.prompts import PromptsEnv
+from rl_lora.envs.split import split_of
+from rl_lora.envs.text import fill
+from rl_lora.rewards import RewardError, Score, Unscorable
 
+ROOT = Path(__file__).parents[1]
 ARITHMETIC = "envs:rl_lora/Arithmetic-v0"
 PROMPTS = "envs:rl_lora/Prompts-v0"
 QUESTION = re.compile(r"What is (\d+) ([-+*]) (\d+)\? Reply with just the number\.")
@@ -183,11 +183,24 @@ def test_fill_replaces_known_names_once_and_nothing_else() -> None:
     assert fill(r"{a} \boxed{} {b!r} {0} {{a}} {c", {"a": "{b}", "b": "x"}) == r"{b} \boxed{} {b!r} {0} {{b}} {c"
 
 
-@pytest.mark.parametrize("module", ["envs", "rewards"])
+@pytest.mark.parametrize("module", ["rl_lora.envs", "rl_lora.rewards", "envs", "rewards"])
 def test_environments_and_rewards_know_neither_torch_nor_the_core(module: str) -> None:
-    code = f"import sys, {module}; print([m for m in ('torch', 'transformers', 'rl_lora') if m in sys.modules])"
-    root = Path(envs.__file__).parents[1]
-    assert subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True).stdout == "[]\n"
+    allowed = {"rl_lora", "rl_lora.envs", "rl_lora.rewards", "rl_lora.system"}
+    code = f"import sys, {module}; print(*{{'.'.join(name.split('.')[:2]) for name in sys.modules}})"
+    imported = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    ours = {name for name in imported.split() if name.partition(".")[0] in ("torch", "transformers", "rl_lora")}
+    assert "rl_lora.rewards" in ours
+    assert ours <= allowed
+
+
+def test_short_names_are_the_same_modules_in_a_clone() -> None:
+    code = (
+        "import envs, rewards.math, rl_lora.rewards.math, rl_lora.envs\n"
+        "from envs.text import TextEnv\n"
+        "assert envs is rl_lora.envs and rewards.math is rl_lora.rewards.math and TextEnv is rl_lora.envs.TextEnv\n"
+        "assert rewards.Unscorable is rl_lora.rewards.Unscorable"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_importing_twice_registers_once() -> None:
@@ -281,10 +294,9 @@ def test_about_a_tenth_of_all_two_digit_sums_is_held_out() -> None:
 
 
 def test_the_split_is_the_same_in_every_process() -> None:
-    code = "from envs.split import split_of; print(''.join(split_of(str(i), 0.5)[0] for i in range(64)))"
-    root = Path(envs.__file__).parents[1]
+    code = "from rl_lora.envs.split import split_of; print(''.join(split_of(str(i), 0.5)[0] for i in range(64)))"
     here = "".join(split_of(str(i), 0.5)[0] for i in range(64))
-    run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert run.stdout.strip() == here
     assert here.startswith("ttetetettttt"), "the hash changed: problems that were held out would be trained on"
 
@@ -465,7 +477,7 @@ def test_bad_data_is_refused_with_file_and_line(
 
 
 def test_the_data_of_gsm8k_plays_as_it_is() -> None:
-    path = Path(envs.__file__).parents[2] / "shared" / "data" / "gsm8k_test.jsonl"
+    path = ROOT.parent / "shared" / "data" / "gsm8k_test.jsonl"
     if not path.exists():
         pytest.skip(f"{path} is not here")
     env = gym.make(PROMPTS, path=str(path), prompt_column="question", eval_fraction=0.0)

@@ -10,11 +10,11 @@ from typing import Any
 import gymnasium as gym
 import pytest
 
-import envs  # noqa: F401  registers the environments
-from envs import SingleTurnEnv
-from envs.text import Problem
+import rl_lora.envs  # noqa: F401  registers the environments
 from rl_lora.config import EnvConfig, RolloutConfig, TrainConfig
 from rl_lora.environment import UNSPLIT_OFFSET, environment, held_out
+from rl_lora.envs import SingleTurnEnv
+from rl_lora.envs.text import Problem
 from rl_lora.estimates import clustered, pass_at_k, wilson
 from rl_lora.evaluation import Evaluation, evaluate_adapters, pairs, row, summarize
 from rl_lora.native_sampler import NativeSampler

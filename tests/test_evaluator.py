@@ -19,16 +19,16 @@ import gymnasium as gym
 import pytest
 import torch
 
-import envs  # noqa: F401  registers the environments
+import rl_lora.envs
 import rl_lora.evaluator
-from envs.text import SingleTurnEnv
 from rl_lora import EvaluateConfig, Policy, evaluate, save_adapter
 from rl_lora.candidates import named, stand_ins
 from rl_lora.config import EnvConfig, ModelConfig
+from rl_lora.envs.text import SingleTurnEnv
 from rl_lora.rollout import Plays, RolloutWorker
 from rl_lora.samples import SampleStore, key_of, read_samples
+from rl_lora.scripts.command import parse
 from rl_lora.types import Episode
-from scripts.command import parse
 from tests.tiny import randomize, tiny_folder
 
 ROOT = Path(__file__).parent.parent

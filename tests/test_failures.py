@@ -13,10 +13,10 @@ from typing import Any
 import gymnasium as gym
 import pytest
 
-import envs  # noqa: F401  registers the environments
-from envs import TextEnv
+import rl_lora.envs  # noqa: F401  registers the environments
 from rl_lora.config import EnvConfig, EvaluateConfig, ModelConfig, TrainConfig
 from rl_lora.contract import TaskError
+from rl_lora.envs import TextEnv
 from rl_lora.evaluator import evaluate
 from rl_lora.failures import Failures
 from rl_lora.metrics import MAX_REASON, MAX_REASONS, count_reasons

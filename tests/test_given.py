@@ -51,7 +51,7 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
 def test_a_function_and_rows_are_trained_on_and_the_run_is_the_same_from_a_file(model: Path, tmp_path: Path) -> None:
     run_dir = rl_lora.train(tiny(model, tmp_path / "rows"), reward=length, data=ROWS)
     written = yaml.safe_load((run_dir / "config.yaml").read_text())["env"]
-    assert written["id"] == "envs:rl_lora/Prompts-v0"
+    assert written["id"] == "rl_lora/Prompts-v0"
     assert written["kwargs"] == {
         "reward": "given in Python: the reward tests.test_given.length",
         "path": "given in Python: 20 rows of path",

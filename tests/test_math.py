@@ -26,10 +26,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewards import Outcome, RewardError, Score, Unscorable, math_match, math_workers, resolve, score, verify
-from rewards.math_dress import clean
-from rewards.math_extraction import FLEXIBLE, METHODS, STRICT, extract
-from rewards.math_numbers import quantity
+from rl_lora.rewards import Outcome, RewardError, Score, Unscorable, math_match, math_workers, resolve, score, verify
+from rl_lora.rewards.math_dress import clean
+from rl_lora.rewards.math_extraction import FLEXIBLE, METHODS, STRICT, extract
+from rl_lora.rewards.math_numbers import quantity
 
 ROOT = Path(__file__).parent.parent
 MARKS = {"=": Outcome.CORRECT, "!": Outcome.WRONG, "0": Outcome.NO_ANSWER}
@@ -503,7 +503,7 @@ def formulas_are_judged() -> bool:
 def misbehaving_workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Workers that do as an answer tells them."""
     code = (
-        "import os, signal, time, rewards.math_compare as c\n"
+        "import os, signal, time, rl_lora.rewards.math_compare as c\n"
         "honest = c.compare\n"
         "def compare(answer, reference):\n"
         "    if 'h_1' in answer: time.sleep(60)\n"

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from rewards import Outcome, verify
+from rl_lora.rewards import Outcome, verify
 
 PLACES = (r"\boxed{{{}}}", "The answer is {}.", "So the film ends at {}.", "#### {}", "<answer>{}</answer>", "{}")
 

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from rewards import Outcome, verify
+from rl_lora.rewards import Outcome, verify
 
 RIGHT, WRONG = Outcome.CORRECT, Outcome.WRONG
 DRESSES = r"""

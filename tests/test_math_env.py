@@ -11,8 +11,8 @@ import gymnasium as gym
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-import envs  # noqa: F401
-from envs.math import PRESETS, MathEnv, normalized
+import rl_lora.envs  # noqa: F401
+from rl_lora.envs.math import PRESETS, MathEnv, normalized
 
 DATA = Path(os.environ.get("RL_LORA_DATA", Path(__file__).parents[2] / "shared" / "data"))
 

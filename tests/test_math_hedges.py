@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from rewards import Outcome, verify
+from rl_lora.rewards import Outcome, verify
 
 LEADS = ("The answer is", "The final answer is", "Final answer:", "**Answer:**", "So the correct answer is")
 SEVERAL = (

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from rewards import Outcome, verify
+from rl_lora.rewards import Outcome, verify
 
 
 def is_right(answer: str, reference: str) -> bool:

@@ -18,26 +18,26 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import rl_lora
-import scripts.benchmark
-import scripts.benchmark_evaluate
-import scripts.compare_lm_eval
-import scripts.plot
-import scripts.report
+import rl_lora.scripts.benchmark
+import rl_lora.scripts.benchmark_evaluate
+import rl_lora.scripts.compare_lm_eval
+import rl_lora.scripts.plot
+import rl_lora.scripts.report
 from rl_lora.config import EvaluateConfig, TrainConfig, flatten
 from rl_lora.plain_yaml import dump
-from scripts.options import options_of, parse
-from scripts.sft import SftConfig
-from scripts.values import is_list
+from rl_lora.scripts.options import options_of, parse
+from rl_lora.scripts.sft import SftConfig
+from rl_lora.scripts.values import is_list
 
 ROOT = Path(__file__).parent.parent
 CONFIGS: list[type[Any]] = [
     TrainConfig,
     SftConfig,
     EvaluateConfig,
-    scripts.plot.PlotConfig,
-    scripts.benchmark.BenchmarkConfig,
-    scripts.benchmark_evaluate.BenchmarkConfig,
-    scripts.compare_lm_eval.CompareConfig,
+    rl_lora.scripts.plot.PlotConfig,
+    rl_lora.scripts.benchmark.BenchmarkConfig,
+    rl_lora.scripts.benchmark_evaluate.BenchmarkConfig,
+    rl_lora.scripts.compare_lm_eval.CompareConfig,
 ]
 TEXTS = [
     "# Rules: reply with a number only",
@@ -95,7 +95,7 @@ def test_a_bare_command_has_its_dataclass_defaults(config_type: type[Any]) -> No
 
 
 def test_a_bare_benchmark_has_something_to_measure() -> None:
-    config = parse(scripts.benchmark.BenchmarkConfig, [])
+    config = parse(rl_lora.scripts.benchmark.BenchmarkConfig, [])
     assert config.rollouts
     assert config.steps
 
@@ -311,13 +311,13 @@ def test_a_page_is_written_elsewhere_where_its_folder_is_read_only(
     (run / "config.yaml").write_text("steps: 1\nenv: {id: Task-v0}\nmodel: {name: tiny}\n", encoding="utf-8")
     monkeypatch.setattr("sys.argv", ["report.py", str(run), "--out", str(tmp_path / "page.html")])
     with pytest.raises(SystemExit) as exit:
-        scripts.report.main()
+        rl_lora.scripts.report.main()
     assert exit.value.code == 0, capsys.readouterr().err
     assert (tmp_path / "page.html").read_text(encoding="utf-8").startswith("<!doctype html>")
     assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "metrics.jsonl"]
     monkeypatch.setattr("sys.argv", ["report.py", str(run), "--out", str(tmp_path / "no" / "page.html")])
     with pytest.raises(SystemExit) as exit:
-        scripts.report.main()
+        rl_lora.scripts.report.main()
     assert exit.value.code == 1
     assert "--out FILE writes the page elsewhere" in capsys.readouterr().err
 

@@ -11,7 +11,7 @@ import yaml
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
-from scripts.plot import PlotConfig, curve_of, draw, run
+from rl_lora.scripts.plot import PlotConfig, curve_of, draw, run
 
 
 def a_run(folder: Path, accuracies: dict[int, float | None], init_from: Path | None = None) -> Path:

@@ -17,8 +17,8 @@ from gymnasium.utils.env_checker import check_env
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import envs  # noqa: F401
-from envs.reasoning_gym import HASHED, RUNS_REPLIES, ReasoningGymEnv
+import rl_lora.envs  # noqa: F401
+from rl_lora.envs.reasoning_gym import HASHED, RUNS_REPLIES, ReasoningGymEnv
 
 pytest.importorskip("reasoning_gym", reason="needs reasoning-gym: pip install 'rl_lora[reasoning-gym]'")
 
@@ -40,7 +40,7 @@ def test_it_is_an_environment() -> None:
 def test_a_seed_is_a_problem_in_every_copy_and_process() -> None:
     names = ["leg_counting", "gsm_symbolic", "spell_backward"]
     code = (
-        "from envs.reasoning_gym import ReasoningGymEnv as E\n"
+        "from rl_lora.envs.reasoning_gym import ReasoningGymEnv as E\n"
         f"print([E(name).reset(seed=s)[0] for name in {names} for s in range(5)])"
     )
     shown = subprocess.run(

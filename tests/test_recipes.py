@@ -12,12 +12,12 @@ import gymnasium as gym
 import pytest
 import yaml
 
-import envs  # noqa: F401
-from envs.math import PRESETS
+import rl_lora.envs  # noqa: F401
 from rl_lora.config import TrainConfig, validate
+from rl_lora.envs.math import PRESETS
+from rl_lora.scripts.command import parse
+from rl_lora.scripts.sft import SftConfig
 from rl_lora.trainer import train
-from scripts.command import parse
-from scripts.sft import SftConfig
 from tests.test_math_env import DATA
 from tests.test_trainer import metrics
 from tests.tiny import tiny_folder

@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 import torch
 
-from rewards import Case, Judge, Reply, RewardError, Score, Unscorable, WeightedSum, code_of, resolve, score
-from rewards.signature import read
+from rl_lora.rewards import Case, Judge, Reply, RewardError, Score, Unscorable, WeightedSum, code_of, resolve, score
+from rl_lora.rewards.signature import read
 
 ROW = {"prompt": "2 + 2?", "answer": 4, "level": "easy", "tags": ["sum"]}
 CASE = Case(4, "2 + 2?", ROW)

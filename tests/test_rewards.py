@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewards import (
+from rl_lora.rewards import (
     RewardError,
     Score,
     Unscorable,

@@ -8,9 +8,9 @@ from typing import Any
 import gymnasium as gym
 import pytest
 
-import envs  # noqa: F401  registers the environments
-from envs import TextEnv
+import rl_lora.envs  # noqa: F401  registers the environments
 from rl_lora.config import RolloutConfig
+from rl_lora.envs import TextEnv
 from rl_lora.metrics import summarize_groups
 from rl_lora.native_sampler import NativeSampler
 from rl_lora.policy import Policy

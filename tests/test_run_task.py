@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import yaml
 
-import envs  # noqa: F401
+import rl_lora.envs  # noqa: F401
 from rl_lora import EvaluateConfig, Policy, evaluate, save_adapter, train
 from rl_lora.config import EnvConfig, EvaluationSettings, ModelConfig, TrainConfig, flatten
 from rl_lora.next_command import evaluate_command, next_command
 from rl_lora.run_task import OF_RUN, whose_task
+from rl_lora.scripts.options import parse
 from rl_lora.trainer import tracker_kwargs
-from scripts.options import parse
 from tests.test_trainer import tiny_config
 from tests.tiny import tiny_folder
 

@@ -12,16 +12,16 @@ import pytest
 import torch
 import yaml
 
-import envs  # noqa: F401
-import scripts.sft
+import rl_lora.envs
+import rl_lora.scripts.sft
 from rl_lora.chat import Chat
 from rl_lora.config import EnvConfig, LearnerConfig, RolloutConfig, TrainConfig, validate
 from rl_lora.demonstrations import Demonstrations
 from rl_lora.environment import environment
 from rl_lora.learner import Learner
 from rl_lora.policy import Policy
+from rl_lora.scripts.command import parse
 from rl_lora.trainer import train
-from scripts.command import parse
 from tests.oracles import Oracle, gradient, relative_error, tiny_policy
 from tests.test_trainer import adapter_hash, assert_same_run, interrupt, metrics, tiny_config
 from tests.tiny import EOS_ID, tiny_folder, tiny_tokenizer
@@ -112,13 +112,13 @@ def test_an_interrupted_run_goes_on_to_the_same_adapter(
 
 
 def test_the_command_has_settings_that_can_be_run(tmp_path: Path) -> None:
-    config = parse(scripts.sft.SftConfig, ["--run_dir", "runs/x", "--learner.learning_rate", "1e-3"])
+    config = parse(rl_lora.scripts.sft.SftConfig, ["--run_dir", "runs/x", "--learner.learning_rate", "1e-3"])
     validate(config)
     assert (config.rollout.group_size, config.learner.objective) == (1, "likelihood")
     assert config.learner.learning_rate == 1e-3
     file = tmp_path / "c.yaml"
     file.write_text(yaml.safe_dump({"rollout": {"prompts_per_step": 4}}))
-    assert parse(scripts.sft.SftConfig, ["--config", str(file)]).rollout.group_size == 1
+    assert parse(rl_lora.scripts.sft.SftConfig, ["--config", str(file)]).rollout.group_size == 1
 
 
 @pytest.mark.parametrize(

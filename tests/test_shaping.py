@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import envs  # noqa: F401
+import rl_lora.envs  # noqa: F401
 from rl_lora.advantages import advantages
 from rl_lora.config import RolloutConfig, TrainConfig, validate
 from rl_lora.native_sampler import NativeSampler

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-import scripts.report
+import rl_lora.scripts.report
 from rl_lora.checkpoint import Checkpoints
 from rl_lora.interrupts import later
 from rl_lora.learner import Learner
@@ -126,7 +126,7 @@ def test_a_program_that_calls_a_command_keeps_its_own_signals(monkeypatch: pytes
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     monkeypatch.setattr("sys.argv", ["report.py", "there-is-no-such-run"])
     with pytest.raises(SystemExit):
-        scripts.report.main()
+        rl_lora.scripts.report.main()
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 

@@ -14,14 +14,14 @@ from typing import Any
 import gymnasium as gym
 import pytest
 
-import envs  # noqa: F401  registers the environments
-from envs import TextEnv
-from envs.prompts import PromptsEnv
-from rewards import Unscorable
+import rl_lora.envs  # noqa: F401  registers the environments
 from rl_lora.calls import Calls
 from rl_lora.config import RolloutConfig
+from rl_lora.envs import TextEnv
+from rl_lora.envs.prompts import PromptsEnv
 from rl_lora.native_sampler import NativeSampler
 from rl_lora.policy import Policy
+from rl_lora.rewards import Unscorable
 from rl_lora.rollout import MakeEnv, RolloutWorker
 from rl_lora.types import Group
 from tests.tiny import randomize, tiny_model, tiny_tokenizer

@@ -19,8 +19,8 @@ from rich.table import Table
 from rl_lora import evaluation_table
 from rl_lora.config import TrainConfig
 from rl_lora.report import RunReport
+from rl_lora.scripts.command import run
 from rl_lora.terminal import UNSEEN, Terminal, in_line, visible
-from scripts.command import run
 
 ROOT = Path(__file__).parent.parent
 ATTACKS = [
@@ -147,8 +147,8 @@ def test_the_line_of_an_error_is_harmless(attack: str, capsys: pytest.CaptureFix
 
 COMMANDS = """
 import sys, warnings
-from scripts.command import main
-from scripts.plot import PlotConfig
+from rl_lora.scripts.command import main
+from rl_lora.scripts.plot import PlotConfig
 from rl_lora.terminal import say
 def work(config):
     say("\\u2013 \\ud800 \\x1b]0;x\\x07"); print("\\u2013"); warnings.warn("\\x1b[2J")

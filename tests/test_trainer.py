@@ -17,7 +17,7 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-import envs  # noqa: F401  registers the environments
+import rl_lora.envs  # noqa: F401  registers the environments
 from rl_lora import files
 from rl_lora.adapter_io import load_adapter
 from rl_lora.checkpoint import Checkpoints

@@ -12,10 +12,10 @@ import pytest
 
 import rl_lora.default_model
 import rl_lora.watch
-from envs import SingleTurnEnv, TextEnv
-from envs.text import Problem
 from rl_lora.config import RolloutConfig
 from rl_lora.contract import advance, begin
+from rl_lora.envs import SingleTurnEnv, TextEnv
+from rl_lora.envs.text import Problem
 from rl_lora.native_sampler import NativeSampler
 from rl_lora.policy import Policy
 from rl_lora.rollout import Plays, RolloutWorker

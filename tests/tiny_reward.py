@@ -6,7 +6,7 @@ import random
 import time
 from typing import Any
 
-from rewards import Score
+from rl_lora.rewards import Score
 
 
 def ascii_share(completion: str, reference: Any = None) -> Score:

@@ -1,0 +1,1 @@
+"""The machine: memory, files, the terminal, threads. Knows nothing of models."""
