@@ -16,7 +16,7 @@ from types import CodeType, FunctionType
 from typing import Any
 
 from rl_lora.rewards.combine import WeightedSum
-from rl_lora.rewards.score import RewardFunction, name_of
+from rl_lora.rewards.score import RewardFunction, is_built_in, name_of
 
 
 def code_of(reward: RewardFunction) -> str:
@@ -29,9 +29,9 @@ def code_of(reward: RewardFunction) -> str:
     if isinstance(reward, functools.partial):
         given = _plain({**dict(enumerate(reward.args)), **reward.keywords})
         return f"{code_of(reward.func)}\n{given}" if given else code_of(reward.func)
-    module = str(getattr(reward, "__module__", None))
-    if f"{module}.".startswith(f"{__package__}."):
+    if is_built_in(reward):
         return _package()
+    module = str(getattr(reward, "__module__", None))
     try:
         source = "" if module == "__main__" else inspect.getsource(sys.modules[module])
     except (KeyError, OSError, TypeError):

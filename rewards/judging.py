@@ -19,6 +19,7 @@ from rl_lora.rewards.score import (
     Score,
     Unscorable,
     as_score,
+    is_built_in,
     name_of,
 )
 from rl_lora.rewards.signature import Signature, read
@@ -47,7 +48,7 @@ class Judge:
     @property
     def _ours(self) -> bool:
         """Whether this is a function of this package: no column of the data is meant for its options."""
-        return str(getattr(_function(self.reward), "__module__", "")).partition(".")[0] == __package__
+        return is_built_in(_function(self.reward))
 
     def check(self, columns: Collection[str]) -> None:
         """Raises ValueError where a function wants a column that is not among these."""

@@ -73,6 +73,11 @@ class Reply:
     token_ids: tuple[int, ...] | None = None
 
 
+def is_built_in(reward: RewardFunction) -> bool:
+    """Whether a reward function is one of this package."""
+    return f"{getattr(reward, '__module__', '')}.".startswith(f"{__package__}.")
+
+
 def name_of(reward: RewardFunction) -> str:
     """How error messages call a reward function: module and name, of an object those of its class."""
     if isinstance(reward, functools.partial):

@@ -417,7 +417,7 @@ def spied_workers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[P
         f"def spy(code, *rest): open({str(spy)!r}, 'a').write(str(code)); raise ValueError\n"
         "p.eval_expr = spy\n"
     )
-    start = math_workers._START.replace("; from rewards", f"; exec({code!r}); from rewards", 1)
+    start = math_workers._START.replace("; from rl_lora", f"; exec({code!r}); from rl_lora", 1)
     assert start != math_workers._START
     monkeypatch.setattr(math_workers, "_START", start)
     math_workers.close()
@@ -517,7 +517,7 @@ def misbehaving_workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "    return honest(answer, reference)\n"
         "c.compare = compare\n"
     )
-    start = math_workers._START.replace("; from rewards", f"; exec({code!r}); from rewards", 1)
+    start = math_workers._START.replace("; from rl_lora", f"; exec({code!r}); from rl_lora", 1)
     monkeypatch.setattr(math_workers, "_START", start)
     math_workers.close()
     yield
@@ -562,7 +562,7 @@ def test_a_worker_killed_between_items_is_replaced() -> None:
 
 def test_a_worker_that_cannot_start_is_an_error_that_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import sys; sys.modules['math_verify'] = None"
-    start = math_workers._START.replace("; from rewards", f"; exec({code!r}); from rewards", 1)
+    start = math_workers._START.replace("; from rl_lora", f"; exec({code!r}); from rl_lora", 1)
     monkeypatch.setattr(math_workers, "_START", start)
     math_workers.close()
     with pytest.raises(RewardError, match="math_verify"):
