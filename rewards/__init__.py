@@ -10,7 +10,7 @@ from rl_lora.rewards.combine import Part, WeightedSum
 from rl_lora.rewards.format import format_match
 from rl_lora.rewards.judging import Judge, score
 from rl_lora.rewards.length import length_reward
-from rl_lora.rewards.math import Outcome, Verdict, math_match, verify
+from rl_lora.rewards.math.verdict import Outcome, Verdict, math_match, verify
 from rl_lora.rewards.numeric import numeric_match
 from rl_lora.rewards.references import reference_fault
 from rl_lora.rewards.registry import BUILTINS, RewardSpec, resolve

@@ -7,8 +7,8 @@ import functools
 from typing import Any
 
 from rl_lora.rewards.combine import WeightedSum
-from rl_lora.rewards.math import check_reference as check_math
-from rl_lora.rewards.math import math_match
+from rl_lora.rewards.math.verdict import check_reference as check_math
+from rl_lora.rewards.math.verdict import math_match
 from rl_lora.rewards.numeric import check_reference as check_numeric
 from rl_lora.rewards.numeric import numeric_match
 from rl_lora.rewards.score import RewardFunction

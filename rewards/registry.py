@@ -14,7 +14,7 @@ from typing import Any
 from rl_lora.rewards.combine import Part, WeightedSum
 from rl_lora.rewards.format import format_match
 from rl_lora.rewards.length import length_reward
-from rl_lora.rewards.math import math_match
+from rl_lora.rewards.math.verdict import math_match
 from rl_lora.rewards.numeric import numeric_match
 from rl_lora.rewards.score import RewardFunction, name_of
 from rl_lora.rewards.signature import read

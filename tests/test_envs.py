@@ -195,9 +195,10 @@ def test_environments_and_rewards_know_neither_torch_nor_the_core(module: str) -
 
 def test_short_names_are_the_same_modules_in_a_clone() -> None:
     code = (
-        "import envs, rewards.math, rl_lora.rewards.math, rl_lora.envs\n"
+        "import envs, rewards.numeric, rl_lora.rewards.numeric, rl_lora.envs\n"
         "from envs.text import TextEnv\n"
-        "assert envs is rl_lora.envs and rewards.math is rl_lora.rewards.math and TextEnv is rl_lora.envs.TextEnv\n"
+        "assert envs is rl_lora.envs and TextEnv is rl_lora.envs.TextEnv\n"
+        "assert rewards.numeric is rl_lora.rewards.numeric\n"
         "assert rewards.Unscorable is rl_lora.rewards.Unscorable"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -26,10 +26,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rl_lora.rewards import Outcome, RewardError, Score, Unscorable, math_match, math_workers, resolve, score, verify
-from rl_lora.rewards.math_dress import clean
-from rl_lora.rewards.math_extraction import FLEXIBLE, METHODS, STRICT, extract
-from rl_lora.rewards.math_numbers import quantity
+from rl_lora.rewards import Outcome, RewardError, Score, Unscorable, math_match, resolve, score, verify
+from rl_lora.rewards.math import workers
+from rl_lora.rewards.math.dress import clean
+from rl_lora.rewards.math.extraction import FLEXIBLE, METHODS, STRICT, extract
+from rl_lora.rewards.math.numbers import quantity
 
 ROOT = Path(__file__).parent.parent
 MARKS = {"=": Outcome.CORRECT, "!": Outcome.WRONG, "0": Outcome.NO_ANSWER}
@@ -236,7 +237,7 @@ def python(code: str, **options: Any) -> subprocess.CompletedProcess[str]:
 def test_a_thousand_plain_verdicts_take_less_than_a_second_and_no_worker(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(math_workers, "ask", lambda *_: pytest.fail("a plain number reached a worker"))
+    monkeypatch.setattr(workers, "ask", lambda *_: pytest.fail("a plain number reached a worker"))
     rng = random.Random(0)
     forms = (
         "The sum is **{}**.",
@@ -417,12 +418,12 @@ def spied_workers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[P
         f"def spy(code, *rest): open({str(spy)!r}, 'a').write(str(code)); raise ValueError\n"
         "p.eval_expr = spy\n"
     )
-    start = math_workers._START.replace("; from rl_lora", f"; exec({code!r}); from rl_lora", 1)
-    assert start != math_workers._START
-    monkeypatch.setattr(math_workers, "_START", start)
-    math_workers.close()
+    start = workers._START.replace("; from rl_lora", f"; exec({code!r}); from rl_lora", 1)
+    assert start != workers._START
+    monkeypatch.setattr(workers, "_START", start)
+    workers.close()
     yield spy
-    math_workers.close()
+    workers.close()
 
 
 def test_nothing_that_a_model_wrote_is_evaluated(spied_workers: Path, tmp_path: Path) -> None:
@@ -486,7 +487,7 @@ def test_ten_thousand_attacks(capsys: pytest.CaptureFixture[str]) -> None:
         print(f"\n10,000 attacks: {10_000 / seconds:,.0f} per second, slowest {slowest:.1f} s; {named}")
     assert slowest < SECONDS + SLACK
     memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-    assert memory < math_workers.MEMORY_MB
+    assert memory < workers.MEMORY_MB
 
 
 # ---- workers ----------------------------------------------------------------------------------------------------
@@ -503,7 +504,7 @@ def formulas_are_judged() -> bool:
 def misbehaving_workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Workers that do as an answer tells them."""
     code = (
-        "import os, signal, time, rl_lora.rewards.math_compare as c\n"
+        "import os, signal, time, rl_lora.rewards.math.compare as c\n"
         "honest = c.compare\n"
         "def compare(answer, reference):\n"
         "    if 'h_1' in answer: time.sleep(60)\n"
@@ -517,11 +518,11 @@ def misbehaving_workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "    return honest(answer, reference)\n"
         "c.compare = compare\n"
     )
-    start = math_workers._START.replace("; from rl_lora", f"; exec({code!r}); from rl_lora", 1)
-    monkeypatch.setattr(math_workers, "_START", start)
-    math_workers.close()
+    start = workers._START.replace("; from rl_lora", f"; exec({code!r}); from rl_lora", 1)
+    monkeypatch.setattr(workers, "_START", start)
+    workers.close()
     yield
-    math_workers.close()
+    workers.close()
 
 
 @pytest.mark.parametrize(
@@ -554,7 +555,7 @@ def test_what_a_library_prints_is_no_verdict(misbehaving_workers: None) -> None:
 
 def test_a_worker_killed_between_items_is_replaced() -> None:
     assert formulas_are_judged()
-    for worker in math_workers._pool.all:
+    for worker in workers._pool.all:
         worker.process.kill()
     time.sleep(0.1)
     assert formulas_are_judged()
@@ -562,9 +563,9 @@ def test_a_worker_killed_between_items_is_replaced() -> None:
 
 def test_a_worker_that_cannot_start_is_an_error_that_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import sys; sys.modules['math_verify'] = None"
-    start = math_workers._START.replace("; from rl_lora", f"; exec({code!r}); from rl_lora", 1)
-    monkeypatch.setattr(math_workers, "_START", start)
-    math_workers.close()
+    start = workers._START.replace("; from rl_lora", f"; exec({code!r}); from rl_lora", 1)
+    monkeypatch.setattr(workers, "_START", start)
+    workers.close()
     with pytest.raises(RewardError, match="math_verify"):
         verify(*FORMULA)
 
@@ -577,7 +578,7 @@ def test_threads_share_the_workers() -> None:
     for thread in threads:
         thread.join(60)
     assert results == [True] * 8
-    assert len(math_workers._pool.all) <= math_workers.MAX_WORKERS
+    assert len(workers._pool.all) <= workers.MAX_WORKERS
 
 
 def test_it_works_inside_a_running_event_loop_and_in_its_threads() -> None:
@@ -591,7 +592,7 @@ def test_it_works_inside_a_running_event_loop_and_in_its_threads() -> None:
 
 
 def judge_in_process(queue: Any) -> None:
-    queue.put((formulas_are_judged(), [worker.process.pid for worker in math_workers._pool.all]))
+    queue.put((formulas_are_judged(), [worker.process.pid for worker in workers._pool.all]))
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
@@ -599,7 +600,7 @@ def judge_in_process(queue: Any) -> None:
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_it_works_in_processes_of_any_kind_each_with_its_own_workers(method: str, daemon: bool) -> None:
     assert formulas_are_judged()
-    own = {worker.process.pid for worker in math_workers._pool.all}
+    own = {worker.process.pid for worker in workers._pool.all}
     context = multiprocessing.get_context(method)
     queue = context.Queue()
     process = context.Process(target=judge_in_process, args=(queue,), daemon=daemon)  # type: ignore[attr-defined]
@@ -610,13 +611,13 @@ def test_it_works_in_processes_of_any_kind_each_with_its_own_workers(method: str
     assert process.exitcode == 0
     assert not own & set(pids)
     assert formulas_are_judged()  # the parent's workers are as they were
-    assert {worker.process.pid for worker in math_workers._pool.all} == own
+    assert {worker.process.pid for worker in workers._pool.all} == own
     assert gone(pids)
 
 
 def test_a_fork_while_another_thread_holds_the_pool_does_not_hang() -> None:
     assert formulas_are_judged()
-    with math_workers._pool.lock:
+    with workers._pool.lock:
         pid = os.fork()
         if pid == 0:
             os._exit(0 if formulas_are_judged() else 1)

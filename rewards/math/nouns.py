@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 
-from rl_lora.rewards.math_unit_names import MULTIPLIERS, UNITS, known_unit
-from rl_lora.rewards.math_words import NUMBER_WORDS
+from rl_lora.rewards.math.unit_names import MULTIPLIERS, UNITS, known_unit
+from rl_lora.rewards.math.words import NUMBER_WORDS
 
 _OTHER_VALUE_NAMES = """
     if mod modulo plus minus divided multiplied pi sqrt sin cos tan cot sec csc log ln exp arcsin arccos arctan infinity

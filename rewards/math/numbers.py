@@ -9,8 +9,8 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from rl_lora.rewards.math_unit_names import CURRENCY, MULTIPLIERS, units_conflict
-from rl_lora.rewards.math_units import split_unit
+from rl_lora.rewards.math.unit_names import CURRENCY, MULTIPLIERS, units_conflict
+from rl_lora.rewards.math.units import split_unit
 
 MAX_DIGITS = 1000
 """A number with more digits than this is not read."""

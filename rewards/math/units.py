@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from rl_lora.rewards.math_nouns import noun_phrase
-from rl_lora.rewards.math_unit_names import CAPITALS, CURRENCY, MULTIPLIERS, UNITS, known_unit
+from rl_lora.rewards.math.nouns import noun_phrase
+from rl_lora.rewards.math.unit_names import CAPITALS, CURRENCY, MULTIPLIERS, UNITS, known_unit
 
 _CONNECTIVES = frozenset(
     ("and", "or", "to", "not", "times", "plus", "minus", "over", "mod", "than", "squared", "cubed")

@@ -20,14 +20,14 @@ from fractions import Fraction
 from numbers import Integral
 from typing import Any
 
-from rl_lora.rewards import math_workers
-from rl_lora.rewards.math_clocks import Clock, clock
-from rl_lora.rewards.math_compounds import Compound, compound, same_compound
-from rl_lora.rewards.math_dress import clean
-from rl_lora.rewards.math_extraction import boxed, extract, methods_of
-from rl_lora.rewards.math_numbers import Quantity, quantity
-from rl_lora.rewards.math_prose import told
-from rl_lora.rewards.math_text import base_numeral, canonical, choice, chosen, nothing, ratio, roman, same_ratio, words
+from rl_lora.rewards.math import workers
+from rl_lora.rewards.math.clocks import Clock, clock
+from rl_lora.rewards.math.compounds import Compound, compound, same_compound
+from rl_lora.rewards.math.dress import clean
+from rl_lora.rewards.math.extraction import boxed, extract, methods_of
+from rl_lora.rewards.math.numbers import Quantity, quantity
+from rl_lora.rewards.math.prose import told
+from rl_lora.rewards.math.text import base_numeral, canonical, choice, chosen, nothing, ratio, roman, same_ratio, words
 from rl_lora.rewards.score import Score, Unscorable
 
 MAX_ANSWER_CHARS = 1000
@@ -189,7 +189,7 @@ def _judged(found: str, method: str, expected: _Reference, timeout: float) -> Ve
     if equal is not None:
         return Verdict(Outcome.CORRECT if equal else Outcome.WRONG, found, method)
     try:
-        outcome = math_workers.ask({"answer": answer, "reference": expected.text}, timeout)["outcome"]
+        outcome = workers.ask({"answer": answer, "reference": expected.text}, timeout)["outcome"]
     except Unscorable as error:
         return Verdict(Outcome.UNSCORABLE, found, method, str(error))
     if outcome == "unreadable reference":

@@ -10,21 +10,21 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from rl_lora.rewards.math_characters import ascii_text
-from rl_lora.rewards.math_clocks import HALF_DAY, PART_OF_DAY
-from rl_lora.rewards.math_hedges import bounded, goes_on, twice, unsettled
-from rl_lora.rewards.math_languages import (
+from rl_lora.rewards.math.characters import ascii_text
+from rl_lora.rewards.math.clocks import HALF_DAY, PART_OF_DAY
+from rl_lora.rewards.math.hedges import bounded, goes_on, twice, unsettled
+from rl_lora.rewards.math.languages import (
     denied_near,
     listed_elsewhere,
     said_elsewhere,
     unsure_elsewhere,
     without_another,
 )
-from rl_lora.rewards.math_marked import boxed, boxes, hashes, last_match
-from rl_lora.rewards.math_numbers import DECIMAL
-from rl_lora.rewards.math_prose import in_json, labelled, told, without_html
-from rl_lora.rewards.math_text import nothing
-from rl_lora.rewards.math_words import NUMBER_WORDS
+from rl_lora.rewards.math.marked import boxed, boxes, hashes, last_match
+from rl_lora.rewards.math.numbers import DECIMAL
+from rl_lora.rewards.math.prose import in_json, labelled, told, without_html
+from rl_lora.rewards.math.text import nothing
+from rl_lora.rewards.math.words import NUMBER_WORDS
 
 MAX_CHARS = 20_000
 """Only this many characters at the end of a completion are looked at: an answer stands at the end."""

@@ -6,7 +6,7 @@ import collections
 import re
 from collections.abc import Iterable
 
-from rl_lora.rewards.math_numbers import DECIMAL
+from rl_lora.rewards.math.numbers import DECIMAL
 
 
 def last_match(matches: Iterable[re.Match[str]]) -> re.Match[str] | None:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 
-from rl_lora.rewards.math_characters import ascii_text
-from rl_lora.rewards.math_lines import equations_as_list
-from rl_lora.rewards.math_words import digits
+from rl_lora.rewards.math.characters import ascii_text
+from rl_lora.rewards.math.lines import equations_as_list
+from rl_lora.rewards.math.words import digits
 
 # What changes only how a formula looks.
 _SPACING = re.compile(r"(?<!\\)\\[,;:> ]|\\(?:quad|qquad|displaystyle|textstyle|limits|thinspace)(?![a-zA-Z])|~")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from rl_lora.rewards.math_numbers import DECIMAL, quantity
+from rl_lora.rewards.math.numbers import DECIMAL, quantity
 
 MAX_CHARS = 200
 """Longer lines are not looked at: the work is more than linear in them."""

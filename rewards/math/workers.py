@@ -26,7 +26,7 @@ MEMORY_MB = 1024
 MAX_WORKERS = min(4, os.cpu_count() or 1)
 
 _START = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from rl_lora.rewards.math_workers import serve; serve()"
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from rl_lora.rewards.math.workers import serve; serve()"
 )
 
 
@@ -199,7 +199,7 @@ def serve() -> None:
         replies.write(json.dumps(answer).encode() + b"\n")
 
     try:
-        from rl_lora.rewards.math_compare import compare, warm_up
+        from rl_lora.rewards.math.compare import compare, warm_up
 
         warm_up()
     except Exception as error:

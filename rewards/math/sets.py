@@ -11,7 +11,7 @@ from typing import Any
 
 import mpmath
 
-from rl_lora.rewards.math_expression import TooLarge, Undefined, Unreadable, evaluate, read, variables
+from rl_lora.rewards.math.expression import TooLarge, Undefined, Unreadable, evaluate, read, variables
 
 Split = Callable[[str, str], list[str]]
 Piece = tuple[Any, bool, Any, bool]  # low end, whether it is in, high end, whether it is in

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from rl_lora.rewards.math_nouns import noun_phrase
-from rl_lora.rewards.math_numbers import DECIMAL, number
-from rl_lora.rewards.math_unit_names import known_unit, units_conflict
+from rl_lora.rewards.math.nouns import noun_phrase
+from rl_lora.rewards.math.numbers import DECIMAL, number
+from rl_lora.rewards.math.unit_names import known_unit, units_conflict
 
 _TEXT = re.compile(r"\\(?:text|mbox|mathrm|textrm|rm)\s*\{([^{}]*)\}")
 _PART = re.compile(

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import re
 
-from rl_lora.rewards.math_clocks import clock
-from rl_lora.rewards.math_hedges import unsettled
-from rl_lora.rewards.math_languages import ANSWER_ELSEWHERE
-from rl_lora.rewards.math_numbers import DECIMAL, quantity
-from rl_lora.rewards.math_text import plain
-from rl_lora.rewards.math_words import NUMBER_WORDS, digits
+from rl_lora.rewards.math.clocks import clock
+from rl_lora.rewards.math.hedges import unsettled
+from rl_lora.rewards.math.languages import ANSWER_ELSEWHERE
+from rl_lora.rewards.math.numbers import DECIMAL, quantity
+from rl_lora.rewards.math.text import plain
+from rl_lora.rewards.math.words import NUMBER_WORDS, digits
 
 MAX_CHARS = 200
 """Longer texts are no short sentence."""
