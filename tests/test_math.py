@@ -649,10 +649,11 @@ def running(pid: int) -> bool:
 
 
 SCRIPT = """
-from rewards import verify, math_workers
+from rl_lora.rewards import verify
+from rl_lora.rewards.math import workers
 import os, signal, sys
 verify(r'\\boxed{\\frac{2}{\\sqrt{2}}}', r'\\sqrt{2}')
-print(*(worker.process.pid for worker in math_workers._pool.all), flush=True)
+print(*(worker.process.pid for worker in workers._pool.all), flush=True)
 """
 
 
