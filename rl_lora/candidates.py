@@ -12,7 +12,7 @@ from pathlib import Path
 from rl_lora.adapter_io import base_of
 from rl_lora.checkpoint import PATTERN, Checkpoints, check_whole
 from rl_lora.config import EvaluateConfig, EvaluationSettings, as_typed
-from rl_lora.files import read_json, read_yaml
+from rl_lora.system.files import read_json, read_yaml
 
 BASE = "base"
 """What the row of the bare base is called."""

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from rl_lora import files
-from rl_lora import finite_json as json
 from rl_lora.adapter import Adapter
 from rl_lora.adapter_io import check_adapter, save_adapter
 from rl_lora.samples import content_hash
+from rl_lora.system import files
+from rl_lora.system import finite_json as json
 
 PATTERN = re.compile(r"step-(\d{6,})")
 STATE, OPTIMIZER, RANDOM, CURRICULUM = "state.json", "optimizer.pt", "random.pt", "curriculum.json"

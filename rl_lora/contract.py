@@ -18,8 +18,8 @@ from typing import Any, SupportsFloat
 
 import gymnasium as gym
 
-from rl_lora.own_code import causes, own_frames
-from rl_lora.watch import watched
+from rl_lora.system.user_code import causes, own_frames
+from rl_lora.system.watchdog import watched
 
 Env = gym.Env[str, str]
 

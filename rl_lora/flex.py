@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from rl_lora.attention import Options
-from rl_lora.cache import place_compiler_cache
 from rl_lora.difference import difference
+from rl_lora.system.cache_folder import place_compiler_cache
 
 if TYPE_CHECKING:
     from rl_lora.tree import Span, Tree

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rl_lora import few_rows
-from rl_lora.memory import free_bytes
 from rl_lora.native_code import OPERATIONS, is_followed
+from rl_lora.system.memory import free_bytes
 
 ROWS = 128
 """Rows that the library packs weights for. Others can be multiplied as well; up to `MOST_ROWS` it is worth it."""

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from rl_lora import files
-from rl_lora import finite_json as json
 from rl_lora.samples import Sample, sample_of
+from rl_lora.system import files
+from rl_lora.system import finite_json as json
 from rl_lora.types import Group, StepStats
 
 Record = dict[str, Any]

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rl_lora.cache import not_ours, private_folder
+from rl_lora.system.cache_folder import not_ours, private_folder
 
 FLAGS = ["-O3", "-std=c++17", "-march=native", "-fopenmp", "-shared", "-fPIC"]
 OPERATIONS = torch.library.Library("rl_lora", "DEF")

@@ -20,8 +20,8 @@ from typing import Any
 
 import jinja2
 
-from rl_lora import files as disk
 from rl_lora.metrics import Record
+from rl_lora.system import files as disk
 
 Chart = dict[str, Any]
 """title, note, kind, unit, x, series and reference, as charts.js describes them."""

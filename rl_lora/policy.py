@@ -32,8 +32,8 @@ from rl_lora.head import Head
 from rl_lora.head_check import check_head
 from rl_lora.kv_cache import Decode, Nodes, Recorder
 from rl_lora.lora import AdapterBank
-from rl_lora.memory import ready_memory
 from rl_lora.recompute import recomputing
+from rl_lora.system.memory import ready_memory
 from rl_lora.tree import Tree
 from rl_lora.types import Batch
 

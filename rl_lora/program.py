@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from rl_lora.cache import place_compiler_cache
+from rl_lora.system.cache_folder import place_compiler_cache
 
 MOST_SIZES = 1 << 12
 """Sizes of inputs of which it is remembered whether a program holds for them."""

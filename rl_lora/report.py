@@ -25,8 +25,6 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from rl_lora import files
-from rl_lora import finite_json as json
 from rl_lora.adapter import Adapter
 from rl_lora.adapter_io import lora_dropout
 from rl_lora.checkpoint import Checkpoints
@@ -40,7 +38,9 @@ from rl_lora.next_command import next_command
 from rl_lora.page import lines, write
 from rl_lora.policy import Policy
 from rl_lora.samples import Sample, content_hash
-from rl_lora.terminal import Terminal, in_line, visible
+from rl_lora.system import files
+from rl_lora.system import finite_json as json
+from rl_lora.system.terminal import Terminal, in_line, visible
 from rl_lora.training_page import training_page
 from rl_lora.training_samples import rewind_samples
 from rl_lora.types import Group

@@ -14,8 +14,8 @@ from rl_lora.candidates import adapter_in, record_of
 from rl_lora.config import EnvConfig, EvaluateConfig, EvaluationSettings, ModelConfig, as_typed, flatten
 from rl_lora.default_choice import canonical
 from rl_lora.default_model import EMBEDDED_MODEL
-from rl_lora.files import read_yaml
-from rl_lora.terminal import in_line
+from rl_lora.system.files import read_yaml
+from rl_lora.system.terminal import in_line
 
 OF_RUN = {
     "env.id": "env.id",

@@ -12,8 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rl_lora import files
-from rl_lora import finite_json as json
+from rl_lora.system import files
+from rl_lora.system import finite_json as json
 from rl_lora.types import Episode, Stop
 
 Sample = dict[str, Any]

@@ -19,10 +19,10 @@ from rl_lora.config import TrainConfig
 from rl_lora.contract import TaskError, begin, close, env_id
 from rl_lora.curriculum import SEED_STRIDE
 from rl_lora.environment import environment, held_out
-from rl_lora.own_code import own_sources
 from rl_lora.policy import Policy
 from rl_lora.rollout import MakeEnv
 from rl_lora.samples import content_hash
+from rl_lora.system.user_code import own_sources
 
 N_ENDLESS = 256
 """Training problems that are looked at where an environment makes new ones from every seed."""

@@ -27,13 +27,10 @@ from rl_lora.curriculum import SEED_STRIDE, curriculum_of
 from rl_lora.demonstrations import Demonstrations
 from rl_lora.environment import environment, held_out
 from rl_lora.evaluation import Evaluation, evaluate_adapters
-from rl_lora.files import FileError, check_writable, write_text, writing
 from rl_lora.given import with_given
-from rl_lora.interrupts import later
 from rl_lora.learner import Learner
 from rl_lora.metrics import MetricsFile, Record, Stopwatch, summarize_groups, summarize_updates, with_speed
 from rl_lora.native_sampler import NativeSampler
-from rl_lora.plain_yaml import dump
 from rl_lora.policy import Policy
 from rl_lora.preflight import preflight
 from rl_lora.report import RunReport
@@ -48,6 +45,9 @@ from rl_lora.run_folder import (
     with_base,
 )
 from rl_lora.shaping import shaped
+from rl_lora.system.files import FileError, check_writable, write_text, writing
+from rl_lora.system.interrupts import later
+from rl_lora.system.plain_yaml import dump
 from rl_lora.task import model_changes, model_record, task_record
 from rl_lora.training_samples import write_samples
 from rl_lora.types import Group

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 from rl_lora.collapse import run_warnings
 from rl_lora.config import TrainConfig
 from rl_lora.evaluation import change
-from rl_lora.files import read_yaml
 from rl_lora.metrics import MetricsFile, Record
 from rl_lora.page import Chart, browser, duration, facts, figure, flat, lines, p_value, point, points, render, signed
 from rl_lora.samples import Sample
+from rl_lora.system.files import read_yaml
 from rl_lora.training_samples import read_samples, stored_steps
 
 HELD_OUT, SAMPLED, LEARNED, FURTHER = range(4)

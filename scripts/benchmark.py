@@ -28,7 +28,7 @@ from rl_lora.scripts.command import main as command
 from rl_lora.scripts.measurements import Bench, Shape, shape
 from rl_lora.scripts.peer_process import Figures, Peers
 from rl_lora.scripts.peers import PEERS
-from rl_lora.terminal import Terminal, in_line
+from rl_lora.system.terminal import Terminal, in_line
 
 LAST = 3
 """Rounds at the end whose reward is shown apart: what was learned by then."""

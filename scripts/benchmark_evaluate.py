@@ -27,7 +27,7 @@ from rl_lora.config import ModelConfig, expand_home
 from rl_lora.policy import Policy
 from rl_lora.samples import key_of, read_samples
 from rl_lora.scripts.command import main as command
-from rl_lora.terminal import Terminal
+from rl_lora.system.terminal import Terminal
 
 NOISE = 1e-3
 """Standard deviation of B: enough for other replies than the base's, and not for noise."""

@@ -33,7 +33,7 @@ from rl_lora.policy import Policy
 from rl_lora.rollout import RolloutWorker
 from rl_lora.samples import Sample
 from rl_lora.scripts.command import main as command
-from rl_lora.terminal import Terminal
+from rl_lora.system.terminal import Terminal
 
 TASK = "rl_lora_gsm8k"
 FILTER = "flexible-extract"

@@ -19,7 +19,6 @@ from docstring_parser import parse_from_object
 
 import rl_lora
 from rl_lora.config import as_typed
-from rl_lora.plain_yaml import Loader, dump, items
 from rl_lora.scripts.values import (
     described,
     explained,
@@ -30,7 +29,8 @@ from rl_lora.scripts.values import (
     is_list,
     members,
 )
-from rl_lora.terminal import Terminal, in_line
+from rl_lora.system.plain_yaml import Loader, dump, items
+from rl_lora.system.terminal import Terminal, in_line
 
 Config = TypeVar("Config")
 OWN = {

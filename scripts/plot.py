@@ -22,7 +22,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from rl_lora.config import expand_home
 from rl_lora.metrics import MetricsFile, Record
 from rl_lora.scripts.command import main as command
-from rl_lora.terminal import say
+from rl_lora.system.terminal import say
 
 DASHES = ("-", "--", "-.")
 

@@ -15,10 +15,10 @@ import rl_lora.scripts.signals
 
 # isort: split
 import rl_lora
-from rl_lora.files import FileError, read_json
 from rl_lora.page import evaluation_page, lines, write
 from rl_lora.scripts.command import run
-from rl_lora.terminal import guard, say
+from rl_lora.system.files import FileError, read_json
+from rl_lora.system.terminal import guard, say
 from rl_lora.training_page import training_page
 
 

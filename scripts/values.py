@@ -15,7 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 
-from rl_lora.plain_yaml import BOOL, FLOAT, INT, NULL, Loader, items
+from rl_lora.system.plain_yaml import BOOL, FLOAT, INT, NULL, Loader, items
 
 NONE = type(None)
 COMMAS = re.compile(r"[^,\s]+(,[^,\s]+)*")

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from rl_lora import cache, default_model, native_code
-from rl_lora.cache import not_ours, place_compiler_cache, private_folder
+from rl_lora import default_model, native_code
+from rl_lora.system import cache_folder
+from rl_lora.system.cache_folder import not_ours, place_compiler_cache, private_folder
 
 OTHER = 12345
 as_root = pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="gives files to another user")
@@ -182,7 +183,7 @@ def test_a_link_leads_to_where_the_owner_is_asked(tmp_path: Path, home: Path) ->
 def converted(home: Path) -> Path:
     """What looks like a finished conversion of the default model."""
     folder = default_model.default_model_folder()
-    cache.make_folder(folder)
+    cache_folder.make_folder(folder)
     (folder / "source.json").write_text('{"sizes": {}}')
     (folder / "source.json").chmod(0o644)
     return folder
@@ -213,7 +214,7 @@ def test_torch_s_own_default_is_no_choice_of_the_user(home: Path) -> None:
 import os, torch
 from torch._inductor.codecache import cache_dir
 cache_dir()  # as torch does on import: it writes its default into the environment
-from rl_lora.cache import place_compiler_cache
+from rl_lora.system.cache_folder import place_compiler_cache
 place_compiler_cache()
 print(cache_dir())
 """

@@ -15,12 +15,12 @@ import pytest
 import torch
 
 import rl_lora.envs  # noqa: F401  registers the environments
-from rl_lora import files
 from rl_lora.checkpoint import Checkpoints
 from rl_lora.config import EnvConfig, TrainConfig
 from rl_lora.envs import Problem, SingleTurnEnv
 from rl_lora.metrics import MetricsFile
 from rl_lora.policy import Policy
+from rl_lora.system import files
 from rl_lora.task import Problem as Known
 from rl_lora.task import _record, problems_of, task_changes
 from rl_lora.trainer import train
@@ -406,7 +406,7 @@ def test_a_run_that_never_took_its_task_down_is_resumed_as_before(own: TrainConf
 
 
 def test_one_run_at_a_time_writes_to_a_folder_and_a_dead_one_blocks_nothing(two: Path, runs: Path, model: Path) -> None:
-    code = "import sys, time; from pathlib import Path; from rl_lora.files import lock\n"
+    code = "import sys, time; from pathlib import Path; from rl_lora.system.files import lock\n"
     code += f"held = lock(Path({str(two)!r}), 'a run', ''); print('held', flush=True); time.sleep(100)"
     other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert other.stdout is not None

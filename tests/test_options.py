@@ -24,10 +24,10 @@ import rl_lora.scripts.compare_lm_eval
 import rl_lora.scripts.plot
 import rl_lora.scripts.report
 from rl_lora.config import EvaluateConfig, TrainConfig, flatten
-from rl_lora.plain_yaml import dump
 from rl_lora.scripts.options import options_of, parse
 from rl_lora.scripts.sft import SftConfig
 from rl_lora.scripts.values import is_list
+from rl_lora.system.plain_yaml import dump
 
 ROOT = Path(__file__).parent.parent
 CONFIGS: list[type[Any]] = [

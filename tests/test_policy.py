@@ -27,7 +27,6 @@ from transformers import (
     RwkvConfig,
 )
 
-from rl_lora import memory
 from rl_lora import policy as policy_module
 from rl_lora.config import LearnerConfig, TrainConfig
 from rl_lora.decode_layer import DecodeLayer
@@ -37,6 +36,7 @@ from rl_lora.native_sampler import NativeSampler
 from rl_lora.policy import Dtype, Policy, compute_dtype, context_length, seconds_of_product
 from rl_lora.report import RunReport
 from rl_lora.sampler import Request
+from rl_lora.system import memory
 from rl_lora.tree import Tree
 from tests.oracles import Oracle, as_turn, episode, gradient, group, relative_error
 from tests.tiny import (
@@ -305,7 +305,7 @@ def test_a_policy_is_loaded_from_a_folder_in_the_dtype_asked_for(tmp_path: Path)
 def test_large_tensors_lie_in_large_pages(given: str | None, large: bool) -> None:
     """In a process of its own, since torch looks once; what the environment says already, stays."""
     script = """
-from rl_lora.memory import ready_memory
+from rl_lora.system.memory import ready_memory
 ready_memory()
 import torch
 x = torch.ones(1 << 26)
@@ -322,7 +322,7 @@ def test_free_memory_counts_what_is_kept() -> None:
     little else."""
     script = """
 import ctypes, torch
-from rl_lora.memory import kept_bytes, ready_memory
+from rl_lora.system.memory import kept_bytes, ready_memory
 kept = ready_memory() and hasattr(ctypes.CDLL(None), "mallinfo2")
 before = kept_bytes()
 x = torch.ones(1 << 30, dtype=torch.uint8)

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from transformers import MambaConfig, MambaForCausalLM
 
-from rl_lora import memory
 from rl_lora.adapter import Adapter
 from rl_lora.config import LearnerConfig, TrainConfig, validate
 from rl_lora.layers import layers_of
 from rl_lora.learner import Learner
-from rl_lora.memory import budget, free_bytes
 from rl_lora.policy import Policy
 from rl_lora.recompute import Recompute, activation_bytes
+from rl_lora.system import memory
+from rl_lora.system.memory import budget, free_bytes
 from rl_lora.types import Group
 from tests.oracles import episode, group, tiny_policy, turn
 from tests.tiny import ARCHITECTURES, VOCAB_SIZE, randomize, tiny_tokenizer, token_ids

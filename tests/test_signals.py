@@ -19,8 +19,8 @@ import pytest
 
 import rl_lora.scripts.report
 from rl_lora.checkpoint import Checkpoints
-from rl_lora.interrupts import later
 from rl_lora.learner import Learner
+from rl_lora.system.interrupts import later
 from rl_lora.trainer import Trainer, train
 from tests.test_trainer import assert_same_run, metrics, tiny_config
 from tests.tiny import tiny_folder

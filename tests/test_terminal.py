@@ -20,7 +20,7 @@ from rl_lora import evaluation_table
 from rl_lora.config import TrainConfig
 from rl_lora.report import RunReport
 from rl_lora.scripts.command import run
-from rl_lora.terminal import UNSEEN, Terminal, in_line, visible
+from rl_lora.system.terminal import UNSEEN, Terminal, in_line, visible
 
 ROOT = Path(__file__).parent.parent
 ATTACKS = [
@@ -149,7 +149,7 @@ COMMANDS = """
 import sys, warnings
 from rl_lora.scripts.command import main
 from rl_lora.scripts.plot import PlotConfig
-from rl_lora.terminal import say
+from rl_lora.system.terminal import say
 def work(config):
     say("\\u2013 \\ud800 \\x1b]0;x\\x07"); print("\\u2013"); warnings.warn("\\x1b[2J")
     raise RuntimeError("\\x1b]52;c;x\\x07")
@@ -175,7 +175,7 @@ def test_no_encoding_ends_a_command_and_tracebacks_and_warnings_are_harmless(enc
 @pytest.mark.parametrize("lost", ["a full disk", "a pipe that nobody reads"])
 def test_a_stream_that_is_lost_ends_no_command(stream: str, lost: str, tmp_path: Path) -> None:
     script = (
-        "import sys\nfrom pathlib import Path\nfrom rl_lora.terminal import Terminal, guard\nguard()\n"
+        "import sys\nfrom pathlib import Path\nfrom rl_lora.system.terminal import Terminal, guard\nguard()\n"
         "for i in range(9):\n    Terminal().print('x' * 9999)\n    Terminal(stderr=True).print('y' * 9999)\n"
         "    print('z' * 9999)\nPath(sys.argv[1]).touch()\nsys.exit(7)\n"
     )

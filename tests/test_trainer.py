@@ -18,7 +18,6 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import rl_lora.envs  # noqa: F401  registers the environments
-from rl_lora import files
 from rl_lora.adapter_io import load_adapter
 from rl_lora.checkpoint import Checkpoints
 from rl_lora.config import (
@@ -40,6 +39,7 @@ from rl_lora.native_sampler import NativeSampler
 from rl_lora.policy import Policy
 from rl_lora.rollout import RolloutWorker
 from rl_lora.sampler import Completion
+from rl_lora.system import files
 from rl_lora.trainer import ADAPTER, Trainer, fresh_seeds, problem_seeds, train
 from rl_lora.types import Group
 from tests.tiny import tiny_folder, token_ids

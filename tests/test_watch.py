@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import rl_lora.default_model
-import rl_lora.watch
+import rl_lora.system.watchdog
 from rl_lora.config import RolloutConfig
 from rl_lora.contract import advance, begin
 from rl_lora.envs import SingleTurnEnv, TextEnv
@@ -19,7 +19,7 @@ from rl_lora.envs.text import Problem
 from rl_lora.native_sampler import NativeSampler
 from rl_lora.policy import Policy
 from rl_lora.rollout import Plays, RolloutWorker
-from rl_lora.watch import AGAIN, PATIENCE, Wait, watched
+from rl_lora.system.watchdog import AGAIN, PATIENCE, Wait, watched
 from tests import tiny_reward
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -40,10 +40,10 @@ class Slow(TextEnv):
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rl_lora.watch, "LOOK", 0.05)
+    monkeypatch.setattr(rl_lora.system.watchdog, "LOOK", 0.05)
     with watched("the watcher of an earlier test", patience=1000):
         time.sleep(1.1)  # it may sleep for as long as it was told to then
-    monkeypatch.setattr(rl_lora.watch, "PATIENCE", 0.2)
+    monkeypatch.setattr(rl_lora.system.watchdog, "PATIENCE", 0.2)
 
 
 def test_a_call_that_hangs_is_named_with_its_function_problem_and_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rl_lora.own_code import own_lines
-from rl_lora.terminal import visible
+from rl_lora.system.terminal import visible
+from rl_lora.system.user_code import is_core, own_lines
 
 PATIENCE = 60.0
 """Seconds until a call is named."""
@@ -20,7 +20,6 @@ AGAIN = (1, 5, 10)
 """Multiples of its patience at which it is named; then every ten of them."""
 LOOK = 1.0
 """Seconds between two looks."""
-HERE = Path(__file__).parent
 
 
 @dataclass(eq=False)
@@ -78,7 +77,7 @@ def say(wait: Wait, seconds: float) -> None:
     frame = sys._current_frames().get(wait.thread)
     inside: list[traceback.FrameSummary] = []
     for each in traceback.extract_stack(frame):  # what is under way since this package called it
-        inside = [] if Path(each.filename).is_relative_to(HERE) else [*inside, each]
+        inside = [] if is_core(Path(each.filename)) else [*inside, each]
     own = own_lines(inside)
     place = f" ({own[-1].filename}, line {own[-1].lineno}, in {own[-1].name})" if own else ""
     print(visible(f"{what} for {seconds:.0f} s{place}"), file=sys.stderr, flush=True)

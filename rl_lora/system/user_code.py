@@ -14,8 +14,10 @@ import gymnasium as gym
 
 MAX_FRAMES = 6
 """Lines of code that a message shows."""
-_ROOT = Path(__file__).resolve().parents[1]
-OURS = (*(_ROOT / name for name in ("rl_lora", "envs", "rewards", "scripts")), Path(gym.__file__).resolve().parent)
+CORE = Path(__file__).parents[1]
+BESIDE = tuple(CORE / name for name in ("envs", "rewards", "scripts"))
+"""In a clone links to folders beside the core."""
+OURS = tuple(folder.resolve() for folder in (CORE, *BESIDE, Path(gym.__file__).parent))
 """Environments are called through gymnasium's wrappers."""
 PYTHON = Path(sysconfig.get_path("stdlib")).resolve()
 LIBRARIES = tuple({Path(sysconfig.get_path(kind)).resolve() for kind in ("purelib", "platlib")})
@@ -31,6 +33,11 @@ def own_frames(error: BaseException) -> list[traceback.FrameSummary]:
         if own := own_lines(frames):
             return [*own, *(frames[-1:] if frames[-1] is not own[-1] else [])]
     return [frame for frame in frames if _is_under(frame, LIBRARIES)][-MAX_FRAMES:]
+
+
+def is_core(file: Path) -> bool:
+    """Whether a file of code belongs to the core, which calls environments and rewards."""
+    return file.is_relative_to(CORE) and not any(file.is_relative_to(folder) for folder in BESIDE)
 
 
 def own_lines(frames: Sequence[traceback.FrameSummary]) -> list[traceback.FrameSummary]:
