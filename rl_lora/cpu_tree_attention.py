@@ -19,14 +19,14 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import record_function
 
-from rl_lora import native_code
 from rl_lora.attention import Options
-from rl_lora.native_code import dense
+from rl_lora.kernels import native_code
+from rl_lora.kernels.native_code import dense
 
 if TYPE_CHECKING:
     from rl_lora.tree import Tree
 
-SOURCE = Path(__file__).with_suffix(".cpp")
+SOURCE = Path(native_code.__file__).with_name("tree_attention.cpp")
 NAME = "rl_lora::tree_attention"
 """As the profiler sees it."""
 WIDTHS = 16

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rl_lora import decode_attention
 from rl_lora.attention import Options, Sharing, Source, additive, attend
+from rl_lora.kernels import decode_attention
 
 
 class Shared(NamedTuple):

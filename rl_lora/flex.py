@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from rl_lora.attention import Options
-from rl_lora.difference import difference
+from rl_lora.kernels.verify import difference
 from rl_lora.system.cache_folder import place_compiler_cache
 
 if TYPE_CHECKING:

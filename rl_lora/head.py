@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rl_lora.frozen_linear import FrozenLinear
+from rl_lora.kernels.frozen_linear import FrozenLinear
 
 CHUNK_ELEMENTS = 1 << 24
 """Logits that exist at a time in the compute dtype: enough rows for an efficient product."""

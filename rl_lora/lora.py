@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rl_lora.adapter import Adapter, Factors, Site
-from rl_lora.frozen_linear import FrozenLinear, may_pack
+from rl_lora.kernels.frozen_linear import FrozenLinear, may_pack
 from rl_lora.peft_targets import peft_target
 
 ALL_LINEAR = "all-linear"

@@ -27,9 +27,9 @@ from rl_lora.compiled import CompiledLayers, unavailable
 from rl_lora.config import ModelConfig
 from rl_lora.default_choice import HUB_MODEL, settled
 from rl_lora.default_model import EMBEDDED_MODEL
-from rl_lora.difference import difference
 from rl_lora.head import Head
 from rl_lora.head_check import check_head
+from rl_lora.kernels.verify import difference
 from rl_lora.kv_cache import Decode, Nodes, Recorder
 from rl_lora.lora import AdapterBank
 from rl_lora.recompute import recomputing

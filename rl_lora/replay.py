@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rl_lora.difference import difference
+from rl_lora.kernels.verify import difference
 
 Step = Callable[[Tensor], Tensor]
 """Reads one token a row, int64 (R,), and returns hidden states (R, d). All it changes are tensors, in place."""

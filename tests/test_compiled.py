@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rl_lora.compiled import CompiledLayers, unavailable
 from rl_lora.config import ModelConfig
-from rl_lora.frozen_linear import MOST_ROWS
+from rl_lora.kernels.frozen_linear import MOST_ROWS
 from rl_lora.native_sampler import NativeSampler
 from rl_lora.policy import Policy
 from rl_lora.program import Program, Tape

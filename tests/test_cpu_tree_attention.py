@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rl_lora import cpu_tree_attention, native_code, tree_attention
+from rl_lora import cpu_tree_attention, tree_attention
 from rl_lora.attention import Options
+from rl_lora.kernels import native_code
 from rl_lora.tree import Tree
 from tests.test_attention import allowed, dense, walk
 from tests.vectors import VECTORS

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rl_lora import decode_attention, native_code
 from rl_lora.attention import Options, Sharing
 from rl_lora.decode_layer import DecodeLayer, Shared
+from rl_lora.kernels import decode_attention, native_code
 from tests.vectors import VECTORS
 
 needs_ours = pytest.mark.skipif(decode_attention.library(16) is None, reason="GCC, and AVX2 or AVX-512 are not here")

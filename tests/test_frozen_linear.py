@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rl_lora import few_rows, frozen_linear, native_code
-from rl_lora.frozen_linear import MOST_ROWS, FrozenLinear, Operators, _operators, may_pack
+from rl_lora.kernels import frozen_linear, native_code, packed_gemm
+from rl_lora.kernels.frozen_linear import MOST_ROWS, FrozenLinear, Operators, _operators, may_pack
 from rl_lora.lora import LoRALinear
 from tests.oracles import tiny_policy
 from tests.tiny import tiny_model
@@ -66,16 +66,16 @@ def test_a_weight_that_was_written_to_is_packed_anew() -> None:
 def fresh_operators() -> Iterator[None]:
     """What was found out about this machine is found out anew, and again afterwards."""
     _operators.cache_clear()
-    few_rows.library.cache_clear()
+    packed_gemm.library.cache_clear()
     yield
     _operators.cache_clear()
-    few_rows.library.cache_clear()
+    packed_gemm.library.cache_clear()
 
 
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="the library is not part of this torch")
 def test_where_the_library_is_there_it_is_used(fresh_operators: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")  # no compiler
-    assert few_rows.library() is None
+    assert packed_gemm.library() is None
     assert _operators(torch.float32) is not None
     assert _operators(torch.float16) is None
     test_it_is_the_product_whatever_the_number_of_rows(torch.float32, True, 192, 576)
@@ -101,7 +101,7 @@ def test_an_operator_that_computes_something_else_is_not_used(
     assert not layer.may_pack
 
 
-needs_ours = pytest.mark.skipif(few_rows.library() is None, reason="GCC, and AVX2 or AVX-512 are not here")
+needs_ours = pytest.mark.skipif(packed_gemm.library() is None, reason="GCC, and AVX2 or AVX-512 are not here")
 
 
 @needs_ours
@@ -144,7 +144,7 @@ def test_vectors_of_other_processors(
     lanes: int, flag: str, fresh_operators: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(native_code, "FLAGS", [*native_code.FLAGS, flag])
-    found = few_rows.library()
+    found = packed_gemm.library()
     assert found is not None
     assert found.lanes() == lanes
     for shape in ((192, 576), (7, 5)):
@@ -155,7 +155,7 @@ def test_vectors_of_other_processors(
 @needs_ours
 def test_processors_without_such_vectors_do_without(fresh_operators: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native_code, "FLAGS", [*native_code.FLAGS, "-mno-avx2"])
-    assert few_rows.library() is None
+    assert packed_gemm.library() is None
 
 
 @needs_ours
@@ -164,21 +164,21 @@ def test_code_that_cannot_be_kept_is_not_used(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert few_rows.library() is None
+    assert packed_gemm.library() is None
     assert _operators(torch.float32) is not None or not torch.backends.mkl.is_available()
 
 
 @needs_ours
 def test_what_is_no_library_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one"))
-    found = native_code.load(few_rows.SOURCE)
+    found = native_code.load(packed_gemm.SOURCE)
     assert found is not None
     whole = Path(found._name)
     other = tmp_path / "two" / whole.relative_to(tmp_path / "one")
     other.parent.mkdir(parents=True)
     other.write_bytes(b"another system's")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "two"))
-    again = native_code.load(few_rows.SOURCE)
+    again = native_code.load(packed_gemm.SOURCE)
     assert again is not None
     assert again._name == str(other)
 
@@ -188,7 +188,7 @@ def test_what_is_no_library_is_made_anew(tmp_path: Path, monkeypatch: pytest.Mon
 def test_what_has_changed_is_compiled_anew(changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for name in ("few_rows.cpp", "vectors.h"):
-        (tmp_path / name).write_text(few_rows.SOURCE.with_name(name).read_text())
+        (tmp_path / name).write_text(packed_gemm.SOURCE.with_name(name).read_text())
     before, same = (native_code.load(tmp_path / "few_rows.cpp") for _ in range(2))
     with (tmp_path / changed).open("a") as file:
         file.write("// another comment\n")
@@ -201,10 +201,10 @@ def test_what_has_changed_is_compiled_anew(changed: str, tmp_path: Path, monkeyp
 
 @needs_ours
 def test_what_does_not_fit_a_weight_is_refused() -> None:
-    packed = few_rows.pack(torch.randn(4, 5))
+    packed = packed_gemm.pack(torch.randn(4, 5))
     for x in (torch.randn(3, 6), torch.randn(3, 5).double(), torch.randn(5)):
         with pytest.raises(ValueError, match="expected float32"):
-            few_rows.multiply(x, packed, 4)
+            packed_gemm.multiply(x, packed, 4)
 
 
 def test_weights_are_packed_where_there_is_memory_for_them_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rl_lora import few_rows
-from rl_lora.native_code import OPERATIONS, is_followed
+from rl_lora.kernels import packed_gemm
+from rl_lora.kernels.native_code import OPERATIONS, is_followed
 from rl_lora.system.memory import free_bytes
 
 ROWS = 128
@@ -106,11 +106,11 @@ def _operators(dtype: torch.dtype) -> Operators | None:
 
 
 def _ours() -> Operators | None:
-    if few_rows.library() is None:
+    if packed_gemm.library() is None:
         return None
     return Operators(
-        few_rows.pack,
-        lambda x, packed, weight, bias, out: few_rows.multiply(x, packed, len(weight), bias, out),
+        packed_gemm.pack,
+        lambda x, packed, weight, bias, out: packed_gemm.multiply(x, packed, len(weight), bias, out),
         least_rows=1,
     )
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rl_lora import native_code
+from rl_lora.kernels import native_code
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rl_lora import native_code
-from rl_lora.native_code import OPERATIONS, dense, is_followed
+from rl_lora.kernels import native_code
+from rl_lora.kernels.native_code import OPERATIONS, dense, is_followed
 
 if TYPE_CHECKING:
     from rl_lora.attention import Options
