@@ -10,7 +10,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from rl_lora.metrics import Record
+from rl_lora.metrics.records import Record
 from rl_lora.system.terminal import Terminal, in_line
 
 Column = Callable[[Record], str]

@@ -20,7 +20,7 @@ from typing import Any
 
 import jinja2
 
-from rl_lora.metrics import Record
+from rl_lora.metrics.records import Record
 from rl_lora.system import files as disk
 
 Chart = dict[str, Any]

@@ -28,12 +28,12 @@ from rich.text import Text
 from rl_lora.adapter import Adapter
 from rl_lora.adapter_io import lora_dropout
 from rl_lora.checkpoint import Checkpoints
-from rl_lora.collapse import reply_warning, run_warnings
 from rl_lora.config import TrainConfig
 from rl_lora.contract import TaskError
-from rl_lora.evaluation import Evaluation, change
 from rl_lora.given import in_python
-from rl_lora.metrics import MAX_REASONS, MetricsFile, Record
+from rl_lora.metrics.collapse import reply_warning, run_warnings
+from rl_lora.metrics.records import MAX_REASONS, MetricsFile, Record
+from rl_lora.metrics.summary import Evaluation, change
 from rl_lora.next_command import next_command
 from rl_lora.page import lines, write
 from rl_lora.policy import Policy

@@ -26,10 +26,10 @@ from rl_lora.config import TrainConfig, advantage_of, flatten
 from rl_lora.curriculum import SEED_STRIDE, curriculum_of
 from rl_lora.demonstrations import Demonstrations
 from rl_lora.environment import environment, held_out
-from rl_lora.evaluation import Evaluation, evaluate_adapters
 from rl_lora.given import with_given
 from rl_lora.learner import Learner
-from rl_lora.metrics import MetricsFile, Record, Stopwatch, summarize_groups, summarize_updates, with_speed
+from rl_lora.metrics.records import MetricsFile, Record, Stopwatch, summarize_groups, summarize_updates, with_speed
+from rl_lora.metrics.summary import Evaluation, evaluate_adapters
 from rl_lora.native_sampler import NativeSampler
 from rl_lora.policy import Policy
 from rl_lora.preflight import preflight

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rl_lora.collapse import run_warnings
 from rl_lora.config import TrainConfig
-from rl_lora.evaluation import change
-from rl_lora.metrics import MetricsFile, Record
+from rl_lora.metrics.collapse import run_warnings
+from rl_lora.metrics.records import MetricsFile, Record
+from rl_lora.metrics.summary import change
 from rl_lora.page import Chart, browser, duration, facts, figure, flat, lines, p_value, point, points, render, signed
 from rl_lora.samples import Sample
 from rl_lora.system.files import read_yaml

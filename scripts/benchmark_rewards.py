@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # also when the package i
 
 import rl_lora.envs  # noqa: F401  registers the environments
 from rl_lora.config import EvalConfig, LogConfig, ModelConfig, RolloutConfig, TrainConfig
-from rl_lora.metrics import MetricsFile, Record
+from rl_lora.metrics.records import MetricsFile, Record
 from rl_lora.rewards import numeric_match
 from rl_lora.trainer import train
 

@@ -24,9 +24,9 @@ from rl_lora.adapter_io import check_adapter, load_adapter
 from rl_lora.candidates import adapter_in
 from rl_lora.config import EnvConfig, EpisodeConfig, ModelConfig, expand_home
 from rl_lora.environment import held_out
-from rl_lora.evaluation import evaluate_adapters
 from rl_lora.evaluator import problems_of
-from rl_lora.metrics import Record
+from rl_lora.metrics.records import Record
+from rl_lora.metrics.summary import evaluate_adapters
 from rl_lora.models import load_tokenizer, resolve_model
 from rl_lora.native_sampler import NativeSampler
 from rl_lora.policy import Policy

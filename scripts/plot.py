@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from rl_lora.config import expand_home
-from rl_lora.metrics import MetricsFile, Record
+from rl_lora.metrics.records import MetricsFile, Record
 from rl_lora.scripts.command import main as command
 from rl_lora.system.terminal import say
 

@@ -18,7 +18,7 @@ import rl_lora.envs  # noqa: F401  registers the environments
 from rl_lora.checkpoint import Checkpoints
 from rl_lora.config import EnvConfig, TrainConfig
 from rl_lora.envs import Problem, SingleTurnEnv
-from rl_lora.metrics import MetricsFile
+from rl_lora.metrics.records import MetricsFile
 from rl_lora.policy import Policy
 from rl_lora.system import files
 from rl_lora.task import Problem as Known

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from rl_lora.collapse import MIN_PROBLEMS, WINDOW, most_common_reply, reply_warning, training_warnings
 from rl_lora.config import EvaluationSettings
-from rl_lora.evaluation import summarize
 from rl_lora.evaluator import results_of
+from rl_lora.metrics.collapse import MIN_PROBLEMS, WINDOW, most_common_reply, reply_warning, training_warnings
+from rl_lora.metrics.summary import summarize
 
 
 def held_out(replies: list[str], prompts: list[str] | None = None) -> list[dict[str, Any]]:

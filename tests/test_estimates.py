@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from rl_lora.estimates import (
+from rl_lora.metrics.estimates import (
     clustered,
     majority_at_k,
     mcnemar,

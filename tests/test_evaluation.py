@@ -15,8 +15,8 @@ from rl_lora.config import EnvConfig, RolloutConfig, TrainConfig
 from rl_lora.environment import UNSPLIT_OFFSET, environment, held_out
 from rl_lora.envs import SingleTurnEnv
 from rl_lora.envs.text import Problem
-from rl_lora.estimates import clustered, pass_at_k, wilson
-from rl_lora.evaluation import Evaluation, evaluate_adapters, pairs, row, summarize
+from rl_lora.metrics.estimates import clustered, pass_at_k, wilson
+from rl_lora.metrics.summary import Evaluation, evaluate_adapters, pairs, row, summarize
 from rl_lora.native_sampler import NativeSampler
 from rl_lora.policy import Policy
 from rl_lora.rollout import MakeEnv, RolloutWorker

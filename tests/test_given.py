@@ -13,7 +13,7 @@ import yaml
 
 import rl_lora
 from rl_lora.config import EnvConfig, EvalConfig, EvaluateConfig, ModelConfig, RolloutConfig, TrainConfig
-from rl_lora.metrics import MetricsFile
+from rl_lora.metrics.records import MetricsFile
 from tests.tiny import tiny_folder
 
 ROOT = Path(__file__).parents[1]

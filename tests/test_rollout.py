@@ -11,7 +11,7 @@ import pytest
 import rl_lora.envs  # noqa: F401  registers the environments
 from rl_lora.config import RolloutConfig
 from rl_lora.envs import TextEnv
-from rl_lora.metrics import summarize_groups
+from rl_lora.metrics.records import summarize_groups
 from rl_lora.native_sampler import NativeSampler
 from rl_lora.policy import Policy
 from rl_lora.rollout import MakeEnv, Plays, RolloutWorker

@@ -33,8 +33,8 @@ from rl_lora.config import (
 )
 from rl_lora.drawing import Drawing
 from rl_lora.environment import held_out
-from rl_lora.evaluation import evaluate_adapters
 from rl_lora.learner import SamplerLearnerMismatch
+from rl_lora.metrics.summary import evaluate_adapters
 from rl_lora.native_sampler import NativeSampler
 from rl_lora.policy import Policy
 from rl_lora.rollout import RolloutWorker

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import rl_lora.scripts.report
-from rl_lora.metrics import MetricsFile
+from rl_lora.metrics.records import MetricsFile
 from rl_lora.training_page import training_page
 from tests.conftest import Open
 from tests.test_page import seeds_shown

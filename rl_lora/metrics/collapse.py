@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from rl_lora.metrics import Record, mean
+from rl_lora.metrics.records import Record, mean
 from rl_lora.samples import Sample
 
 NEARLY_ALL = 0.9

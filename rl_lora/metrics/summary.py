@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from rl_lora.collapse import most_common_reply
-from rl_lora.estimates import (
+from rl_lora.metrics.collapse import most_common_reply
+from rl_lora.metrics.estimates import (
     Interval,
     clustered,
     majority_at_k,
@@ -24,7 +24,7 @@ from rl_lora.estimates import (
     sign_flip,
     wilson,
 )
-from rl_lora.metrics import Record, mean, summarize_samples
+from rl_lora.metrics.records import Record, mean, summarize_samples
 from rl_lora.rollout import Plays, RolloutWorker
 from rl_lora.samples import Sample, sample_of
 from rl_lora.types import Episode

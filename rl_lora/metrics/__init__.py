@@ -1,0 +1,1 @@
+"""Figures of samples and of steps. Knows no model."""
