@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from rl_lora.decode_layer import DecodeLayer
+from rl_lora.attention.decode_layer import DecodeLayer
+from rl_lora.attention.kv_cache import Decode, Nodes
 from rl_lora.kernels.native_code import followed
 from rl_lora.kernels.verify import difference
-from rl_lora.kv_cache import Decode, Nodes
 from rl_lora.layers import Forward, forwards, layers_of
 from rl_lora.lora import LoRALinear
 from rl_lora.program import Program, Tape

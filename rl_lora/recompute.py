@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rl_lora.attention.tree import Tree
 from rl_lora.layers import Forward, forwards, layers_of
-from rl_lora.tree import Tree
 
 if TYPE_CHECKING:
     from rl_lora.policy import Policy

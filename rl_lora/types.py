@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 if TYPE_CHECKING:  # the records need no transformers
-    from rl_lora.tree import Tree
+    from rl_lora.attention.tree import Tree
 
 
 class Stop(StrEnum):

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from rl_lora import models
+from rl_lora.attention.tree import find_trunks
 from rl_lora.config import EnvConfig, LearnerConfig, ModelConfig, RolloutConfig
 from rl_lora.environment import environment
 from rl_lora.learner import Learner
@@ -26,7 +27,6 @@ from rl_lora.sampler import Request
 from rl_lora.scripts.peer_process import Figures
 from rl_lora.scripts.peers import Meter
 from rl_lora.trainer import no_accelerator
-from rl_lora.tree import find_trunks
 from rl_lora.types import Episode, Group, Stop, Turn
 
 MATRIX = {"cpu": 2048, "cuda": 8192}

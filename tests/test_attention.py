@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from rl_lora import flex, kv_cache, tree_attention
-from rl_lora import tree as tree_module
-from rl_lora.attention import Options, Sharing
-from rl_lora.kv_cache import Decode, Nodes
-from rl_lora.tree import Tree, common_prefix, find_trunks, trunk_of
+from rl_lora.attention import flex, kv_cache, padded
+from rl_lora.attention import tree as tree_module
+from rl_lora.attention.kv_cache import Decode, Nodes
+from rl_lora.attention.shared_prefix import Options, Sharing
+from rl_lora.attention.tree import Tree, common_prefix, find_trunks, trunk_of
 
 
 def random_spans(rng: np.random.Generator, n: int) -> list[tuple[int, int, int]]:
@@ -155,18 +155,18 @@ def test_fused_attention_is_our_own(seed, options):
     tree = Tree(walk(np.random.default_rng(seed), 9))
     g = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(1, h, tree.n_tokens, 16, generator=g) for h in (4, 2, 2))
-    torch.testing.assert_close(flex.attend(tree, q, k, v, options), tree_attention.own(tree, q, k, v, options))
+    torch.testing.assert_close(flex.attend(tree, q, k, v, options), padded.own(tree, q, k, v, options))
 
 
 @pytest.mark.filterwarnings(UNFUSED)
 def test_fused_attention_is_used_only_where_it_is_proven():
     q, k = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 1, 16)
     flex._proofs.clear()
-    assert flex.proven(q, k, k, Options(0.25), tree_attention.own)
+    assert flex.proven(q, k, k, Options(0.25), padded.own)
     flex._proofs.clear()
     with pytest.warns(UserWarning, match="its output differs from our own"):
-        assert not flex.proven(q, k, k, Options(0.25), lambda *args: 1.2 * tree_attention.own(*args))
-    assert not flex.proven(q, k, k, Options(0.25), tree_attention.own), "the verdict is kept"
+        assert not flex.proven(q, k, k, Options(0.25), lambda *args: 1.2 * padded.own(*args))
+    assert not flex.proven(q, k, k, Options(0.25), padded.own), "the verdict is kept"
     flex._proofs.clear()
 
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from rl_lora import cpu_tree_attention, tree_attention
-from rl_lora.attention import Options
+from rl_lora.attention import cpu, padded
+from rl_lora.attention.shared_prefix import Options
+from rl_lora.attention.tree import Tree
 from rl_lora.kernels import native_code
-from rl_lora.tree import Tree
 from tests.test_attention import allowed, dense, walk
 from tests.vectors import VECTORS
 
-pytestmark = pytest.mark.skipif(cpu_tree_attention.library() is None, reason="GCC, and AVX2 or AVX-512 are not here")
+pytestmark = pytest.mark.skipif(cpu.library() is None, reason="GCC, and AVX2 or AVX-512 are not here")
 
 OPTIONS = [
     Options(0.3),
@@ -51,7 +51,7 @@ def attend(tree: Tree, given: list[Tensor], options: Options) -> list[Tensor]:
     """What comes out, and gradients of queries, keys and values."""
     q, k, v, grad = given
     q, k, v = inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-    assert cpu_tree_attention.serves(tree, q, k, v)
+    assert cpu.serves(tree, q, k, v)
     out = tree.attend(0, q, k, v, options)
     return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
 
@@ -153,7 +153,7 @@ def test_what_all_scores_have_in_common_changes_nothing(offset: float) -> None:
     given[0][..., 0], given[1][..., 0] = 1, offset
     exact = attend_exactly(tree, given, options)
     q, k, v = inputs = [x.detach().requires_grad_() for x in given[:3]]
-    out = tree_attention.own(tree, q, k, v, options)
+    out = padded.own(tree, q, k, v, options)
     by_torch = [out.detach(), *torch.autograd.grad(out, inputs, given[3])]
     for x, y, z in zip(attend(tree, given, options), by_torch, exact, strict=True):
         error, usual = ((found - z).abs().max() for found in (x, y))
@@ -174,15 +174,15 @@ def test_lanes_without_a_query_leave_no_trace(n_tokens: int) -> None:
 def test_parts_of_the_queries_keep_threads_busy_and_are_few() -> None:
     for threads in range(1, 130):
         for key_heads in (1, 2, 3, 4, 8, 12, 32):
-            parts = cpu_tree_attention.parts_of(threads, key_heads)
+            parts = cpu.parts_of(threads, key_heads)
             rounds = -(-parts * key_heads // threads)
             assert threads * rounds <= 1.1 * parts * key_heads
-    assert [cpu_tree_attention.parts_of(*x) for x in ((1, 3), (2, 3), (2, 8), (64, 8), (63, 8))] == [1, 2, 1, 8, 15]
+    assert [cpu.parts_of(*x) for x in ((1, 3), (2, 3), (2, 8), (64, 8), (63, 8))] == [1, 2, 1, 8, 15]
 
 
 @pytest.mark.parametrize("flag", [flag for _, flag in VECTORS])
 def test_vectors_of_other_processors(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu_tree_attention.library.cache_clear()
+    cpu.library.cache_clear()
     monkeypatch.setattr(native_code, "FLAGS", [*native_code.FLAGS, flag])
     try:
         for seed, width in ((4, 32), (5, 48)):  # a number of whole panels, and not
@@ -190,13 +190,13 @@ def test_vectors_of_other_processors(flag: str, monkeypatch: pytest.MonkeyPatch)
             given, options = random(tree, seed, width=width), of_heads(OPTIONS[3 - seed], 6)
             assert_same(attend(tree, given, options), attend_exactly(tree, given, options))
     finally:
-        cpu_tree_attention.library.cache_clear()
+        cpu.library.cache_clear()
 
 
 def test_what_it_does_not_serve_is_left_to_torch() -> None:
     tree = long_walk(0)
     q, k, v, _ = random(tree, 0)
-    serves = cpu_tree_attention.serves
+    serves = cpu.serves
     assert serves(tree, q, k, v)
     for other in (torch.float64, torch.bfloat16, torch.device("meta")):
         assert not serves(tree, q.to(other), k.to(other), v.to(other))
@@ -210,14 +210,14 @@ def test_what_it_does_not_serve_is_left_to_torch() -> None:
     assert not serves(tree, *(torch.cat([x, x], 2) for x in (q, k, v)))
     q, k, v = (x[..., :12] for x in (q, k, v))
     assert not serves(tree, q, k, v)
-    assert torch.equal(tree.attend(0, q, k, v, OPTIONS[1]), tree_attention.own(tree, q, k, v, OPTIONS[1]))
+    assert torch.equal(tree.attend(0, q, k, v, OPTIONS[1]), padded.own(tree, q, k, v, OPTIONS[1]))
 
 
 def test_without_the_code_it_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     tree, options = long_walk(5), OPTIONS[1]
     q, k, v, _ = random(tree, 5)
     ours = tree.attend(0, q, k, v, options)
-    monkeypatch.setattr(cpu_tree_attention, "library", lambda: None)
+    monkeypatch.setattr(cpu, "library", lambda: None)
     theirs = tree.attend(0, q, k, v, options)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
@@ -233,16 +233,16 @@ def test_without_the_code_it_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_code_that_computes_something_else_is_not_used(
     right: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, header = cpu_tree_attention.SOURCE, cpu_tree_attention.SOURCE.with_name("vectors.h")
+    source, header = cpu.SOURCE, cpu.SOURCE.with_name("vectors.h")
     text = source.read_text()
     assert right in text
     (tmp_path / header.name).write_text(header.read_text())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(cpu_tree_attention, "SOURCE", tmp_path / source.name)
+    monkeypatch.setattr(cpu, "SOURCE", tmp_path / source.name)
     try:
         for version, is_right in ((text, True), (text.replace(right, wrong), False)):
-            cpu_tree_attention.SOURCE.write_text(version)
-            cpu_tree_attention.library.cache_clear()
-            assert (cpu_tree_attention.library() is not None) == is_right
+            cpu.SOURCE.write_text(version)
+            cpu.library.cache_clear()
+            assert (cpu.library() is not None) == is_right
     finally:
-        cpu_tree_attention.library.cache_clear()
+        cpu.library.cache_clear()

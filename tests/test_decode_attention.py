@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rl_lora.attention import Options, Sharing
-from rl_lora.decode_layer import DecodeLayer, Shared
+from rl_lora.attention.decode_layer import DecodeLayer, Shared
+from rl_lora.attention.shared_prefix import Options, Sharing
 from rl_lora.kernels import decode_attention, native_code
 from tests.vectors import VECTORS
 

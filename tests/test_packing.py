@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rl_lora import tree
+from rl_lora.attention import tree
 from rl_lora.packing import pack, trajectories
 from rl_lora.policy import Policy
 from rl_lora.types import Batch, Episode, Group, Stop, Turn

@@ -21,9 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rl_lora import head as head_module
+from rl_lora.attention.kv_cache import Decode
 from rl_lora.head import Head
 from rl_lora.kernels.native_code import followed
-from rl_lora.kv_cache import Decode
 from rl_lora.native_sampler import NativeSampler
 from rl_lora.packing import pack
 from rl_lora.policy import Policy

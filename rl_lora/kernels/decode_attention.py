@@ -20,7 +20,7 @@ from rl_lora.kernels import native_code
 from rl_lora.kernels.native_code import OPERATIONS, dense, is_followed
 
 if TYPE_CHECKING:
-    from rl_lora.attention import Options
+    from rl_lora.attention.shared_prefix import Options
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 WIDEST = 256

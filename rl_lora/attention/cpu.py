@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import record_function
 
-from rl_lora.attention import Options
+from rl_lora.attention.shared_prefix import Options
 from rl_lora.kernels import native_code
 from rl_lora.kernels.native_code import dense
 
 if TYPE_CHECKING:
-    from rl_lora.tree import Tree
+    from rl_lora.attention.tree import Tree
 
 SOURCE = Path(native_code.__file__).with_name("tree_attention.cpp")
 NAME = "rl_lora::tree_attention"
@@ -136,7 +136,7 @@ def _matrices(x: Tensor) -> Sequence[int]:
 
 def _right(found: ctypes.CDLL) -> bool:
     """Compared, gradients too, with a dense mask in float64, on a tree of everything that a model may ask for."""
-    from rl_lora.tree import Tree  # a tree's attention leads here
+    from rl_lora.attention.tree import Tree  # a tree's attention leads here
 
     g = torch.Generator().manual_seed(0)
     spans = [(0, 5, -1), (5, 9, 0), (14, 17, 1), (31, 1, 1), (32, 20, 0), (52, 23, -1)]

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache
 
-from rl_lora.attention import Options, Sharing
-from rl_lora.decode_layer import DecodeLayer, Shared
+from rl_lora.attention.decode_layer import DecodeLayer, Shared
+from rl_lora.attention.shared_prefix import Options, Sharing
 
 BLOCK = 32
 """Tokens that the rows' own buffers grow by, at least."""

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from rl_lora.attention import Options
+from rl_lora.attention.shared_prefix import Options
 from rl_lora.kernels.verify import difference
 from rl_lora.system.cache_folder import place_compiler_cache
 
 if TYPE_CHECKING:
-    from rl_lora.tree import Span, Tree
+    from rl_lora.attention.tree import Span, Tree
 
 Attention = Callable[["Tree", Tensor, Tensor, Tensor, Options], Tensor]
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -164,7 +164,7 @@ def proven(query: Tensor, key: Tensor, value: Tensor, options: Options, own: Att
 
 
 def _prove(query: Tensor, key: Tensor, value: Tensor, options: Options, own: Attention, differentiated: bool) -> None:
-    from rl_lora.tree import Tree  # a tree's attention leads here
+    from rl_lora.attention.tree import Tree  # a tree's attention leads here
 
     generator = torch.Generator().manual_seed(0)
     for lengths in ((40, 100, 30, 200, 90, 7), (300, 150, 1, 129, 80, 64)):

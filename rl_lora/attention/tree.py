@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from rl_lora import tree_attention
-from rl_lora.attention import Options, Sharing, additive
-from rl_lora.flex import ends
-from rl_lora.kv_cache import Nodes
+from rl_lora.attention import padded
+from rl_lora.attention.flex import ends
+from rl_lora.attention.kv_cache import Nodes
+from rl_lora.attention.shared_prefix import Options, Sharing, additive
 
 CHUNK_ELEMENTS = 1 << 25
 """Attention scores that exist at a time: 128 MiB in float32."""
@@ -134,7 +134,7 @@ class Tree:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
         """query: (1, H, N, D); key, value: (1, H_kv, N, D). Returns (1, H, N, D)."""
         self.windows.add(options.window)
-        return tree_attention.attend(self, layer, query, key, value, options)
+        return padded.attend(self, layer, query, key, value, options)
 
     @functools.cached_property
     def end(self) -> Tensor | None:

@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rl_lora import cpu_tree_attention, flex
-from rl_lora.attention import Options, Source, attend_backward
-from rl_lora.attention import attend as attend_to_sources
+from rl_lora.attention import cpu, flex
+from rl_lora.attention.shared_prefix import Options, Source, attend_backward
+from rl_lora.attention.shared_prefix import attend as attend_to_sources
 
 if TYPE_CHECKING:  # a tree calls what is here
-    from rl_lora.tree import Chunk, Tree
+    from rl_lora.attention.tree import Chunk, Tree
 
 
 def attend(tree: Tree, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
     """query: (1, H, N, D); key, value: (1, H_kv, N, D). Returns (1, H, N, D)."""
     if flex.serves(tree, query, options) and flex.proven(query, key, value, options, own):
         return flex.attend(tree, query, key, value, options)
-    if cpu_tree_attention.serves(tree, query, key, value):
-        return cpu_tree_attention.attend(tree, query, key, value, options)
+    if cpu.serves(tree, query, key, value):
+        return cpu.attend(tree, query, key, value, options)
     return own(tree, query, key, value, options, layer)
 
 

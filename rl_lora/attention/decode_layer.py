@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rl_lora.attention import Options, Sharing, Source, additive, attend
+from rl_lora.attention.shared_prefix import Options, Sharing, Source, additive, attend
 from rl_lora.kernels import decode_attention
 
 
