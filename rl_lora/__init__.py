@@ -10,14 +10,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rl_lora.adapter import Adapter as Adapter
-    from rl_lora.adapter_io import load_adapter as load_adapter
-    from rl_lora.adapter_io import save_adapter as save_adapter
     from rl_lora.config import EvaluateConfig as EvaluateConfig
     from rl_lora.config import TrainConfig as TrainConfig
     from rl_lora.evaluator import evaluate as evaluate
     from rl_lora.learner import Learner as Learner
-    from rl_lora.lora import AdapterBank as AdapterBank
+    from rl_lora.lora.adapter import Adapter as Adapter
+    from rl_lora.lora.bank import AdapterBank as AdapterBank
+    from rl_lora.lora.peft_io import load_adapter as load_adapter
+    from rl_lora.lora.peft_io import save_adapter as save_adapter
     from rl_lora.models import load_causal_lm as load_causal_lm
     from rl_lora.native_sampler import NativeSampler as NativeSampler
     from rl_lora.policy import Policy as Policy
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from rl_lora.trainer import train as train
 
 _HOMES = {
-    "Adapter": "rl_lora.adapter",
-    "AdapterBank": "rl_lora.lora",
+    "Adapter": "rl_lora.lora.adapter",
+    "AdapterBank": "rl_lora.lora.bank",
     "Completion": "rl_lora.sampler",
     "EvaluateConfig": "rl_lora.config",
     "Learner": "rl_lora.learner",
@@ -42,9 +42,9 @@ _HOMES = {
     "TrainConfig": "rl_lora.config",
     "Trainer": "rl_lora.trainer",
     "evaluate": "rl_lora.evaluator",
-    "load_adapter": "rl_lora.adapter_io",
+    "load_adapter": "rl_lora.lora.peft_io",
     "load_causal_lm": "rl_lora.models",
-    "save_adapter": "rl_lora.adapter_io",
+    "save_adapter": "rl_lora.lora.peft_io",
     "train": "rl_lora.trainer",
 }
 __all__ = list(_HOMES)

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from rl_lora.adapter_io import base_of
 from rl_lora.checkpoint import PATTERN, Checkpoints, check_whole
 from rl_lora.config import EvaluateConfig, EvaluationSettings, as_typed
+from rl_lora.lora.peft_io import base_of
 from rl_lora.system.files import read_json, read_yaml
 
 BASE = "base"

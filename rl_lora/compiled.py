@@ -28,11 +28,11 @@ from rl_lora.attention.kv_cache import Decode, Nodes
 from rl_lora.kernels.native_code import followed
 from rl_lora.kernels.verify import difference
 from rl_lora.layers import Forward, forwards, layers_of
-from rl_lora.lora import LoRALinear
+from rl_lora.lora.bank import LoRALinear
 from rl_lora.program import Program, Tape
 
 if TYPE_CHECKING:
-    from rl_lora.adapter import Adapter
+    from rl_lora.lora.adapter import Adapter
     from rl_lora.policy import Policy
 
 ROWS, PROMPTS, PROMPT, OWN = 67, 11, 41, 20

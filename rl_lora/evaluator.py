@@ -19,14 +19,14 @@ from accelerate import PartialState
 from rich.progress import Progress
 from rich.text import Text
 
-from rl_lora.adapter import Adapter
-from rl_lora.adapter_io import base_of, load_adapter
 from rl_lora.candidates import BASE, differences, is_unfinished, named, stand_ins, step_of
 from rl_lora.config import EvaluateConfig, EvaluationSettings
 from rl_lora.default_choice import settled
 from rl_lora.environment import held_out
 from rl_lora.evaluation_table import show
 from rl_lora.given import with_given
+from rl_lora.lora.adapter import Adapter
+from rl_lora.lora.peft_io import base_of, load_adapter
 from rl_lora.metrics.collapse import reply_warning
 from rl_lora.metrics.records import Record
 from rl_lora.metrics.summary import compared, pairs, row

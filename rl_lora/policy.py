@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rl_lora import models
-from rl_lora.adapter import Adapter
 from rl_lora.attention.kv_cache import Decode, Nodes, Recorder
 from rl_lora.attention.shared_prefix import Layout, shared_prefix_attention_of
 from rl_lora.attention.tree import Tree
@@ -32,7 +31,8 @@ from rl_lora.default_model import EMBEDDED_MODEL
 from rl_lora.head import Head
 from rl_lora.head_check import check_head
 from rl_lora.kernels.verify import difference
-from rl_lora.lora import AdapterBank
+from rl_lora.lora.adapter import Adapter
+from rl_lora.lora.bank import AdapterBank
 from rl_lora.recompute import recomputing
 from rl_lora.system.memory import ready_memory
 from rl_lora.types import Batch

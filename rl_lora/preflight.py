@@ -11,14 +11,14 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from transformers import AutoModelForCausalLM
 
 from rl_lora import models
-from rl_lora.adapter_io import check_adapter
 from rl_lora.chat import Chat
 from rl_lora.checkpoint import check_whole
 from rl_lora.config import ModelConfig, TrainConfig, flatten, validate
 from rl_lora.contract import close
 from rl_lora.demonstrations import Demonstrations
 from rl_lora.environment import environment, held_out
-from rl_lora.lora import AdapterBank
+from rl_lora.lora.bank import AdapterBank
+from rl_lora.lora.peft_io import check_adapter
 from rl_lora.policy import context_length
 from rl_lora.problems import check_problems
 from rl_lora.rollout import MakeEnv

@@ -25,12 +25,12 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from rl_lora.adapter import Adapter
-from rl_lora.adapter_io import lora_dropout
 from rl_lora.checkpoint import Checkpoints
 from rl_lora.config import TrainConfig
 from rl_lora.contract import TaskError
 from rl_lora.given import in_python
+from rl_lora.lora.adapter import Adapter
+from rl_lora.lora.peft_io import lora_dropout
 from rl_lora.metrics.collapse import reply_warning, run_warnings
 from rl_lora.metrics.records import MAX_REASONS, MetricsFile, Record
 from rl_lora.metrics.summary import Evaluation, change

@@ -9,11 +9,11 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
-from rl_lora import adapter_io
 from rl_lora.candidates import adapter_in, record_of
 from rl_lora.config import EnvConfig, EvaluateConfig, EvaluationSettings, ModelConfig, as_typed, flatten
 from rl_lora.default_choice import canonical
 from rl_lora.default_model import EMBEDDED_MODEL
+from rl_lora.lora import peft_io
 from rl_lora.system.files import read_yaml
 from rl_lora.system.terminal import in_line
 
@@ -116,7 +116,7 @@ def task_of(record: Path) -> dict[str, Any]:
 
 def base_of(paths: Sequence[str]) -> str | None:
     """The base that all adapters were made for, if they say the same one and it is on this machine."""
-    bases = {adapter_io.base_of(adapter_in(Path(path))) for path in paths}
+    bases = {peft_io.base_of(adapter_in(Path(path))) for path in paths}
     if len(bases) != 1:
         return None
     (base,) = bases

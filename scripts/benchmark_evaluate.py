@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # also when the package i
 import torch
 from rich.table import Table
 
-from rl_lora.adapter_io import save_adapter
 from rl_lora.config import ModelConfig, expand_home
+from rl_lora.lora.peft_io import save_adapter
 from rl_lora.policy import Policy
 from rl_lora.samples import key_of, read_samples
 from rl_lora.scripts.command import main as command

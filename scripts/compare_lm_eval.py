@@ -20,11 +20,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # also when the package i
 import yaml
 
 import rl_lora.envs  # noqa: F401  registers the environments
-from rl_lora.adapter_io import check_adapter, load_adapter
 from rl_lora.candidates import adapter_in
 from rl_lora.config import EnvConfig, EpisodeConfig, ModelConfig, expand_home
 from rl_lora.environment import held_out
 from rl_lora.evaluator import problems_of
+from rl_lora.lora.peft_io import check_adapter, load_adapter
 from rl_lora.metrics.records import Record
 from rl_lora.metrics.summary import evaluate_adapters
 from rl_lora.models import load_tokenizer, resolve_model

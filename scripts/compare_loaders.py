@@ -20,11 +20,11 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import rl_lora.envs  # noqa: F401  registers the environments
-from rl_lora.adapter_io import load_adapter
 from rl_lora.candidates import adapter_in
 from rl_lora.config import EnvConfig, ModelConfig
 from rl_lora.default_model import without_progress_bars
 from rl_lora.environment import held_out
+from rl_lora.lora.peft_io import load_adapter
 from rl_lora.models import resolve_model
 from rl_lora.native_sampler import NativeSampler
 from rl_lora.policy import Policy

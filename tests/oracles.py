@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rl_lora.lora import AdapterBank
+from rl_lora.lora.bank import AdapterBank
 from rl_lora.policy import Policy
 from rl_lora.sampler import Completion, Request
 from rl_lora.types import Episode, Group, Stop, Turn

@@ -15,10 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rl_lora.adapter import Adapter, Site
-from rl_lora.adapter_config import resolve
-from rl_lora.adapter_io import check_adapter, load_adapter, save_adapter
-from rl_lora.lora import AdapterBank
+from rl_lora.lora.adapter import Adapter, Site
+from rl_lora.lora.adapter_config import resolve
+from rl_lora.lora.bank import AdapterBank
+from rl_lora.lora.peft_io import check_adapter, load_adapter, save_adapter
 from tests.tiny import randomize, tiny_model
 
 Q = "model.layers.0.self_attn.q_proj"

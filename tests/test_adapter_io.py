@@ -16,10 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rl_lora import adapter_io
-from rl_lora.adapter import Adapter, Site
-from rl_lora.adapter_io import check_adapter, load_adapter, save_adapter
-from rl_lora.lora import AdapterBank
+from rl_lora.lora import peft_io
+from rl_lora.lora.adapter import Adapter, Site
+from rl_lora.lora.bank import AdapterBank
+from rl_lora.lora.peft_io import check_adapter, load_adapter, save_adapter
 from tests.tiny import ARCHITECTURES, MOE, randomize, tiny_model, token_ids
 
 pytestmark = [
@@ -250,7 +250,7 @@ def test_an_interrupted_write_leaves_nothing_and_harms_nothing(tmp_path: Path, m
     def full_disk(*_: Any, **__: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(adapter_io, "_config", full_disk)
+    monkeypatch.setattr(peft_io, "_config", full_disk)
     adapter = new_bank("llama").add("b")
     for target in (folder, tmp_path / "new"):
         with pytest.raises(OSError, match="No space"):
@@ -261,7 +261,7 @@ def test_an_interrupted_write_leaves_nothing_and_harms_nothing(tmp_path: Path, m
 
 
 def test_peft_is_not_imported() -> None:
-    code = "import sys, rl_lora.adapter_io; assert 'peft' not in sys.modules"
+    code = "import sys, rl_lora.lora.peft_io; assert 'peft' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

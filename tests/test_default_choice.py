@@ -18,11 +18,11 @@ from pathlib import Path
 import pytest
 
 from rl_lora import default_choice
-from rl_lora.adapter_io import base_of, load_adapter, save_adapter
 from rl_lora.config import EvaluateConfig, ModelConfig, TrainConfig
 from rl_lora.default_choice import DEFAULT_MODEL, HUB_MODEL, settled
 from rl_lora.default_model import EMBEDDED_MODEL
 from rl_lora.evaluator import evaluate
+from rl_lora.lora.peft_io import base_of, load_adapter, save_adapter
 from rl_lora.models import resolve_model
 from rl_lora.policy import Policy
 from rl_lora.run_folder import check_run_dir, with_base

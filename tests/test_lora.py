@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rl_lora.adapter import Adapter, Site
-from rl_lora.lora import AdapterBank, LoRAExperts, LoRALinear, find_sites
+from rl_lora.lora.adapter import Adapter, Site
+from rl_lora.lora.bank import AdapterBank, LoRAExperts, LoRALinear, find_sites
 from tests.tiny import ARCHITECTURES, DENSE, MOE, randomize, tiny_model, tiny_multimodal, token_ids
 
 LENGTH = 13

@@ -18,7 +18,7 @@ from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, Repo
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, GPT2Config, LlamaConfig, T5Config
 
 from rl_lora import default_model
-from rl_lora.adapter_io import save_adapter
+from rl_lora.lora.peft_io import save_adapter
 from rl_lora.models import (
     DEFAULT_MODEL,
     EMBEDDED_MODEL,

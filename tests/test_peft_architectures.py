@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from rl_lora.adapter import Adapter
-from rl_lora.adapter_io import load_adapter, save_adapter
-from rl_lora.lora import AdapterBank
+from rl_lora.lora.adapter import Adapter
+from rl_lora.lora.bank import AdapterBank
+from rl_lora.lora.peft_io import load_adapter, save_adapter
 from tests.tiny import EOS_ID, PAD_ID, VOCAB_SIZE, randomize, token_ids
 
 pytestmark = [

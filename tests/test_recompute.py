@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers import MambaConfig, MambaForCausalLM
 
-from rl_lora.adapter import Adapter
 from rl_lora.config import LearnerConfig, TrainConfig, validate
 from rl_lora.layers import layers_of
 from rl_lora.learner import Learner
+from rl_lora.lora.adapter import Adapter
 from rl_lora.policy import Policy
 from rl_lora.recompute import Recompute, activation_bytes
 from rl_lora.system import memory

@@ -18,7 +18,6 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import rl_lora.envs  # noqa: F401  registers the environments
-from rl_lora.adapter_io import load_adapter
 from rl_lora.checkpoint import Checkpoints
 from rl_lora.config import (
     AdapterConfig,
@@ -34,6 +33,7 @@ from rl_lora.config import (
 from rl_lora.drawing import Drawing
 from rl_lora.environment import held_out
 from rl_lora.learner import SamplerLearnerMismatch
+from rl_lora.lora.peft_io import load_adapter
 from rl_lora.metrics.summary import evaluate_adapters
 from rl_lora.native_sampler import NativeSampler
 from rl_lora.policy import Policy

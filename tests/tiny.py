@@ -26,7 +26,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from rl_lora.adapter import Adapter
+from rl_lora.lora.adapter import Adapter
 
 BYTES = 256
 PAD, EOS = "<pad>", "<eos>"

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rl_lora.adapter import Adapter, Factors, Site
 from rl_lora.kernels.frozen_linear import FrozenLinear, may_pack
-from rl_lora.peft_targets import peft_target
+from rl_lora.lora.adapter import Adapter, Factors, Site
+from rl_lora.lora.peft_targets import peft_target
 
 ALL_LINEAR = "all-linear"
 MAX_STACKED = 128

@@ -1,0 +1,1 @@
+"""Adapters: their weights, the layers that apply them, and their format on disk."""
