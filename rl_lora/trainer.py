@@ -33,7 +33,8 @@ from rl_lora.metrics.summary import Evaluation, evaluate_adapters
 from rl_lora.native_sampler import NativeSampler
 from rl_lora.policy import Policy
 from rl_lora.preflight import preflight
-from rl_lora.report import RunReport
+from rl_lora.report.run_report import RunReport
+from rl_lora.report.training_samples import write_samples
 from rl_lora.rollout import RolloutWorker
 from rl_lora.run_folder import (
     another_task,
@@ -49,7 +50,6 @@ from rl_lora.system.files import FileError, check_writable, write_text, writing
 from rl_lora.system.interrupts import later
 from rl_lora.system.plain_yaml import dump
 from rl_lora.task import model_changes, model_record, task_record
-from rl_lora.training_samples import write_samples
 from rl_lora.types import Group
 
 ADAPTER = "policy"

@@ -15,11 +15,11 @@ import rl_lora.scripts.signals
 
 # isort: split
 import rl_lora
-from rl_lora.page import evaluation_page, lines, write
+from rl_lora.report.html import evaluation_page, lines, write
+from rl_lora.report.training_page import training_page
 from rl_lora.scripts.command import run
 from rl_lora.system.files import FileError, read_json
 from rl_lora.system.terminal import guard, say
-from rl_lora.training_page import training_page
 
 
 def report(folder: Path, page: Path | None = None) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from rl_lora.page import write
+from rl_lora.report.html import write
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 Open = Callable[..., Any]

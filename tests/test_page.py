@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import rl_lora.scripts.report
-from rl_lora.page import evaluation_page
+from rl_lora.report.html import evaluation_page
 from tests.conftest import Open
 
 HOSTILE = (

@@ -35,7 +35,7 @@ from rl_lora.config import LearnerConfig, TrainConfig
 from rl_lora.learner import Learner
 from rl_lora.native_sampler import NativeSampler
 from rl_lora.policy import Dtype, Policy, compute_dtype, context_length, seconds_of_product
-from rl_lora.report import RunReport
+from rl_lora.report.run_report import RunReport
 from rl_lora.sampler import Request
 from rl_lora.system import memory
 from tests.oracles import Oracle, as_turn, episode, gradient, group, relative_error

@@ -11,7 +11,7 @@ import pytest
 
 import rl_lora.scripts.report
 from rl_lora.metrics.records import MetricsFile
-from rl_lora.training_page import training_page
+from rl_lora.report.training_page import training_page
 from tests.conftest import Open
 from tests.test_page import seeds_shown
 

@@ -15,10 +15,23 @@ from rl_lora.config import TrainConfig
 from rl_lora.metrics.collapse import run_warnings
 from rl_lora.metrics.records import MetricsFile, Record
 from rl_lora.metrics.summary import change
-from rl_lora.page import Chart, browser, duration, facts, figure, flat, lines, p_value, point, points, render, signed
+from rl_lora.report.html import (
+    Chart,
+    browser,
+    duration,
+    facts,
+    figure,
+    flat,
+    lines,
+    p_value,
+    point,
+    points,
+    render,
+    signed,
+)
+from rl_lora.report.training_samples import read_samples, stored_steps
 from rl_lora.samples import Sample
 from rl_lora.system.files import read_yaml
-from rl_lora.training_samples import read_samples, stored_steps
 
 HELD_OUT, SAMPLED, LEARNED, FURTHER = range(4)
 """Numbers of page.css's colours: what is held out, what was sampled in training, what the learner did; and the first of

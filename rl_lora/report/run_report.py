@@ -34,15 +34,15 @@ from rl_lora.lora.peft_io import lora_dropout
 from rl_lora.metrics.collapse import reply_warning, run_warnings
 from rl_lora.metrics.records import MAX_REASONS, MetricsFile, Record
 from rl_lora.metrics.summary import Evaluation, change
-from rl_lora.next_command import next_command
-from rl_lora.page import lines, write
 from rl_lora.policy import Policy
+from rl_lora.report.html import lines, write
+from rl_lora.report.next_command import next_command
+from rl_lora.report.training_page import training_page
+from rl_lora.report.training_samples import rewind_samples
 from rl_lora.samples import Sample, content_hash
 from rl_lora.system import files
 from rl_lora.system import finite_json as json
 from rl_lora.system.terminal import Terminal, in_line, visible
-from rl_lora.training_page import training_page
-from rl_lora.training_samples import rewind_samples
 from rl_lora.types import Group
 
 N_TRANSCRIPTS = 3
