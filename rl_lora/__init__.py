@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from rl_lora.lora.bank import AdapterBank as AdapterBank
     from rl_lora.lora.peft_io import load_adapter as load_adapter
     from rl_lora.lora.peft_io import save_adapter as save_adapter
-    from rl_lora.models import load_causal_lm as load_causal_lm
     from rl_lora.native_sampler import NativeSampler as NativeSampler
-    from rl_lora.policy import Policy as Policy
+    from rl_lora.policy.loading import load_causal_lm as load_causal_lm
+    from rl_lora.policy.policy import Policy as Policy
     from rl_lora.rollout import RolloutWorker as RolloutWorker
     from rl_lora.sampler import Completion as Completion
     from rl_lora.sampler import Request as Request
@@ -35,7 +35,7 @@ _HOMES = {
     "EvaluateConfig": "rl_lora.config",
     "Learner": "rl_lora.learner",
     "NativeSampler": "rl_lora.native_sampler",
-    "Policy": "rl_lora.policy",
+    "Policy": "rl_lora.policy.policy",
     "Request": "rl_lora.sampler",
     "RolloutWorker": "rl_lora.rollout",
     "Sampler": "rl_lora.sampler",
@@ -43,7 +43,7 @@ _HOMES = {
     "Trainer": "rl_lora.trainer",
     "evaluate": "rl_lora.evaluator",
     "load_adapter": "rl_lora.lora.peft_io",
-    "load_causal_lm": "rl_lora.models",
+    "load_causal_lm": "rl_lora.policy.loading",
     "save_adapter": "rl_lora.lora.peft_io",
     "train": "rl_lora.trainer",
 }

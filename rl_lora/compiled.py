@@ -27,13 +27,13 @@ from rl_lora.attention.decode_layer import DecodeLayer
 from rl_lora.attention.kv_cache import Decode, Nodes
 from rl_lora.kernels.native_code import followed
 from rl_lora.kernels.verify import difference
-from rl_lora.layers import Forward, forwards, layers_of
 from rl_lora.lora.bank import LoRALinear
+from rl_lora.policy.hooks import Forward, forwards, layers_of
 from rl_lora.program import Program, Tape
 
 if TYPE_CHECKING:
     from rl_lora.lora.adapter import Adapter
-    from rl_lora.policy import Policy
+    from rl_lora.policy.policy import Policy
 
 ROWS, PROMPTS, PROMPT, OWN = 67, 11, 41, 20
 """Of the step that layers are followed in: rows, prompts, tokens of a prompt and of a row. No model has a dimension of

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rl_lora.policy import Policy
+from rl_lora.policy.policy import Policy
 from rl_lora.sampler import Completion, Request
 from rl_lora.sampling import Draw
 from rl_lora.types import Stop

@@ -21,7 +21,6 @@ from rich.text import Text
 
 from rl_lora.candidates import BASE, differences, is_unfinished, named, stand_ins, step_of
 from rl_lora.config import EvaluateConfig, EvaluationSettings
-from rl_lora.default_choice import settled
 from rl_lora.environment import held_out
 from rl_lora.given import with_given
 from rl_lora.lora.adapter import Adapter
@@ -30,7 +29,8 @@ from rl_lora.metrics.collapse import reply_warning
 from rl_lora.metrics.records import Record
 from rl_lora.metrics.summary import compared, pairs, row
 from rl_lora.native_sampler import NativeSampler
-from rl_lora.policy import Policy
+from rl_lora.policy.default_choice import settled
+from rl_lora.policy.policy import Policy
 from rl_lora.preflight import check_model
 from rl_lora.problems import check_problems
 from rl_lora.report.evaluation_table import show

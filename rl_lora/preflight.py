@@ -10,8 +10,6 @@ import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from transformers import AutoModelForCausalLM
 
-from rl_lora import models
-from rl_lora.chat import Chat
 from rl_lora.checkpoint import check_whole
 from rl_lora.config import ModelConfig, TrainConfig, flatten, validate
 from rl_lora.contract import close
@@ -19,7 +17,9 @@ from rl_lora.demonstrations import Demonstrations
 from rl_lora.environment import environment, held_out
 from rl_lora.lora.bank import AdapterBank
 from rl_lora.lora.peft_io import check_adapter
-from rl_lora.policy import context_length
+from rl_lora.policy import loading
+from rl_lora.policy.chat import Chat
+from rl_lora.policy.policy import context_length
 from rl_lora.problems import check_problems
 from rl_lora.rollout import MakeEnv
 from rl_lora.run_folder import check_run_dir
@@ -57,10 +57,10 @@ def whole(make_env: MakeEnv, seeds: Iterable[int]) -> Sequence[int]:
 
 def check_model(config: ModelConfig, targets: str | list[str] = "all-linear") -> tuple[Chat, int]:
     """Name, tokenizer, stop tokens and targets of a model, without its weights. Returns its chat format and context."""
-    models.check_model(config.name, config.trust_remote_code)
-    tokenizer = models.load_tokenizer(config.name, config.trust_remote_code)
+    loading.check_model(config.name, config.trust_remote_code)
+    tokenizer = loading.load_tokenizer(config.name, config.trust_remote_code)
     chat = Chat(tokenizer, None, config.stop_tokens, config.template_kwargs)
-    model_config = models.load_config(config.name, config.trust_remote_code)
+    model_config = loading.load_config(config.name, config.trust_remote_code)
     if targets != "all-linear" and not config.trust_remote_code:
         with torch.device("meta"):
             AdapterBank(AutoModelForCausalLM.from_config(model_config)).match(targets)

@@ -12,9 +12,9 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 
-from rl_lora.chat import Chat
 from rl_lora.config import EpisodeConfig
 from rl_lora.contract import Env, TaskError, begin, close, env_id
+from rl_lora.policy.chat import Chat
 from rl_lora.rollout import MakeEnv, prompt_of, unsteady
 
 N_STEADY = 4

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rl_lora.attention.tree import Tree
-from rl_lora.layers import Forward, forwards, layers_of
+from rl_lora.policy.hooks import Forward, forwards, layers_of
 
 if TYPE_CHECKING:
-    from rl_lora.policy import Policy
+    from rl_lora.policy.policy import Policy
 
 PROBE_TOKENS = 16
 

@@ -12,9 +12,9 @@ from accelerate.utils import get_int_from_env
 
 from rl_lora.checkpoint import Checkpoint, Checkpoints
 from rl_lora.config import TrainConfig, differences, flatten, validate
-from rl_lora.default_choice import DEFAULT_MODEL, HUB_MODEL, canonical, settled
-from rl_lora.default_model import EMBEDDED_MODEL
 from rl_lora.lora.peft_io import base_of
+from rl_lora.policy.default_choice import DEFAULT_MODEL, HUB_MODEL, canonical, settled
+from rl_lora.policy.default_model import EMBEDDED_MODEL
 from rl_lora.system import files
 from rl_lora.task import task_changes, task_record
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rl_lora.head import Head, rows_of_a_block
+from rl_lora.policy.head import Head, rows_of_a_block
 
 CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 25}
 """Logits that exist at a time."""

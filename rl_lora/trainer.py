@@ -31,7 +31,7 @@ from rl_lora.lora.peft_io import load_adapter, save_adapter
 from rl_lora.metrics.records import MetricsFile, Record, Stopwatch, summarize_groups, summarize_updates, with_speed
 from rl_lora.metrics.summary import Evaluation, evaluate_adapters
 from rl_lora.native_sampler import NativeSampler
-from rl_lora.policy import Policy
+from rl_lora.policy.policy import Policy
 from rl_lora.preflight import preflight
 from rl_lora.report.run_report import RunReport
 from rl_lora.report.training_samples import write_samples

@@ -20,9 +20,9 @@ from rich.table import Table
 from rich.text import Text
 
 import rl_lora.envs  # noqa: F401  registers the environments
-from rl_lora import models
 from rl_lora.config import LearnerConfig, ModelConfig, expand_home
 from rl_lora.learner import Learner
+from rl_lora.policy import loading
 from rl_lora.scripts.breakdown import Part, breakdown, breakdown_table
 from rl_lora.scripts.command import main as command
 from rl_lora.scripts.measurements import Bench, Shape, shape
@@ -87,7 +87,7 @@ def run(config: BenchmarkConfig) -> Figures:
             )
     if config.random and config.peer:
         raise ValueError("peers read a model's folder: with random there is none; save one, and name it as model.name")
-    models.check_model(config.model.name, config.model.trust_remote_code)
+    loading.check_model(config.model.name, config.model.trust_remote_code)
     with console.status(Text(f"loading {in_line(config.random or config.model.name)} ...")):
         bench = Bench(config.model, random=config.random, rank=config.rank, seed=config.seed)
         result: Figures = {
@@ -120,7 +120,7 @@ def python_of(config: BenchmarkConfig, peer: str) -> str:
 def peers_of(bench: Bench, config: BenchmarkConfig, names: list[str], setup: Figures) -> Peers:
     """Those of the chosen peers that these are."""
     common = {
-        "model": str(models.resolve_model(config.model.name)),
+        "model": str(loading.resolve_model(config.model.name)),
         "dtype": config.peer_dtype or str(bench.policy.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
     }

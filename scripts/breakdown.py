@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from rl_lora.attention import cpu
 from rl_lora.kernels.native_code import followed
-from rl_lora.policy import Policy
+from rl_lora.policy.policy import Policy
 
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_", "aten::_grouped_mm"}
 PACKED = {"rl_lora::frozen_linear", "mkl::_mkl_linear", "mkldnn::_linear_pointwise"}

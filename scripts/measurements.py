@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from rl_lora import models
 from rl_lora.attention.tree import find_trunks
 from rl_lora.config import EnvConfig, LearnerConfig, ModelConfig, RolloutConfig
 from rl_lora.environment import environment
 from rl_lora.learner import Learner
 from rl_lora.native_sampler import NativeSampler
 from rl_lora.packing import pack
-from rl_lora.policy import Policy, compute_dtype
+from rl_lora.policy import loading
+from rl_lora.policy.policy import Policy, compute_dtype
 from rl_lora.rollout import RolloutWorker
 from rl_lora.sampler import Request
 from rl_lora.scripts.peer_process import Figures
@@ -230,7 +230,7 @@ def random_policy(shape: str, model: ModelConfig, device: torch.device) -> Polic
     config = LlamaConfig(**sizes, max_position_embeddings=8192)
     with device:
         network = AutoModelForCausalLM.from_config(config, dtype=compute_dtype(model.dtype, device))
-    return Policy(network, models.load_tokenizer(model.name), name=shape)
+    return Policy(network, loading.load_tokenizer(model.name), name=shape)
 
 
 def numbers(text: str) -> list[str]:

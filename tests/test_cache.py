@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from rl_lora import default_model
 from rl_lora.kernels import native_code
+from rl_lora.policy import default_model
 from rl_lora.system import cache_folder
 from rl_lora.system.cache_folder import not_ours, place_compiler_cache, private_folder
 

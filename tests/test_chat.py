@@ -9,9 +9,9 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from rl_lora import models
-from rl_lora.chat import Chat
-from rl_lora.default_model import EMBEDDED_MODEL, default_model_folder, is_complete
+from rl_lora.policy import loading
+from rl_lora.policy.chat import Chat
+from rl_lora.policy.default_model import EMBEDDED_MODEL, default_model_folder, is_complete
 from tests.tiny import EOS, EOS_ID, PAD_ID, tiny_tokenizer
 
 
@@ -380,7 +380,7 @@ def test_a_variant_of_the_template_can_be_named() -> None:
 def default_tokenizer() -> PreTrainedTokenizerBase:
     if not is_complete(default_model_folder()):
         pytest.skip(f"{EMBEDDED_MODEL} is not in the cache: `make demo` fetches it")
-    return models.load_tokenizer(EMBEDDED_MODEL)
+    return loading.load_tokenizer(EMBEDDED_MODEL)
 
 
 @pytest.mark.parametrize("system_prompt", [None, "You do sums."])

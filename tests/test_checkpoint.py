@@ -19,7 +19,7 @@ from rl_lora.checkpoint import Checkpoints
 from rl_lora.config import EnvConfig, TrainConfig
 from rl_lora.envs import Problem, SingleTurnEnv
 from rl_lora.metrics.records import MetricsFile
-from rl_lora.policy import Policy
+from rl_lora.policy.policy import Policy
 from rl_lora.system import files
 from rl_lora.task import Problem as Known
 from rl_lora.task import _record, problems_of, task_changes

@@ -15,7 +15,7 @@ from rl_lora.compiled import CompiledLayers, unavailable
 from rl_lora.config import ModelConfig
 from rl_lora.kernels.frozen_linear import MOST_ROWS
 from rl_lora.native_sampler import NativeSampler
-from rl_lora.policy import Policy
+from rl_lora.policy.policy import Policy
 from rl_lora.program import Program, Tape
 from rl_lora.sampler import Completion, Request
 from tests.oracles import tiny_policy

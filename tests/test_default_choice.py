@@ -17,14 +17,14 @@ from pathlib import Path
 
 import pytest
 
-from rl_lora import default_choice
 from rl_lora.config import EvaluateConfig, ModelConfig, TrainConfig
-from rl_lora.default_choice import DEFAULT_MODEL, HUB_MODEL, settled
-from rl_lora.default_model import EMBEDDED_MODEL
 from rl_lora.evaluator import evaluate
 from rl_lora.lora.peft_io import base_of, load_adapter, save_adapter
-from rl_lora.models import resolve_model
-from rl_lora.policy import Policy
+from rl_lora.policy import default_choice
+from rl_lora.policy.default_choice import DEFAULT_MODEL, HUB_MODEL, settled
+from rl_lora.policy.default_model import EMBEDDED_MODEL
+from rl_lora.policy.loading import resolve_model
+from rl_lora.policy.policy import Policy
 from rl_lora.run_folder import check_run_dir, with_base
 from rl_lora.trainer import train
 from tests.test_trainer import tiny_config
@@ -97,7 +97,7 @@ def machine(models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     point_at(monkeypatch, "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("rl_lora.models.prepare_default_model", lambda: models[1])
+    monkeypatch.setattr("rl_lora.policy.loading.prepare_default_model", lambda: models[1])
     return tmp_path / "cache" / "rl_lora" / "models" / f"{DEFAULT_MODEL}.json"
 
 

@@ -20,7 +20,7 @@ from rl_lora.envs import TextEnv
 from rl_lora.evaluator import evaluate
 from rl_lora.failures import Failures
 from rl_lora.metrics.records import MAX_REASON, MAX_REASONS, count_reasons
-from rl_lora.policy import Policy
+from rl_lora.policy.policy import Policy
 from rl_lora.trainer import train
 from tests.test_trainer import metrics, tiny_config
 from tests.tiny import tiny_folder

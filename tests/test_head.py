@@ -29,12 +29,12 @@ from transformers import (
     RecurrentGemmaConfig,
 )
 
-from rl_lora import head
 from rl_lora.config import LearnerConfig
-from rl_lora.head import Head
-from rl_lora.head_check import check_head
 from rl_lora.learner import Learner
-from rl_lora.policy import Policy
+from rl_lora.policy import head
+from rl_lora.policy.head import Head
+from rl_lora.policy.head_check import check_head
+from rl_lora.policy.policy import Policy
 from tests.oracles import episode, group, turn
 from tests.tiny import EOS_ID, PAD_ID, VOCAB_SIZE, tiny_model, tiny_tokenizer, token_ids
 

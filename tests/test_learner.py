@@ -22,7 +22,7 @@ from rl_lora.config import LearnerConfig
 from rl_lora.learner import Learner, SamplerLearnerMismatch
 from rl_lora.native_sampler import NativeSampler
 from rl_lora.objectives import Clip, grpo, reinforce
-from rl_lora.policy import Policy
+from rl_lora.policy.policy import Policy
 from rl_lora.sampler import Request
 from rl_lora.types import Group
 from tests.oracles import (

@@ -17,9 +17,9 @@ import torch
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, GPT2Config, LlamaConfig, T5Config
 
-from rl_lora import default_model
 from rl_lora.lora.peft_io import save_adapter
-from rl_lora.models import (
+from rl_lora.policy import default_model
+from rl_lora.policy.loading import (
     DEFAULT_MODEL,
     EMBEDDED_MODEL,
     check_model,
@@ -28,7 +28,7 @@ from rl_lora.models import (
     load_tokenizer,
     resolve_model,
 )
-from rl_lora.policy import Policy
+from rl_lora.policy.policy import Policy
 from tests.tiny import randomize, tiny_folder, tiny_model
 
 LLAMA: dict[str, Any] = {

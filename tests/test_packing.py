@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rl_lora.attention import tree
 from rl_lora.packing import pack, trajectories
-from rl_lora.policy import Policy
+from rl_lora.policy.policy import Policy
 from rl_lora.types import Batch, Episode, Group, Stop, Turn
 from tests.oracles import Oracle, episode, gradient, group, relative_error, tiny_policy, turn
 from tests.tiny import ARCHITECTURES, SLIDING_WINDOW, token_ids

@@ -27,14 +27,14 @@ from transformers import (
     RwkvConfig,
 )
 
-from rl_lora import policy as policy_module
 from rl_lora.attention.decode_layer import DecodeLayer
 from rl_lora.attention.kv_cache import Decode
 from rl_lora.attention.tree import Tree
 from rl_lora.config import LearnerConfig, TrainConfig
 from rl_lora.learner import Learner
 from rl_lora.native_sampler import NativeSampler
-from rl_lora.policy import Dtype, Policy, compute_dtype, context_length, seconds_of_product
+from rl_lora.policy import policy as policy_module
+from rl_lora.policy.policy import Dtype, Policy, compute_dtype, context_length, seconds_of_product
 from rl_lora.report.run_report import RunReport
 from rl_lora.sampler import Request
 from rl_lora.system import memory

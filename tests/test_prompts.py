@@ -13,10 +13,10 @@ import gymnasium as gym
 import pytest
 
 import rl_lora.envs  # noqa: F401  registers the environments
-from rl_lora.chat import Chat
 from rl_lora.config import RolloutConfig
 from rl_lora.demonstrations import Demonstrations
 from rl_lora.envs.prompts import PromptsEnv
+from rl_lora.policy.chat import Chat
 from rl_lora.problems import check_problems
 from tests.tiny import tiny_tokenizer
 

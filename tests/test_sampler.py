@@ -20,13 +20,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rl_lora import head as head_module
 from rl_lora.attention.kv_cache import Decode
-from rl_lora.head import Head
 from rl_lora.kernels.native_code import followed
 from rl_lora.native_sampler import NativeSampler
 from rl_lora.packing import pack
-from rl_lora.policy import Policy
+from rl_lora.policy import head as head_module
+from rl_lora.policy.head import Head
+from rl_lora.policy.policy import Policy
 from rl_lora.replay import Recorder, Step
 from rl_lora.sampler import Completion, Request
 from rl_lora.sampling import Draw, sample

@@ -36,7 +36,7 @@ from rl_lora.learner import SamplerLearnerMismatch
 from rl_lora.lora.peft_io import load_adapter
 from rl_lora.metrics.summary import evaluate_adapters
 from rl_lora.native_sampler import NativeSampler
-from rl_lora.policy import Policy
+from rl_lora.policy.policy import Policy
 from rl_lora.rollout import RolloutWorker
 from rl_lora.sampler import Completion
 from rl_lora.system import files

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-import rl_lora.default_model
+import rl_lora.policy.default_model
 import rl_lora.system.watchdog
 from rl_lora.config import RolloutConfig
 from rl_lora.contract import advance, begin
 from rl_lora.envs import SingleTurnEnv, TextEnv
 from rl_lora.envs.text import Problem
 from rl_lora.native_sampler import NativeSampler
-from rl_lora.policy import Policy
+from rl_lora.policy.policy import Policy
 from rl_lora.rollout import Plays, RolloutWorker
 from rl_lora.system.watchdog import AGAIN, PATIENCE, Wait, watched
 from tests import tiny_reward
@@ -72,19 +72,19 @@ def test_the_lock_of_the_model_cache_is_named_while_another_process_holds_it(
 ) -> None:
     folder = tmp_path / "models" / "smollm2"
     folder.parent.mkdir()
-    monkeypatch.setattr(rl_lora.default_model, "default_model_folder", lambda: folder)
-    monkeypatch.setattr(rl_lora.default_model, "LOCK_PATIENCE", 0.2)
+    monkeypatch.setattr(rl_lora.policy.default_model, "default_model_folder", lambda: folder)
+    monkeypatch.setattr(rl_lora.policy.default_model, "LOCK_PATIENCE", 0.2)
     looked: list[float] = []
 
     def complete(folder: Path) -> bool:  # the other process is done while we wait
         looked.append(time.monotonic())
         return len(looked) > 1
 
-    monkeypatch.setattr(rl_lora.default_model, "is_complete", complete)
+    monkeypatch.setattr(rl_lora.policy.default_model, "is_complete", complete)
     with Path(f"{folder}.lock").open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         threading.Timer(0.6, fcntl.flock, (other, fcntl.LOCK_UN)).start()
-        assert rl_lora.default_model.prepare_default_model() == folder
+        assert rl_lora.policy.default_model.prepare_default_model() == folder
     assert f"{folder}.lock: another process has held this lock of the model cache for 0 s" in capsys.readouterr().err
 
 

@@ -19,10 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from rl_lora.default_choice import canonical, public_name
 from rl_lora.lora.adapter import Adapter, Site
 from rl_lora.lora.adapter_config import read_config, resolve, shown
 from rl_lora.lora.bank import AdapterBank
+from rl_lora.policy.default_choice import canonical, public_name
 from rl_lora.system import files
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -34,7 +34,7 @@ from rl_lora.lora.peft_io import lora_dropout
 from rl_lora.metrics.collapse import reply_warning, run_warnings
 from rl_lora.metrics.records import MAX_REASONS, MetricsFile, Record
 from rl_lora.metrics.summary import Evaluation, change
-from rl_lora.policy import Policy
+from rl_lora.policy.policy import Policy
 from rl_lora.report.html import lines, write
 from rl_lora.report.next_command import next_command
 from rl_lora.report.training_page import training_page

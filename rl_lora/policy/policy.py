@@ -19,20 +19,20 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from rl_lora import models
 from rl_lora.attention.kv_cache import Decode, Nodes, Recorder
 from rl_lora.attention.shared_prefix import Layout, shared_prefix_attention_of
 from rl_lora.attention.tree import Tree
-from rl_lora.chat import Chat
 from rl_lora.compiled import CompiledLayers, unavailable
 from rl_lora.config import ModelConfig
-from rl_lora.default_choice import HUB_MODEL, settled
-from rl_lora.default_model import EMBEDDED_MODEL
-from rl_lora.head import Head
-from rl_lora.head_check import check_head
 from rl_lora.kernels.verify import difference
 from rl_lora.lora.adapter import Adapter
 from rl_lora.lora.bank import AdapterBank
+from rl_lora.policy import loading
+from rl_lora.policy.chat import Chat
+from rl_lora.policy.default_choice import HUB_MODEL, settled
+from rl_lora.policy.default_model import EMBEDDED_MODEL
+from rl_lora.policy.head import Head
+from rl_lora.policy.head_check import check_head
 from rl_lora.recompute import recomputing
 from rl_lora.system.memory import ready_memory
 from rl_lora.types import Batch
@@ -86,7 +86,7 @@ class Policy:
     @classmethod
     def load(
         cls,
-        name: str = models.DEFAULT_MODEL,
+        name: str = loading.DEFAULT_MODEL,
         *,
         dtype: Dtype = "auto",
         device: torch.device | str = "cpu",
@@ -102,8 +102,8 @@ class Policy:
         if device.type == "cpu":
             ready_memory()
         name = settled(name)
-        tokenizer = models.load_tokenizer(name, trust_remote_code=trust_remote_code)
-        model = models.load_causal_lm(
+        tokenizer = loading.load_tokenizer(name, trust_remote_code=trust_remote_code)
+        model = loading.load_causal_lm(
             name, dtype=compute_dtype(dtype, device), device=device, trust_remote_code=trust_remote_code
         )
         return cls(model, tokenizer, name=name, stop_tokens=stop_tokens, template_kwargs=template_kwargs)

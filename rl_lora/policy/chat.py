@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from rl_lora.template import REPLY, ChatTemplate
+from rl_lora.policy.template import REPLY, ChatTemplate
 
 
 class Chat:

@@ -19,7 +19,7 @@ from filelock import FileLock
 from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError
 
-from rl_lora.default_model import EMBEDDED_MODEL, console
+from rl_lora.policy.default_model import EMBEDDED_MODEL, console
 from rl_lora.system.cache_folder import cache_folder
 
 DEFAULT_MODEL = "smollm2-135m"

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rl_lora.head import Head
 from rl_lora.kernels.verify import difference
+from rl_lora.policy.head import Head
 
 LARGEST = 9.0
 """Of asinh of the known numbers: about 4,000, far above any cap."""

@@ -1,0 +1,1 @@
+"""The policy: a frozen base model, its bank of adapters, its head and its chat format."""
