@@ -18,27 +18,27 @@ if TYPE_CHECKING:
     from rl_lora.lora.bank import AdapterBank as AdapterBank
     from rl_lora.lora.peft_io import load_adapter as load_adapter
     from rl_lora.lora.peft_io import save_adapter as save_adapter
-    from rl_lora.native_sampler import NativeSampler as NativeSampler
     from rl_lora.policy.loading import load_causal_lm as load_causal_lm
     from rl_lora.policy.policy import Policy as Policy
     from rl_lora.rollout import RolloutWorker as RolloutWorker
-    from rl_lora.sampler import Completion as Completion
-    from rl_lora.sampler import Request as Request
-    from rl_lora.sampler import Sampler as Sampler
+    from rl_lora.sampler.native import NativeSampler as NativeSampler
+    from rl_lora.sampler.protocol import Completion as Completion
+    from rl_lora.sampler.protocol import Request as Request
+    from rl_lora.sampler.protocol import Sampler as Sampler
     from rl_lora.trainer import Trainer as Trainer
     from rl_lora.trainer import train as train
 
 _HOMES = {
     "Adapter": "rl_lora.lora.adapter",
     "AdapterBank": "rl_lora.lora.bank",
-    "Completion": "rl_lora.sampler",
+    "Completion": "rl_lora.sampler.protocol",
     "EvaluateConfig": "rl_lora.config",
     "Learner": "rl_lora.learner",
-    "NativeSampler": "rl_lora.native_sampler",
+    "NativeSampler": "rl_lora.sampler.native",
     "Policy": "rl_lora.policy.policy",
-    "Request": "rl_lora.sampler",
+    "Request": "rl_lora.sampler.protocol",
     "RolloutWorker": "rl_lora.rollout",
-    "Sampler": "rl_lora.sampler",
+    "Sampler": "rl_lora.sampler.protocol",
     "TrainConfig": "rl_lora.config",
     "Trainer": "rl_lora.trainer",
     "evaluate": "rl_lora.evaluator",

@@ -28,7 +28,6 @@ from rl_lora.lora.peft_io import base_of, load_adapter
 from rl_lora.metrics.collapse import reply_warning
 from rl_lora.metrics.records import Record
 from rl_lora.metrics.summary import compared, pairs, row
-from rl_lora.native_sampler import NativeSampler
 from rl_lora.policy.default_choice import settled
 from rl_lora.policy.policy import Policy
 from rl_lora.preflight import check_model
@@ -37,6 +36,7 @@ from rl_lora.report.evaluation_table import show
 from rl_lora.report.html import evaluation_page, write
 from rl_lora.rollout import MakeEnv, Plays, RolloutWorker
 from rl_lora.run_task import whose_task
+from rl_lora.sampler.native import NativeSampler
 from rl_lora.samples import Key, SampleStore, content_hash, sample_of
 from rl_lora.system import files
 from rl_lora.system import finite_json as json

@@ -19,7 +19,7 @@ from rl_lora.config import EpisodeConfig
 from rl_lora.contract import Env, Outcome, Start, TaskError, begin, close, env_id, shown
 from rl_lora.failures import Failures
 from rl_lora.policy.chat import Chat
-from rl_lora.sampler import Completion, Later, Request, Sampler
+from rl_lora.sampler.protocol import Completion, Later, Request, Sampler
 from rl_lora.steps import Steps
 from rl_lora.types import Episode, Group, Stop, Turn
 

@@ -20,7 +20,7 @@ from typing import Generic, Protocol, TypeVar
 
 from rl_lora.calls import Calls
 from rl_lora.contract import Env, Outcome, advance, waiting
-from rl_lora.sampler import Later, Request
+from rl_lora.sampler.protocol import Later, Request
 from rl_lora.types import Stop, Turn
 
 

@@ -30,7 +30,6 @@ from rl_lora.learner import Learner
 from rl_lora.lora.peft_io import load_adapter, save_adapter
 from rl_lora.metrics.records import MetricsFile, Record, Stopwatch, summarize_groups, summarize_updates, with_speed
 from rl_lora.metrics.summary import Evaluation, evaluate_adapters
-from rl_lora.native_sampler import NativeSampler
 from rl_lora.policy.policy import Policy
 from rl_lora.preflight import preflight
 from rl_lora.report.run_report import RunReport
@@ -45,6 +44,7 @@ from rl_lora.run_folder import (
     is_first_process,
     with_base,
 )
+from rl_lora.sampler.native import NativeSampler
 from rl_lora.shaping import shaped
 from rl_lora.system.files import FileError, check_writable, write_text, writing
 from rl_lora.system.interrupts import later

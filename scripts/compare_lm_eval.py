@@ -27,10 +27,10 @@ from rl_lora.evaluator import problems_of
 from rl_lora.lora.peft_io import check_adapter, load_adapter
 from rl_lora.metrics.records import Record
 from rl_lora.metrics.summary import evaluate_adapters
-from rl_lora.native_sampler import NativeSampler
 from rl_lora.policy.loading import load_tokenizer, resolve_model
 from rl_lora.policy.policy import Policy
 from rl_lora.rollout import RolloutWorker
+from rl_lora.sampler.native import NativeSampler
 from rl_lora.samples import Sample
 from rl_lora.scripts.command import main as command
 from rl_lora.system.terminal import Terminal

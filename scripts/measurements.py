@@ -18,12 +18,12 @@ from rl_lora.attention.tree import find_trunks
 from rl_lora.config import EnvConfig, LearnerConfig, ModelConfig, RolloutConfig
 from rl_lora.environment import environment
 from rl_lora.learner import Learner
-from rl_lora.native_sampler import NativeSampler
 from rl_lora.packing import pack
 from rl_lora.policy import loading
 from rl_lora.policy.policy import Policy, compute_dtype
 from rl_lora.rollout import RolloutWorker
-from rl_lora.sampler import Request
+from rl_lora.sampler.native import NativeSampler
+from rl_lora.sampler.protocol import Request
 from rl_lora.scripts.peer_process import Figures
 from rl_lora.scripts.peers import Meter
 from rl_lora.trainer import no_accelerator

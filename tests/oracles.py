@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from rl_lora.lora.bank import AdapterBank
 from rl_lora.policy.policy import Policy
-from rl_lora.sampler import Completion, Request
+from rl_lora.sampler.protocol import Completion, Request
 from rl_lora.types import Episode, Group, Stop, Turn
 from tests.tiny import EOS_ID, randomize, tiny_model, tiny_tokenizer, token_ids
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from rl_lora.compiled import CompiledLayers, unavailable
 from rl_lora.config import ModelConfig
 from rl_lora.kernels.frozen_linear import MOST_ROWS
-from rl_lora.native_sampler import NativeSampler
 from rl_lora.policy.policy import Policy
-from rl_lora.program import Program, Tape
-from rl_lora.sampler import Completion, Request
+from rl_lora.sampler.compiled import CompiledLayers, unavailable
+from rl_lora.sampler.native import NativeSampler
+from rl_lora.sampler.program import Program, Tape
+from rl_lora.sampler.protocol import Completion, Request
 from tests.oracles import tiny_policy
 from tests.tiny import randomize, tiny_folder, token_ids
 

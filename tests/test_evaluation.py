@@ -17,9 +17,9 @@ from rl_lora.envs import SingleTurnEnv
 from rl_lora.envs.text import Problem
 from rl_lora.metrics.estimates import clustered, pass_at_k, wilson
 from rl_lora.metrics.summary import Evaluation, evaluate_adapters, pairs, row, summarize
-from rl_lora.native_sampler import NativeSampler
 from rl_lora.policy.policy import Policy
 from rl_lora.rollout import MakeEnv, RolloutWorker
+from rl_lora.sampler.native import NativeSampler
 from rl_lora.trainer import problem_seeds
 from rl_lora.types import Episode, Stop, Turn
 from tests.test_rollout import GuessEnv

@@ -20,10 +20,10 @@ from torch import Tensor
 from rl_lora.advantages import advantages, shuffle_rewards
 from rl_lora.config import LearnerConfig
 from rl_lora.learner import Learner, SamplerLearnerMismatch
-from rl_lora.native_sampler import NativeSampler
 from rl_lora.objectives import Clip, grpo, reinforce
 from rl_lora.policy.policy import Policy
-from rl_lora.sampler import Request
+from rl_lora.sampler.native import NativeSampler
+from rl_lora.sampler.protocol import Request
 from rl_lora.types import Group
 from tests.oracles import (
     Oracle,

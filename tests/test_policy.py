@@ -32,11 +32,11 @@ from rl_lora.attention.kv_cache import Decode
 from rl_lora.attention.tree import Tree
 from rl_lora.config import LearnerConfig, TrainConfig
 from rl_lora.learner import Learner
-from rl_lora.native_sampler import NativeSampler
 from rl_lora.policy import policy as policy_module
 from rl_lora.policy.policy import Dtype, Policy, compute_dtype, context_length, seconds_of_product
 from rl_lora.report.run_report import RunReport
-from rl_lora.sampler import Request
+from rl_lora.sampler.native import NativeSampler
+from rl_lora.sampler.protocol import Request
 from rl_lora.system import memory
 from tests.oracles import Oracle, as_turn, episode, gradient, group, relative_error
 from tests.tiny import (

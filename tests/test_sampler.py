@@ -22,14 +22,14 @@ from torch.utils._pytree import tree_leaves
 
 from rl_lora.attention.kv_cache import Decode
 from rl_lora.kernels.native_code import followed
-from rl_lora.native_sampler import NativeSampler
 from rl_lora.packing import pack
 from rl_lora.policy import head as head_module
 from rl_lora.policy.head import Head
 from rl_lora.policy.policy import Policy
-from rl_lora.replay import Recorder, Step
-from rl_lora.sampler import Completion, Request
-from rl_lora.sampling import Draw, sample
+from rl_lora.sampler.cuda_graph import Recorder, Step
+from rl_lora.sampler.draw import Draw, sample
+from rl_lora.sampler.native import NativeSampler
+from rl_lora.sampler.protocol import Completion, Request
 from rl_lora.types import Stop
 from tests.oracles import Oracle, as_turn, episode, group, tiny_policy
 from tests.tiny import ARCHITECTURES, EOS_ID, PAD_ID, token_ids

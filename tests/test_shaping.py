@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 import rl_lora.envs  # noqa: F401
 from rl_lora.advantages import advantages
 from rl_lora.config import RolloutConfig, TrainConfig, validate
-from rl_lora.native_sampler import NativeSampler
 from rl_lora.policy.policy import Policy
 from rl_lora.rollout import RolloutWorker
+from rl_lora.sampler.native import NativeSampler
 from rl_lora.shaping import brevity, overlong, shaped
 from rl_lora.trainer import train
 from rl_lora.types import Episode, Group, Stop, Turn

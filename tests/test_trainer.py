@@ -30,15 +30,15 @@ from rl_lora.config import (
     RolloutConfig,
     TrainConfig,
 )
-from rl_lora.drawing import Drawing
 from rl_lora.environment import held_out
 from rl_lora.learner import SamplerLearnerMismatch
 from rl_lora.lora.peft_io import load_adapter
 from rl_lora.metrics.summary import evaluate_adapters
-from rl_lora.native_sampler import NativeSampler
 from rl_lora.policy.policy import Policy
 from rl_lora.rollout import RolloutWorker
-from rl_lora.sampler import Completion
+from rl_lora.sampler.native import NativeSampler
+from rl_lora.sampler.protocol import Completion
+from rl_lora.sampler.rows import Drawing
 from rl_lora.system import files
 from rl_lora.trainer import ADAPTER, Trainer, fresh_seeds, problem_seeds, train
 from rl_lora.types import Group

@@ -22,7 +22,6 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel,
 from rl_lora.attention.kv_cache import Decode, Nodes, Recorder
 from rl_lora.attention.shared_prefix import Layout, shared_prefix_attention_of
 from rl_lora.attention.tree import Tree
-from rl_lora.compiled import CompiledLayers, unavailable
 from rl_lora.config import ModelConfig
 from rl_lora.kernels.verify import difference
 from rl_lora.lora.adapter import Adapter
@@ -34,6 +33,7 @@ from rl_lora.policy.default_model import EMBEDDED_MODEL
 from rl_lora.policy.head import Head
 from rl_lora.policy.head_check import check_head
 from rl_lora.recompute import recomputing
+from rl_lora.sampler.compiled import CompiledLayers, unavailable
 from rl_lora.system.memory import ready_memory
 from rl_lora.types import Batch
 

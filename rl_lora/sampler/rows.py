@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from rl_lora.policy.policy import Policy
-from rl_lora.sampler import Completion, Request
-from rl_lora.sampling import Draw
+from rl_lora.sampler.draw import Draw
+from rl_lora.sampler.protocol import Completion, Request
 from rl_lora.types import Stop
 
 

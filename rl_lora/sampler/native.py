@@ -19,10 +19,10 @@ from torch import Tensor
 
 from rl_lora.attention.kv_cache import Decode, Nodes
 from rl_lora.attention.tree import Trunk, find_trunks, trunk_of
-from rl_lora.drawing import Drawing, Finish, Job, Row
 from rl_lora.policy.policy import Policy
-from rl_lora.replay import Recorder, Replay
-from rl_lora.sampler import Completion, Follow, Request
+from rl_lora.sampler.cuda_graph import Recorder, Replay
+from rl_lora.sampler.protocol import Completion, Follow, Request
+from rl_lora.sampler.rows import Drawing, Finish, Job, Row
 from rl_lora.system.memory import budget
 
 TURNOVER = 0.2

@@ -29,7 +29,7 @@ from rl_lora.kernels.native_code import followed
 from rl_lora.kernels.verify import difference
 from rl_lora.lora.bank import LoRALinear
 from rl_lora.policy.hooks import Forward, forwards, layers_of
-from rl_lora.program import Program, Tape
+from rl_lora.sampler.program import Program, Tape
 
 if TYPE_CHECKING:
     from rl_lora.lora.adapter import Adapter

@@ -1,0 +1,1 @@
+"""Sampling: requests in, completions with their log-probabilities out."""
