@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rl_lora.config import EvaluateConfig as EvaluateConfig
     from rl_lora.config import TrainConfig as TrainConfig
     from rl_lora.evaluator import evaluate as evaluate
-    from rl_lora.learner import Learner as Learner
+    from rl_lora.learner.learner import Learner as Learner
     from rl_lora.lora.adapter import Adapter as Adapter
     from rl_lora.lora.bank import AdapterBank as AdapterBank
     from rl_lora.lora.peft_io import load_adapter as load_adapter
@@ -33,7 +33,7 @@ _HOMES = {
     "AdapterBank": "rl_lora.lora.bank",
     "Completion": "rl_lora.sampler.protocol",
     "EvaluateConfig": "rl_lora.config",
-    "Learner": "rl_lora.learner",
+    "Learner": "rl_lora.learner.learner",
     "NativeSampler": "rl_lora.sampler.native",
     "Policy": "rl_lora.policy.policy",
     "Request": "rl_lora.sampler.protocol",

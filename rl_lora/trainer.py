@@ -19,14 +19,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, gather_object, set_seed
 
-from rl_lora.advantages import advantages, shuffle_rewards
 from rl_lora.checkpoint import Checkpoint, Checkpoints, random_state
 from rl_lora.config import TrainConfig, advantage_of, flatten
 from rl_lora.curriculum import SEED_STRIDE, curriculum_of
 from rl_lora.demonstrations import Demonstrations
 from rl_lora.environment import environment, held_out
 from rl_lora.given import with_given
-from rl_lora.learner import Learner
+from rl_lora.learner.advantages import advantages, shuffle_rewards
+from rl_lora.learner.learner import Learner
 from rl_lora.lora.peft_io import load_adapter, save_adapter
 from rl_lora.metrics.records import MetricsFile, Record, Stopwatch, summarize_groups, summarize_updates, with_speed
 from rl_lora.metrics.summary import Evaluation, evaluate_adapters

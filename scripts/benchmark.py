@@ -21,7 +21,7 @@ from rich.text import Text
 
 import rl_lora.envs  # noqa: F401  registers the environments
 from rl_lora.config import LearnerConfig, ModelConfig, expand_home
-from rl_lora.learner import Learner
+from rl_lora.learner.learner import Learner
 from rl_lora.policy import loading
 from rl_lora.scripts.breakdown import Part, breakdown, breakdown_table
 from rl_lora.scripts.command import main as command

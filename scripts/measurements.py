@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from rl_lora.attention.tree import find_trunks
 from rl_lora.config import EnvConfig, LearnerConfig, ModelConfig, RolloutConfig
 from rl_lora.environment import environment
-from rl_lora.learner import Learner
-from rl_lora.packing import pack
+from rl_lora.learner.learner import Learner
+from rl_lora.learner.packing import pack
 from rl_lora.policy import loading
 from rl_lora.policy.policy import Policy, compute_dtype
 from rl_lora.rollout import RolloutWorker

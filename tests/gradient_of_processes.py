@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 
 from rl_lora.config import LearnerConfig
-from rl_lora.learner import Learner
+from rl_lora.learner.learner import Learner
 from rl_lora.policy.policy import Policy
 from rl_lora.types import Group
 from tests.tiny import randomize

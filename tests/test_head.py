@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from rl_lora.config import LearnerConfig
-from rl_lora.learner import Learner
+from rl_lora.learner.learner import Learner
 from rl_lora.policy import head
 from rl_lora.policy.head import Head
 from rl_lora.policy.head_check import check_head

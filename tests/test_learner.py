@@ -17,10 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rl_lora.advantages import advantages, shuffle_rewards
 from rl_lora.config import LearnerConfig
-from rl_lora.learner import Learner, SamplerLearnerMismatch
-from rl_lora.objectives import Clip, grpo, reinforce
+from rl_lora.learner.advantages import advantages, shuffle_rewards
+from rl_lora.learner.learner import Learner, SamplerLearnerMismatch
+from rl_lora.learner.objectives import Clip, grpo, reinforce
 from rl_lora.policy.policy import Policy
 from rl_lora.sampler.native import NativeSampler
 from rl_lora.sampler.protocol import Request

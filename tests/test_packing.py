@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rl_lora.attention import tree
-from rl_lora.packing import pack, trajectories
+from rl_lora.learner.packing import pack, trajectories
 from rl_lora.policy.policy import Policy
 from rl_lora.types import Batch, Episode, Group, Stop, Turn
 from tests.oracles import Oracle, episode, gradient, group, relative_error, tiny_policy, turn

@@ -31,7 +31,7 @@ from rl_lora.attention.decode_layer import DecodeLayer
 from rl_lora.attention.kv_cache import Decode
 from rl_lora.attention.tree import Tree
 from rl_lora.config import LearnerConfig, TrainConfig
-from rl_lora.learner import Learner
+from rl_lora.learner.learner import Learner
 from rl_lora.policy import policy as policy_module
 from rl_lora.policy.policy import Dtype, Policy, compute_dtype, context_length, seconds_of_product
 from rl_lora.report.run_report import RunReport

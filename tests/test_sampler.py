@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from rl_lora.attention.kv_cache import Decode
 from rl_lora.kernels.native_code import followed
-from rl_lora.packing import pack
+from rl_lora.learner.packing import pack
 from rl_lora.policy import head as head_module
 from rl_lora.policy.head import Head
 from rl_lora.policy.policy import Policy

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rl_lora.envs  # noqa: F401
-from rl_lora.advantages import advantages
 from rl_lora.config import RolloutConfig, TrainConfig, validate
+from rl_lora.learner.advantages import advantages
 from rl_lora.policy.policy import Policy
 from rl_lora.rollout import RolloutWorker
 from rl_lora.sampler.native import NativeSampler

@@ -19,7 +19,7 @@ import pytest
 
 import rl_lora.scripts.report
 from rl_lora.checkpoint import Checkpoints
-from rl_lora.learner import Learner
+from rl_lora.learner.learner import Learner
 from rl_lora.system.interrupts import later
 from rl_lora.trainer import Trainer, train
 from tests.test_trainer import assert_same_run, metrics, tiny_config

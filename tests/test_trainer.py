@@ -31,7 +31,7 @@ from rl_lora.config import (
     TrainConfig,
 )
 from rl_lora.environment import held_out
-from rl_lora.learner import SamplerLearnerMismatch
+from rl_lora.learner.learner import SamplerLearnerMismatch
 from rl_lora.lora.peft_io import load_adapter
 from rl_lora.metrics.summary import evaluate_adapters
 from rl_lora.policy.policy import Policy

@@ -24,6 +24,7 @@ from rl_lora.attention.shared_prefix import Layout, shared_prefix_attention_of
 from rl_lora.attention.tree import Tree
 from rl_lora.config import ModelConfig
 from rl_lora.kernels.verify import difference
+from rl_lora.learner.recompute import recomputing
 from rl_lora.lora.adapter import Adapter
 from rl_lora.lora.bank import AdapterBank
 from rl_lora.policy import loading
@@ -32,7 +33,6 @@ from rl_lora.policy.default_choice import HUB_MODEL, settled
 from rl_lora.policy.default_model import EMBEDDED_MODEL
 from rl_lora.policy.head import Head
 from rl_lora.policy.head_check import check_head
-from rl_lora.recompute import recomputing
 from rl_lora.sampler.compiled import CompiledLayers, unavailable
 from rl_lora.system.memory import ready_memory
 from rl_lora.types import Batch

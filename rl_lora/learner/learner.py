@@ -15,12 +15,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from rl_lora.advantages import advantages
 from rl_lora.config import LearnerConfig, advantage_of
-from rl_lora.objectives import OBJECTIVES, Clip
-from rl_lora.packing import pack
+from rl_lora.learner.advantages import advantages
+from rl_lora.learner.objectives import OBJECTIVES, Clip
+from rl_lora.learner.packing import pack
+from rl_lora.learner.recompute import Recompute
 from rl_lora.policy.policy import Policy
-from rl_lora.recompute import Recompute
 from rl_lora.system.memory import budget
 from rl_lora.types import Batch, Group, StepStats
 

@@ -1,0 +1,1 @@
+"""Learning: advantages, packed batches, objectives, and the optimizer step."""
