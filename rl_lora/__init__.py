@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rl_lora.lora.peft_io import save_adapter as save_adapter
     from rl_lora.policy.loading import load_causal_lm as load_causal_lm
     from rl_lora.policy.policy import Policy as Policy
-    from rl_lora.rollout import RolloutWorker as RolloutWorker
+    from rl_lora.rollout.worker import RolloutWorker as RolloutWorker
     from rl_lora.sampler.native import NativeSampler as NativeSampler
     from rl_lora.sampler.protocol import Completion as Completion
     from rl_lora.sampler.protocol import Request as Request
@@ -37,7 +37,7 @@ _HOMES = {
     "NativeSampler": "rl_lora.sampler.native",
     "Policy": "rl_lora.policy.policy",
     "Request": "rl_lora.sampler.protocol",
-    "RolloutWorker": "rl_lora.rollout",
+    "RolloutWorker": "rl_lora.rollout.worker",
     "Sampler": "rl_lora.sampler.protocol",
     "TrainConfig": "rl_lora.config",
     "Trainer": "rl_lora.trainer",

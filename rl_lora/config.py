@@ -130,7 +130,7 @@ class RolloutConfig(EpisodeConfig):
     which teaches nothing (dynamic sampling: DAPO, arXiv:2503.14476). A replacement may be replaced in turn."""
     curriculum: Literal["none", "success_rate"] = "none"
     """none: the problems in their order. success_rate: more of those that succeed about half of the time, for an
-    environment with a finite list of problems; see `rl_lora/curriculum.py`."""
+    environment with a finite list of problems; see `rl_lora/rollout/curriculum.py`."""
     curriculum_explore: float = 0.5
     """success_rate: this share of a step's problems, at least, are those not played for longest, untried ones first."""
     curriculum_half_life: float = 20.0

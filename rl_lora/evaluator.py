@@ -21,8 +21,6 @@ from rich.text import Text
 
 from rl_lora.candidates import BASE, differences, is_unfinished, named, stand_ins, step_of
 from rl_lora.config import EvaluateConfig, EvaluationSettings
-from rl_lora.environment import held_out
-from rl_lora.given import with_given
 from rl_lora.lora.adapter import Adapter
 from rl_lora.lora.peft_io import base_of, load_adapter
 from rl_lora.metrics.collapse import reply_warning
@@ -31,10 +29,12 @@ from rl_lora.metrics.summary import compared, pairs, row
 from rl_lora.policy.default_choice import settled
 from rl_lora.policy.policy import Policy
 from rl_lora.preflight import check_model
-from rl_lora.problems import check_problems
 from rl_lora.report.evaluation_table import show
 from rl_lora.report.html import evaluation_page, write
-from rl_lora.rollout import MakeEnv, Plays, RolloutWorker
+from rl_lora.rollout.environments import held_out
+from rl_lora.rollout.given import with_given
+from rl_lora.rollout.problems import check_problems
+from rl_lora.rollout.worker import MakeEnv, Plays, RolloutWorker
 from rl_lora.run_task import whose_task
 from rl_lora.sampler.native import NativeSampler
 from rl_lora.samples import Key, SampleStore, content_hash, sample_of

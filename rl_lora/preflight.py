@@ -12,16 +12,16 @@ from transformers import AutoModelForCausalLM
 
 from rl_lora.checkpoint import check_whole
 from rl_lora.config import ModelConfig, TrainConfig, flatten, validate
-from rl_lora.contract import close
-from rl_lora.demonstrations import Demonstrations
-from rl_lora.environment import environment, held_out
 from rl_lora.lora.bank import AdapterBank
 from rl_lora.lora.peft_io import check_adapter
 from rl_lora.policy import loading
 from rl_lora.policy.chat import Chat
 from rl_lora.policy.policy import context_length
-from rl_lora.problems import check_problems
-from rl_lora.rollout import MakeEnv
+from rl_lora.rollout.contract import close
+from rl_lora.rollout.demonstrations import Demonstrations
+from rl_lora.rollout.environments import environment, held_out
+from rl_lora.rollout.problems import check_problems
+from rl_lora.rollout.worker import MakeEnv
 from rl_lora.run_folder import check_run_dir
 
 

@@ -21,10 +21,6 @@ from accelerate.utils import ProjectConfiguration, gather_object, set_seed
 
 from rl_lora.checkpoint import Checkpoint, Checkpoints, random_state
 from rl_lora.config import TrainConfig, advantage_of, flatten
-from rl_lora.curriculum import SEED_STRIDE, curriculum_of
-from rl_lora.demonstrations import Demonstrations
-from rl_lora.environment import environment, held_out
-from rl_lora.given import with_given
 from rl_lora.learner.advantages import advantages, shuffle_rewards
 from rl_lora.learner.learner import Learner
 from rl_lora.lora.peft_io import load_adapter, save_adapter
@@ -34,7 +30,12 @@ from rl_lora.policy.policy import Policy
 from rl_lora.preflight import preflight
 from rl_lora.report.run_report import RunReport
 from rl_lora.report.training_samples import write_samples
-from rl_lora.rollout import RolloutWorker
+from rl_lora.rollout.curriculum import SEED_STRIDE, curriculum_of
+from rl_lora.rollout.demonstrations import Demonstrations
+from rl_lora.rollout.environments import environment, held_out
+from rl_lora.rollout.given import with_given
+from rl_lora.rollout.shaping import shaped
+from rl_lora.rollout.worker import RolloutWorker
 from rl_lora.run_folder import (
     another_task,
     check_run_dir,
@@ -45,7 +46,6 @@ from rl_lora.run_folder import (
     with_base,
 )
 from rl_lora.sampler.native import NativeSampler
-from rl_lora.shaping import shaped
 from rl_lora.system.files import FileError, check_writable, write_text, writing
 from rl_lora.system.interrupts import later
 from rl_lora.system.plain_yaml import dump

@@ -22,11 +22,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 import rl_lora.envs  # noqa: F401  registers the environments
 from rl_lora.candidates import adapter_in
 from rl_lora.config import EnvConfig, ModelConfig
-from rl_lora.environment import held_out
 from rl_lora.lora.peft_io import load_adapter
 from rl_lora.policy.default_model import without_progress_bars
 from rl_lora.policy.loading import resolve_model
 from rl_lora.policy.policy import Policy
+from rl_lora.rollout.environments import held_out
 from rl_lora.sampler.native import NativeSampler
 from rl_lora.sampler.protocol import Request
 from rl_lora.scripts.command import main as command

@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from rl_lora.attention.tree import find_trunks
 from rl_lora.config import EnvConfig, LearnerConfig, ModelConfig, RolloutConfig
-from rl_lora.environment import environment
 from rl_lora.learner.learner import Learner
 from rl_lora.learner.packing import pack
 from rl_lora.policy import loading
 from rl_lora.policy.policy import Policy, compute_dtype
-from rl_lora.rollout import RolloutWorker
+from rl_lora.rollout.environments import environment
+from rl_lora.rollout.worker import RolloutWorker
 from rl_lora.sampler.native import NativeSampler
 from rl_lora.sampler.protocol import Request
 from rl_lora.scripts.peer_process import Figures

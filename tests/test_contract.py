@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from rl_lora.config import EnvConfig
-from rl_lora.contract import Outcome, TaskError, advance, begin
-from rl_lora.environment import environment
 from rl_lora.envs import SingleTurnEnv, TextEnv
 from rl_lora.envs.text import Problem
 from rl_lora.rewards import Score
+from rl_lora.rollout.contract import Outcome, TaskError, advance, begin
+from rl_lora.rollout.environments import environment
 from rl_lora.system.user_code import own_frames
 from tests.tiny_reward import RAISES
 

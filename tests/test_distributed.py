@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 
 from rl_lora.checkpoint import Checkpoints
 from rl_lora.config import EnvConfig
-from rl_lora.environment import environment
 from rl_lora.policy.policy import Policy
-from rl_lora.rollout import RolloutWorker
+from rl_lora.rollout.environments import environment
+from rl_lora.rollout.worker import RolloutWorker
 from rl_lora.sampler.native import NativeSampler
 from rl_lora.trainer import train
 from tests.gradient_of_processes import gradient

@@ -12,13 +12,13 @@ import pytest
 
 import rl_lora.envs  # noqa: F401  registers the environments
 from rl_lora.config import EnvConfig, RolloutConfig, TrainConfig
-from rl_lora.environment import UNSPLIT_OFFSET, environment, held_out
 from rl_lora.envs import SingleTurnEnv
 from rl_lora.envs.text import Problem
 from rl_lora.metrics.estimates import clustered, pass_at_k, wilson
 from rl_lora.metrics.summary import Evaluation, evaluate_adapters, pairs, row, summarize
 from rl_lora.policy.policy import Policy
-from rl_lora.rollout import MakeEnv, RolloutWorker
+from rl_lora.rollout.environments import UNSPLIT_OFFSET, environment, held_out
+from rl_lora.rollout.worker import MakeEnv, RolloutWorker
 from rl_lora.sampler.native import NativeSampler
 from rl_lora.trainer import problem_seeds
 from rl_lora.types import Episode, Stop, Turn

@@ -25,7 +25,7 @@ from rl_lora import EvaluateConfig, Policy, evaluate, save_adapter
 from rl_lora.candidates import named, stand_ins
 from rl_lora.config import EnvConfig, ModelConfig
 from rl_lora.envs.text import SingleTurnEnv
-from rl_lora.rollout import Plays, RolloutWorker
+from rl_lora.rollout.worker import Plays, RolloutWorker
 from rl_lora.samples import SampleStore, key_of, read_samples
 from rl_lora.scripts.command import parse
 from rl_lora.types import Episode

@@ -14,10 +14,10 @@ import pytest
 
 import rl_lora.envs  # noqa: F401  registers the environments
 from rl_lora.config import RolloutConfig
-from rl_lora.demonstrations import Demonstrations
 from rl_lora.envs.prompts import PromptsEnv
 from rl_lora.policy.chat import Chat
-from rl_lora.problems import check_problems
+from rl_lora.rollout.demonstrations import Demonstrations
+from rl_lora.rollout.problems import check_problems
 from tests.tiny import tiny_tokenizer
 
 ROWS = [{"prompt": f"What is {i} + {i}?", "answer": 2 * i, "level": "easy" if i < 5 else "hard"} for i in range(10)]

@@ -13,7 +13,7 @@ from rl_lora.config import RolloutConfig
 from rl_lora.envs import TextEnv
 from rl_lora.metrics.records import summarize_groups
 from rl_lora.policy.policy import Policy
-from rl_lora.rollout import MakeEnv, Plays, RolloutWorker
+from rl_lora.rollout.worker import MakeEnv, Plays, RolloutWorker
 from rl_lora.sampler.native import NativeSampler
 from rl_lora.sampler.protocol import Completion, Follow, Request
 from rl_lora.types import Group, Stop

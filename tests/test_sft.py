@@ -15,11 +15,11 @@ import yaml
 import rl_lora.envs
 import rl_lora.scripts.sft
 from rl_lora.config import EnvConfig, LearnerConfig, RolloutConfig, TrainConfig, validate
-from rl_lora.demonstrations import Demonstrations
-from rl_lora.environment import environment
 from rl_lora.learner.learner import Learner
 from rl_lora.policy.chat import Chat
 from rl_lora.policy.policy import Policy
+from rl_lora.rollout.demonstrations import Demonstrations
+from rl_lora.rollout.environments import environment
 from rl_lora.scripts.command import parse
 from rl_lora.trainer import train
 from tests.oracles import Oracle, gradient, relative_error, tiny_policy

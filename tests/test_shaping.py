@@ -13,9 +13,9 @@ import rl_lora.envs  # noqa: F401
 from rl_lora.config import RolloutConfig, TrainConfig, validate
 from rl_lora.learner.advantages import advantages
 from rl_lora.policy.policy import Policy
-from rl_lora.rollout import RolloutWorker
+from rl_lora.rollout.shaping import brevity, overlong, shaped
+from rl_lora.rollout.worker import RolloutWorker
 from rl_lora.sampler.native import NativeSampler
-from rl_lora.shaping import brevity, overlong, shaped
 from rl_lora.trainer import train
 from rl_lora.types import Episode, Group, Stop, Turn
 from tests.test_rollout import GuessEnv

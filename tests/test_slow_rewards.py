@@ -15,13 +15,13 @@ import gymnasium as gym
 import pytest
 
 import rl_lora.envs  # noqa: F401  registers the environments
-from rl_lora.calls import Calls
 from rl_lora.config import RolloutConfig
 from rl_lora.envs import TextEnv
 from rl_lora.envs.prompts import PromptsEnv
 from rl_lora.policy.policy import Policy
 from rl_lora.rewards import Unscorable
-from rl_lora.rollout import MakeEnv, RolloutWorker
+from rl_lora.rollout.calls import Calls
+from rl_lora.rollout.worker import MakeEnv, RolloutWorker
 from rl_lora.sampler.native import NativeSampler
 from rl_lora.types import Group
 from tests.tiny import randomize, tiny_model, tiny_tokenizer

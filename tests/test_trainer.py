@@ -30,12 +30,12 @@ from rl_lora.config import (
     RolloutConfig,
     TrainConfig,
 )
-from rl_lora.environment import held_out
 from rl_lora.learner.learner import SamplerLearnerMismatch
 from rl_lora.lora.peft_io import load_adapter
 from rl_lora.metrics.summary import evaluate_adapters
 from rl_lora.policy.policy import Policy
-from rl_lora.rollout import RolloutWorker
+from rl_lora.rollout.environments import held_out
+from rl_lora.rollout.worker import RolloutWorker
 from rl_lora.sampler.native import NativeSampler
 from rl_lora.sampler.protocol import Completion
 from rl_lora.sampler.rows import Drawing

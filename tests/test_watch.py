@@ -13,11 +13,11 @@ import pytest
 import rl_lora.policy.default_model
 import rl_lora.system.watchdog
 from rl_lora.config import RolloutConfig
-from rl_lora.contract import advance, begin
 from rl_lora.envs import SingleTurnEnv, TextEnv
 from rl_lora.envs.text import Problem
 from rl_lora.policy.policy import Policy
-from rl_lora.rollout import Plays, RolloutWorker
+from rl_lora.rollout.contract import advance, begin
+from rl_lora.rollout.worker import Plays, RolloutWorker
 from rl_lora.sampler.native import NativeSampler
 from rl_lora.system.watchdog import AGAIN, PATIENCE, Wait, watched
 from tests import tiny_reward

@@ -25,7 +25,7 @@ from rl_lora.metrics.estimates import (
     wilson,
 )
 from rl_lora.metrics.records import Record, mean, summarize_samples
-from rl_lora.rollout import Plays, RolloutWorker
+from rl_lora.rollout.worker import Plays, RolloutWorker
 from rl_lora.samples import Sample, sample_of
 from rl_lora.types import Episode
 

@@ -27,8 +27,6 @@ from rich.text import Text
 
 from rl_lora.checkpoint import Checkpoints
 from rl_lora.config import TrainConfig
-from rl_lora.contract import TaskError
-from rl_lora.given import in_python
 from rl_lora.lora.adapter import Adapter
 from rl_lora.lora.peft_io import lora_dropout
 from rl_lora.metrics.collapse import reply_warning, run_warnings
@@ -39,6 +37,8 @@ from rl_lora.report.html import lines, write
 from rl_lora.report.next_command import next_command
 from rl_lora.report.training_page import training_page
 from rl_lora.report.training_samples import rewind_samples
+from rl_lora.rollout.contract import TaskError
+from rl_lora.rollout.given import in_python
 from rl_lora.samples import Sample, content_hash
 from rl_lora.system import files
 from rl_lora.system import finite_json as json

@@ -14,13 +14,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from rl_lora.calls import Calls
 from rl_lora.config import EpisodeConfig
-from rl_lora.contract import Env, Outcome, Start, TaskError, begin, close, env_id, shown
-from rl_lora.failures import Failures
 from rl_lora.policy.chat import Chat
+from rl_lora.rollout.calls import Calls
+from rl_lora.rollout.contract import Env, Outcome, Start, TaskError, begin, close, env_id, shown
+from rl_lora.rollout.failures import Failures
+from rl_lora.rollout.steps import Steps
 from rl_lora.sampler.protocol import Completion, Later, Request, Sampler
-from rl_lora.steps import Steps
 from rl_lora.types import Episode, Group, Stop, Turn
 
 MakeEnv = Callable[[], Env]

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rl_lora.config import TrainConfig
-from rl_lora.contract import close, env_id
-from rl_lora.environment import environment
 from rl_lora.metrics.records import Record, mean
+from rl_lora.rollout.contract import close, env_id
+from rl_lora.rollout.environments import environment
 from rl_lora.types import Group
 
 SEED_STRIDE = 1_000_003

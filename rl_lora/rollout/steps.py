@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Generic, Protocol, TypeVar
 
-from rl_lora.calls import Calls
-from rl_lora.contract import Env, Outcome, advance, waiting
+from rl_lora.rollout.calls import Calls
+from rl_lora.rollout.contract import Env, Outcome, advance, waiting
 from rl_lora.sampler.protocol import Later, Request
 from rl_lora.types import Stop, Turn
 

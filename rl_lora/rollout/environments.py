@@ -11,9 +11,9 @@ from typing import Any
 import gymnasium as gym
 
 from rl_lora.config import EnvConfig
-from rl_lora.contract import Env, TaskError, begin, close, raised
-from rl_lora.given import resolved
-from rl_lora.rollout import MakeEnv
+from rl_lora.rollout.contract import Env, TaskError, begin, close, raised
+from rl_lora.rollout.given import resolved
+from rl_lora.rollout.worker import MakeEnv
 from rl_lora.system.user_code import own_frames, own_lines
 
 UNSPLIT_OFFSET = 3 * 10**9

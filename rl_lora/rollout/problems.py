@@ -13,9 +13,9 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 
 from rl_lora.config import EpisodeConfig
-from rl_lora.contract import Env, TaskError, begin, close, env_id
 from rl_lora.policy.chat import Chat
-from rl_lora.rollout import MakeEnv, prompt_of, unsteady
+from rl_lora.rollout.contract import Env, TaskError, begin, close, env_id
+from rl_lora.rollout.worker import MakeEnv, prompt_of, unsteady
 
 N_STEADY = 4
 """Problems that are asked for several times: whether a seed leads to one problem shows in the first ones."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from rl_lora.config import RolloutConfig
-from rl_lora.contract import Env, begin, close, env_id
 from rl_lora.policy.chat import Chat
-from rl_lora.rollout import MakeEnv
+from rl_lora.rollout.contract import Env, begin, close, env_id
+from rl_lora.rollout.worker import MakeEnv
 from rl_lora.types import Episode, Group, Stop, Turn
 
 

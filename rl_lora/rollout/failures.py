@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from rl_lora.contract import TaskError
+from rl_lora.rollout.contract import TaskError
 
 FEW = 32
 """So many failures say little about a share."""

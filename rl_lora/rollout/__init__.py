@@ -1,0 +1,1 @@
+"""Rollouts: environments are played against a sampler, or show demonstrations."""
