@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from rl_lora.sampler.protocol import Completion as Completion
     from rl_lora.sampler.protocol import Request as Request
     from rl_lora.sampler.protocol import Sampler as Sampler
-    from rl_lora.trainer import Trainer as Trainer
-    from rl_lora.trainer import train as train
+    from rl_lora.trainer.trainer import Trainer as Trainer
+    from rl_lora.trainer.trainer import train as train
 
 _HOMES = {
     "Adapter": "rl_lora.lora.adapter",
@@ -40,12 +40,12 @@ _HOMES = {
     "RolloutWorker": "rl_lora.rollout.worker",
     "Sampler": "rl_lora.sampler.protocol",
     "TrainConfig": "rl_lora.config",
-    "Trainer": "rl_lora.trainer",
+    "Trainer": "rl_lora.trainer.trainer",
     "evaluate": "rl_lora.evaluator",
     "load_adapter": "rl_lora.lora.peft_io",
     "load_causal_lm": "rl_lora.policy.loading",
     "save_adapter": "rl_lora.lora.peft_io",
-    "train": "rl_lora.trainer",
+    "train": "rl_lora.trainer.trainer",
 }
 __all__ = list(_HOMES)
 __version__ = "0.1.0"

@@ -28,7 +28,6 @@ from rl_lora.metrics.records import Record
 from rl_lora.metrics.summary import compared, pairs, row
 from rl_lora.policy.default_choice import settled
 from rl_lora.policy.policy import Policy
-from rl_lora.preflight import check_model
 from rl_lora.report.evaluation_table import show
 from rl_lora.report.html import evaluation_page, write
 from rl_lora.rollout.environments import held_out
@@ -41,8 +40,9 @@ from rl_lora.samples import Key, SampleStore, content_hash, sample_of
 from rl_lora.system import files
 from rl_lora.system import finite_json as json
 from rl_lora.system.terminal import Terminal, in_line
-from rl_lora.task import Problem, problems_of, sources
-from rl_lora.trainer import no_accelerator
+from rl_lora.trainer.preflight import check_model
+from rl_lora.trainer.task import Problem, problems_of, sources
+from rl_lora.trainer.trainer import no_accelerator
 
 AHEAD = 4
 """Rows of a batch of problems for each row that is decoded at a time: how much is lost when the process dies, against

@@ -23,7 +23,7 @@ import rl_lora.envs  # noqa: F401  registers the environments
 from rl_lora.config import EvalConfig, LogConfig, ModelConfig, RolloutConfig, TrainConfig
 from rl_lora.metrics.records import MetricsFile, Record
 from rl_lora.rewards import numeric_match
-from rl_lora.trainer import train
+from rl_lora.trainer.trainer import train
 
 
 def kinds_of(seconds: float) -> dict[str, Callable[..., Any]]:

@@ -9,11 +9,11 @@ from collections.abc import Callable
 
 from rich.text import Text
 
-from rl_lora.run_folder import is_first_process
 from rl_lora.scripts import signals
 from rl_lora.scripts.options import Config, parse
 from rl_lora.system.files import FileError
 from rl_lora.system.terminal import Terminal, guard
+from rl_lora.trainer.run_folder import is_first_process
 
 __all__ = ["main", "parse", "run"]
 USER_ERROR, FAILURE = 2, 1

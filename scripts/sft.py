@@ -15,7 +15,7 @@ import rl_lora.envs  # noqa: F401  registers the environments
 from rl_lora.config import LearnerConfig, RolloutConfig, TrainConfig
 from rl_lora.scripts.command import main as command
 from rl_lora.scripts.signals import goes_on
-from rl_lora.trainer import train
+from rl_lora.trainer.trainer import train
 
 
 @dataclass

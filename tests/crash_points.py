@@ -27,7 +27,7 @@ import torch
 import rl_lora.envs  # noqa: F401  registers the environments
 from rl_lora import EvaluateConfig, Policy, evaluate, save_adapter
 from rl_lora.config import EnvConfig, ModelConfig, TrainConfig
-from rl_lora.trainer import train
+from rl_lora.trainer.trainer import train
 from tests.test_trainer import adapter_hash, evals, tiny_config, without_times
 from tests.tiny import randomize, tiny_folder
 

@@ -15,15 +15,15 @@ import pytest
 import torch
 
 import rl_lora.envs  # noqa: F401  registers the environments
-from rl_lora.checkpoint import Checkpoints
 from rl_lora.config import EnvConfig, TrainConfig
 from rl_lora.envs import Problem, SingleTurnEnv
 from rl_lora.metrics.records import MetricsFile
 from rl_lora.policy.policy import Policy
 from rl_lora.system import files
-from rl_lora.task import Problem as Known
-from rl_lora.task import _record, problems_of, task_changes
-from rl_lora.trainer import train
+from rl_lora.trainer.checkpoint import Checkpoints
+from rl_lora.trainer.task import Problem as Known
+from rl_lora.trainer.task import _record, problems_of, task_changes
+from rl_lora.trainer.trainer import train
 from tests.test_trainer import adapter_hash, assert_same_run, metrics, tiny_config
 from tests.tiny import tiny_folder, tiny_model
 

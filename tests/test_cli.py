@@ -19,7 +19,7 @@ import rl_lora.scripts.train
 from rl_lora.candidates import named, other_task
 from rl_lora.config import EvaluationSettings, TrainConfig, flatten
 from rl_lora.scripts.command import parse, run
-from rl_lora.trainer import train
+from rl_lora.trainer.trainer import train
 from tests.test_trainer import metrics, tiny_config
 from tests.tiny import tiny_folder
 

@@ -14,7 +14,7 @@ from rl_lora.config import EnvConfig, LearnerConfig, RolloutConfig, TrainConfig,
 from rl_lora.policy.policy import Policy
 from rl_lora.rollout.curriculum import Curriculum, curriculum_of
 from rl_lora.rollout.environments import environment
-from rl_lora.trainer import train, training_problems
+from rl_lora.trainer.trainer import train, training_problems
 from rl_lora.types import Episode, Group, Stop
 from tests.test_trainer import assert_same_run, interrupt, metrics, tiny_config
 from tests.tiny import tiny_folder

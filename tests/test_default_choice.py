@@ -25,8 +25,8 @@ from rl_lora.policy.default_choice import DEFAULT_MODEL, HUB_MODEL, settled
 from rl_lora.policy.default_model import EMBEDDED_MODEL
 from rl_lora.policy.loading import resolve_model
 from rl_lora.policy.policy import Policy
-from rl_lora.run_folder import check_run_dir, with_base
-from rl_lora.trainer import train
+from rl_lora.trainer.run_folder import check_run_dir, with_base
+from rl_lora.trainer.trainer import train
 from tests.test_trainer import tiny_config
 from tests.tiny import randomize, tiny_folder
 

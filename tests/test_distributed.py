@@ -16,13 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rl_lora.checkpoint import Checkpoints
 from rl_lora.config import EnvConfig
 from rl_lora.policy.policy import Policy
 from rl_lora.rollout.environments import environment
 from rl_lora.rollout.worker import RolloutWorker
 from rl_lora.sampler.native import NativeSampler
-from rl_lora.trainer import train
+from rl_lora.trainer.checkpoint import Checkpoints
+from rl_lora.trainer.trainer import train
 from tests.gradient_of_processes import gradient
 from tests.test_trainer import metrics, tiny_config
 from tests.tiny import randomize, tiny_folder

@@ -20,7 +20,7 @@ from rl_lora.policy.policy import Policy
 from rl_lora.rollout.environments import UNSPLIT_OFFSET, environment, held_out
 from rl_lora.rollout.worker import MakeEnv, RolloutWorker
 from rl_lora.sampler.native import NativeSampler
-from rl_lora.trainer import problem_seeds
+from rl_lora.trainer.trainer import problem_seeds
 from rl_lora.types import Episode, Stop, Turn
 from tests.test_rollout import GuessEnv
 from tests.tiny import randomize, tiny_model, tiny_tokenizer

@@ -21,7 +21,7 @@ from rl_lora.metrics.records import MAX_REASON, MAX_REASONS, count_reasons
 from rl_lora.policy.policy import Policy
 from rl_lora.rollout.contract import TaskError
 from rl_lora.rollout.failures import Failures
-from rl_lora.trainer import train
+from rl_lora.trainer.trainer import train
 from tests.test_trainer import metrics, tiny_config
 from tests.tiny import tiny_folder
 

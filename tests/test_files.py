@@ -21,7 +21,7 @@ from rl_lora.config import EnvConfig, EvaluateConfig, ModelConfig
 from rl_lora.evaluator import evaluate
 from rl_lora.scripts.command import run
 from rl_lora.system.files import FileError, append_text, write_text
-from rl_lora.trainer import train
+from rl_lora.trainer.trainer import train
 from tests.test_trainer import assert_same_run, tiny_config
 from tests.tiny import tiny_folder
 

@@ -17,7 +17,7 @@ from rl_lora.config import TrainConfig, validate
 from rl_lora.envs.math import PRESETS
 from rl_lora.scripts.command import parse
 from rl_lora.scripts.sft import SftConfig
-from rl_lora.trainer import train
+from rl_lora.trainer.trainer import train
 from tests.test_math_env import DATA
 from tests.test_trainer import metrics
 from tests.tiny import tiny_folder

@@ -18,7 +18,7 @@ from rl_lora.config import EnvConfig, EvaluationSettings, ModelConfig, TrainConf
 from rl_lora.report.next_command import evaluate_command, next_command
 from rl_lora.run_task import OF_RUN, whose_task
 from rl_lora.scripts.options import parse
-from rl_lora.trainer import tracker_kwargs
+from rl_lora.trainer.trainer import tracker_kwargs
 from tests.test_trainer import tiny_config
 from tests.tiny import tiny_folder
 

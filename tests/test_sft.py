@@ -21,7 +21,7 @@ from rl_lora.policy.policy import Policy
 from rl_lora.rollout.demonstrations import Demonstrations
 from rl_lora.rollout.environments import environment
 from rl_lora.scripts.command import parse
-from rl_lora.trainer import train
+from rl_lora.trainer.trainer import train
 from tests.oracles import Oracle, gradient, relative_error, tiny_policy
 from tests.test_trainer import adapter_hash, assert_same_run, interrupt, metrics, tiny_config
 from tests.tiny import EOS_ID, tiny_folder, tiny_tokenizer

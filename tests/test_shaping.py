@@ -16,7 +16,7 @@ from rl_lora.policy.policy import Policy
 from rl_lora.rollout.shaping import brevity, overlong, shaped
 from rl_lora.rollout.worker import RolloutWorker
 from rl_lora.sampler.native import NativeSampler
-from rl_lora.trainer import train
+from rl_lora.trainer.trainer import train
 from rl_lora.types import Episode, Group, Stop, Turn
 from tests.test_rollout import GuessEnv
 from tests.test_trainer import metrics, problems, tiny_config

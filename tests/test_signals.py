@@ -18,10 +18,10 @@ import psutil
 import pytest
 
 import rl_lora.scripts.report
-from rl_lora.checkpoint import Checkpoints
 from rl_lora.learner.learner import Learner
 from rl_lora.system.interrupts import later
-from rl_lora.trainer import Trainer, train
+from rl_lora.trainer.checkpoint import Checkpoints
+from rl_lora.trainer.trainer import Trainer, train
 from tests.test_trainer import assert_same_run, metrics, tiny_config
 from tests.tiny import tiny_folder
 

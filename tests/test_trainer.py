@@ -18,7 +18,6 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import rl_lora.envs  # noqa: F401  registers the environments
-from rl_lora.checkpoint import Checkpoints
 from rl_lora.config import (
     AdapterConfig,
     CheckpointConfig,
@@ -40,7 +39,8 @@ from rl_lora.sampler.native import NativeSampler
 from rl_lora.sampler.protocol import Completion
 from rl_lora.sampler.rows import Drawing
 from rl_lora.system import files
-from rl_lora.trainer import ADAPTER, Trainer, fresh_seeds, problem_seeds, train
+from rl_lora.trainer.checkpoint import Checkpoints
+from rl_lora.trainer.trainer import ADAPTER, Trainer, fresh_seeds, problem_seeds, train
 from rl_lora.types import Group
 from tests.tiny import tiny_folder, token_ids
 

@@ -25,7 +25,6 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from rl_lora.checkpoint import Checkpoints
 from rl_lora.config import TrainConfig
 from rl_lora.lora.adapter import Adapter
 from rl_lora.lora.peft_io import lora_dropout
@@ -43,6 +42,7 @@ from rl_lora.samples import Sample, content_hash
 from rl_lora.system import files
 from rl_lora.system import finite_json as json
 from rl_lora.system.terminal import Terminal, in_line, visible
+from rl_lora.trainer.checkpoint import Checkpoints
 from rl_lora.types import Group
 
 N_TRANSCRIPTS = 3

@@ -10,13 +10,13 @@ from typing import Any
 
 from accelerate.utils import get_int_from_env
 
-from rl_lora.checkpoint import Checkpoint, Checkpoints
 from rl_lora.config import TrainConfig, differences, flatten, validate
 from rl_lora.lora.peft_io import base_of
 from rl_lora.policy.default_choice import DEFAULT_MODEL, HUB_MODEL, canonical, settled
 from rl_lora.policy.default_model import EMBEDDED_MODEL
 from rl_lora.system import files
-from rl_lora.task import task_changes, task_record
+from rl_lora.trainer.checkpoint import Checkpoint, Checkpoints
+from rl_lora.trainer.task import task_changes, task_record
 
 FILES = ("config.yaml", "metrics.jsonl", "adapter", "summary.json", "reward.png", "report.html")
 

@@ -19,7 +19,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, gather_object, set_seed
 
-from rl_lora.checkpoint import Checkpoint, Checkpoints, random_state
 from rl_lora.config import TrainConfig, advantage_of, flatten
 from rl_lora.learner.advantages import advantages, shuffle_rewards
 from rl_lora.learner.learner import Learner
@@ -27,7 +26,6 @@ from rl_lora.lora.peft_io import load_adapter, save_adapter
 from rl_lora.metrics.records import MetricsFile, Record, Stopwatch, summarize_groups, summarize_updates, with_speed
 from rl_lora.metrics.summary import Evaluation, evaluate_adapters
 from rl_lora.policy.policy import Policy
-from rl_lora.preflight import preflight
 from rl_lora.report.run_report import RunReport
 from rl_lora.report.training_samples import write_samples
 from rl_lora.rollout.curriculum import SEED_STRIDE, curriculum_of
@@ -36,7 +34,13 @@ from rl_lora.rollout.environments import environment, held_out
 from rl_lora.rollout.given import with_given
 from rl_lora.rollout.shaping import shaped
 from rl_lora.rollout.worker import RolloutWorker
-from rl_lora.run_folder import (
+from rl_lora.sampler.native import NativeSampler
+from rl_lora.system.files import FileError, check_writable, write_text, writing
+from rl_lora.system.interrupts import later
+from rl_lora.system.plain_yaml import dump
+from rl_lora.trainer.checkpoint import Checkpoint, Checkpoints, random_state
+from rl_lora.trainer.preflight import preflight
+from rl_lora.trainer.run_folder import (
     another_task,
     check_run_dir,
     clear_left_overs,
@@ -45,11 +49,7 @@ from rl_lora.run_folder import (
     is_first_process,
     with_base,
 )
-from rl_lora.sampler.native import NativeSampler
-from rl_lora.system.files import FileError, check_writable, write_text, writing
-from rl_lora.system.interrupts import later
-from rl_lora.system.plain_yaml import dump
-from rl_lora.task import model_changes, model_record, task_record
+from rl_lora.trainer.task import model_changes, model_record, task_record
 from rl_lora.types import Group
 
 ADAPTER = "policy"

@@ -10,7 +10,6 @@ import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from transformers import AutoModelForCausalLM
 
-from rl_lora.checkpoint import check_whole
 from rl_lora.config import ModelConfig, TrainConfig, flatten, validate
 from rl_lora.lora.bank import AdapterBank
 from rl_lora.lora.peft_io import check_adapter
@@ -22,7 +21,8 @@ from rl_lora.rollout.demonstrations import Demonstrations
 from rl_lora.rollout.environments import environment, held_out
 from rl_lora.rollout.problems import check_problems
 from rl_lora.rollout.worker import MakeEnv
-from rl_lora.run_folder import check_run_dir
+from rl_lora.trainer.checkpoint import check_whole
+from rl_lora.trainer.run_folder import check_run_dir
 
 
 def preflight(config: TrainConfig, seeds: Iterable[int]) -> None:

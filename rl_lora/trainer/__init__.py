@@ -1,0 +1,1 @@
+"""The training run: checks before it, the loop, and checkpoints."""
