@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rl_lora.config import EvaluateConfig as EvaluateConfig
     from rl_lora.config import TrainConfig as TrainConfig
-    from rl_lora.evaluator import evaluate as evaluate
+    from rl_lora.evaluation.evaluator import evaluate as evaluate
     from rl_lora.learner.learner import Learner as Learner
     from rl_lora.lora.adapter import Adapter as Adapter
     from rl_lora.lora.bank import AdapterBank as AdapterBank
@@ -41,7 +41,7 @@ _HOMES = {
     "Sampler": "rl_lora.sampler.protocol",
     "TrainConfig": "rl_lora.config",
     "Trainer": "rl_lora.trainer.trainer",
-    "evaluate": "rl_lora.evaluator",
+    "evaluate": "rl_lora.evaluation.evaluator",
     "load_adapter": "rl_lora.lora.peft_io",
     "load_causal_lm": "rl_lora.policy.loading",
     "save_adapter": "rl_lora.lora.peft_io",

@@ -23,9 +23,9 @@ import torch
 from rich.table import Table
 
 from rl_lora.config import ModelConfig, expand_home
+from rl_lora.evaluation.sample_store import key_of, read_samples
 from rl_lora.lora.peft_io import save_adapter
 from rl_lora.policy.policy import Policy
-from rl_lora.samples import key_of, read_samples
 from rl_lora.scripts.command import main as command
 from rl_lora.system.terminal import Terminal
 

@@ -20,9 +20,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # also when the package i
 import yaml
 
 import rl_lora.envs  # noqa: F401  registers the environments
-from rl_lora.candidates import adapter_in
 from rl_lora.config import EnvConfig, EpisodeConfig, ModelConfig, expand_home
-from rl_lora.evaluator import problems_of
+from rl_lora.evaluation.candidates import adapter_in
+from rl_lora.evaluation.evaluator import problems_of
+from rl_lora.evaluation.sample_store import Sample
 from rl_lora.lora.peft_io import check_adapter, load_adapter
 from rl_lora.metrics.records import Record
 from rl_lora.metrics.summary import evaluate_adapters
@@ -31,7 +32,6 @@ from rl_lora.policy.policy import Policy
 from rl_lora.rollout.environments import held_out
 from rl_lora.rollout.worker import RolloutWorker
 from rl_lora.sampler.native import NativeSampler
-from rl_lora.samples import Sample
 from rl_lora.scripts.command import main as command
 from rl_lora.system.terminal import Terminal
 

@@ -20,8 +20,8 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import rl_lora.envs  # noqa: F401  registers the environments
-from rl_lora.candidates import adapter_in
 from rl_lora.config import EnvConfig, ModelConfig
+from rl_lora.evaluation.candidates import adapter_in
 from rl_lora.lora.peft_io import load_adapter
 from rl_lora.policy.default_model import without_progress_bars
 from rl_lora.policy.loading import resolve_model

@@ -12,7 +12,7 @@ import rl_lora.scripts.signals
 # isort: split
 import rl_lora.envs  # noqa: F401  registers the environments
 from rl_lora.config import EvaluateConfig
-from rl_lora.evaluator import evaluate
+from rl_lora.evaluation.evaluator import evaluate
 from rl_lora.scripts.command import main as command
 from rl_lora.scripts.signals import goes_on
 

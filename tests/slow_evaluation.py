@@ -12,7 +12,7 @@ import torch
 import rl_lora.envs  # noqa: F401  registers the environments
 from rl_lora import EvaluateConfig, evaluate
 from rl_lora.config import EnvConfig, ModelConfig
-from rl_lora.samples import SampleStore
+from rl_lora.evaluation.sample_store import SampleStore
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -16,8 +16,8 @@ import yaml
 
 import rl_lora.scripts.evaluate
 import rl_lora.scripts.train
-from rl_lora.candidates import named, other_task
 from rl_lora.config import EvaluationSettings, TrainConfig, flatten
+from rl_lora.evaluation.candidates import named, other_task
 from rl_lora.scripts.command import parse, run
 from rl_lora.trainer.trainer import train
 from tests.test_trainer import metrics, tiny_config

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from rl_lora.config import EvaluateConfig, ModelConfig, TrainConfig
-from rl_lora.evaluator import evaluate
+from rl_lora.evaluation.evaluator import evaluate
 from rl_lora.lora.peft_io import base_of, load_adapter, save_adapter
 from rl_lora.policy import default_choice
 from rl_lora.policy.default_choice import DEFAULT_MODEL, HUB_MODEL, settled

@@ -20,13 +20,13 @@ import pytest
 import torch
 
 import rl_lora.envs
-import rl_lora.evaluator
+import rl_lora.evaluation.evaluator
 from rl_lora import EvaluateConfig, Policy, evaluate, save_adapter
-from rl_lora.candidates import named, stand_ins
 from rl_lora.config import EnvConfig, ModelConfig
 from rl_lora.envs.text import SingleTurnEnv
+from rl_lora.evaluation.candidates import named, stand_ins
+from rl_lora.evaluation.sample_store import SampleStore, key_of, read_samples
 from rl_lora.rollout.worker import Plays, RolloutWorker
-from rl_lora.samples import SampleStore, key_of, read_samples
 from rl_lora.scripts.command import parse
 from rl_lora.types import Episode
 from tests.tiny import randomize, tiny_folder

@@ -16,7 +16,7 @@ import pytest
 import rl_lora.envs  # noqa: F401  registers the environments
 from rl_lora.config import EnvConfig, EvaluateConfig, ModelConfig, TrainConfig
 from rl_lora.envs import TextEnv
-from rl_lora.evaluator import evaluate
+from rl_lora.evaluation.evaluator import evaluate
 from rl_lora.metrics.records import MAX_REASON, MAX_REASONS, count_reasons
 from rl_lora.policy.policy import Policy
 from rl_lora.rollout.contract import TaskError

@@ -18,7 +18,7 @@ import pytest
 import rl_lora.scripts.evaluate
 import rl_lora.scripts.report
 from rl_lora.config import EnvConfig, EvaluateConfig, ModelConfig
-from rl_lora.evaluator import evaluate
+from rl_lora.evaluation.evaluator import evaluate
 from rl_lora.scripts.command import run
 from rl_lora.system.files import FileError, append_text, write_text
 from rl_lora.trainer.trainer import train

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from rl_lora.evaluation.sample_store import Sample, sample_of
 from rl_lora.metrics.collapse import most_common_reply
 from rl_lora.metrics.estimates import (
     Interval,
@@ -26,7 +27,6 @@ from rl_lora.metrics.estimates import (
 )
 from rl_lora.metrics.records import Record, mean, summarize_samples
 from rl_lora.rollout.worker import Plays, RolloutWorker
-from rl_lora.samples import Sample, sample_of
 from rl_lora.types import Episode
 
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from rl_lora.config import EvaluationSettings, TrainConfig, flatten
-from rl_lora.run_task import OF_RUN
+from rl_lora.evaluation.run_task import OF_RUN
 
 
 def next_command(config: TrainConfig, adapter: str) -> str:

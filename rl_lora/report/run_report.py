@@ -26,6 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rl_lora.config import TrainConfig
+from rl_lora.evaluation.sample_store import Sample, content_hash
 from rl_lora.lora.adapter import Adapter
 from rl_lora.lora.peft_io import lora_dropout
 from rl_lora.metrics.collapse import reply_warning, run_warnings
@@ -38,7 +39,6 @@ from rl_lora.report.training_page import training_page
 from rl_lora.report.training_samples import rewind_samples
 from rl_lora.rollout.contract import TaskError
 from rl_lora.rollout.given import in_python
-from rl_lora.samples import Sample, content_hash
 from rl_lora.system import files
 from rl_lora.system import finite_json as json
 from rl_lora.system.terminal import Terminal, in_line, visible

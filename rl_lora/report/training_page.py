@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rl_lora.config import TrainConfig
+from rl_lora.evaluation.sample_store import Sample
 from rl_lora.metrics.collapse import run_warnings
 from rl_lora.metrics.records import MetricsFile, Record
 from rl_lora.metrics.summary import change
@@ -30,7 +31,6 @@ from rl_lora.report.html import (
     signed,
 )
 from rl_lora.report.training_samples import read_samples, stored_steps
-from rl_lora.samples import Sample
 from rl_lora.system.files import read_yaml
 
 HELD_OUT, SAMPLED, LEARNED, FURTHER = range(4)
