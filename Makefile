@@ -49,11 +49,11 @@ legs: $(VENV)/.reasoning-gym ## warm start, then RL, on word problems: three see
 	$(VENV)/bin/python scripts/plot.py --runs runs/legs-sft? runs/legs-rl? runs/legs-shuffled --out runs/legs.png
 
 benchmark: setup ## rollouts, learning and training steps on this machine: tokens/s, share of its peak, memory
-	$(VENV)/bin/python scripts/benchmark.py
+	$(VENV)/bin/python scripts/benchmarks/benchmark.py
 
-peers: $(VENV)-peers/.ready $(VENV)-vllm/.ready ## environments of TRL and vLLM, for scripts/benchmark.py --peer trl vllm
+peers: $(VENV)-peers/.ready $(VENV)-vllm/.ready ## environments of TRL and vLLM, for scripts/benchmarks/benchmark.py --peer trl vllm
 
-lm-eval: $(VENV)-lm-eval/.ready ## environment of lm-evaluation-harness, for scripts/compare_lm_eval.py
+lm-eval: $(VENV)-lm-eval/.ready ## environment of lm-evaluation-harness, for scripts/benchmarks/compare_lm_eval.py
 
 # One thread a process: threads that wait for each other spin, and take the time of the other processes.
 test: lint ## lint, then run the tests (PYTEST_ARGS='-m slow' for the slow ones, PYTEST_WORKERS=4 for more processes)

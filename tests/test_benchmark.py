@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from rl_lora.config import ModelConfig
-from rl_lora.scripts.benchmark import BenchmarkConfig, run
-from rl_lora.scripts.breakdown import ADAPTER, ATTENTION, BASE, HEAD, OTHER, REST, breakdown
-from rl_lora.scripts.measurements import Bench, Shape, shape
+from rl_lora.scripts.benchmarks.benchmark import BenchmarkConfig, run
+from rl_lora.scripts.benchmarks.breakdown import ADAPTER, ATTENTION, BASE, HEAD, OTHER, REST, breakdown
+from rl_lora.scripts.benchmarks.measurements import Bench, Shape, shape
 from tests.tiny import tiny_folder
 
 

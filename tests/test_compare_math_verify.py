@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rl_lora.scripts.compare_math_verify import CompareMathConfig, run
+from rl_lora.scripts.benchmarks.compare_math_verify import CompareMathConfig, run
 
 
 def test_the_table_counts_the_right_verdicts_of_both_sides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

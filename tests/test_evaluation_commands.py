@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-import rl_lora.scripts.benchmark_evaluate
-import rl_lora.scripts.compare_lm_eval
+import rl_lora.scripts.benchmarks.benchmark_evaluate
+import rl_lora.scripts.benchmarks.compare_lm_eval
 from rl_lora import Policy, save_adapter
 from rl_lora.config import ModelConfig
-from rl_lora.scripts.benchmark_evaluate import BenchmarkConfig
-from rl_lora.scripts.compare_lm_eval import CompareConfig
+from rl_lora.scripts.benchmarks.benchmark_evaluate import BenchmarkConfig
+from rl_lora.scripts.benchmarks.compare_lm_eval import CompareConfig
 from tests.tiny import randomize, tiny_folder
 
 LM_EVAL = Path(os.environ.get("LM_EVAL_PYTHON", ".venv-lm-eval/bin/python")).absolute()
@@ -22,7 +22,7 @@ LM_EVAL = Path(os.environ.get("LM_EVAL_PYTHON", ".venv-lm-eval/bin/python")).abs
 @pytest.mark.slow
 def test_together_and_in_a_row_draw_the_same_samples(tmp_path: Path) -> None:
     model = ModelConfig(name=str(tiny_folder(tmp_path, "llama")), dtype="float32")
-    figures = rl_lora.scripts.benchmark_evaluate.run(
+    figures = rl_lora.scripts.benchmarks.benchmark_evaluate.run(
         BenchmarkConfig(model=model, adapters=2, limit=6, max_tokens=4, rounds=2, out=str(tmp_path / "out"))
     )
     assert figures["samples"] == {"all": 18, "equal": 18, "verdicts": 18}
@@ -38,7 +38,7 @@ def test_lm_evaluation_harness_gives_the_same_replies_and_verdicts(tmp_path: Pat
     save_adapter(randomize(policy.bank.add("a", rank=2), 0), tmp_path / "a", policy.name)
     rows = [{"question": f"What is {i} and 1?", "answer": f"{i} + 1 = {i + 1}\n#### {i + 1}"} for i in range(30)]
     (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    summary = rl_lora.scripts.compare_lm_eval.run(
+    summary = rl_lora.scripts.benchmarks.compare_lm_eval.run(
         CompareConfig(
             adapter=str(tmp_path / "a"),
             path=str(tmp_path / "problems.jsonl"),
@@ -54,4 +54,4 @@ def test_lm_evaluation_harness_gives_the_same_replies_and_verdicts(tmp_path: Pat
 
 def test_a_harness_that_is_not_there_is_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="run `make lm-eval`"):
-        rl_lora.scripts.compare_lm_eval.run(CompareConfig(lm_eval_python=str(tmp_path / "python")))
+        rl_lora.scripts.benchmarks.compare_lm_eval.run(CompareConfig(lm_eval_python=str(tmp_path / "python")))

@@ -184,15 +184,15 @@ def test_what_is_no_library_is_made_anew(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @needs_ours
-@pytest.mark.parametrize("changed", ["few_rows.cpp", "vectors.h"])
+@pytest.mark.parametrize("changed", ["packed_gemm.cpp", "vectors.h"])
 def test_what_has_changed_is_compiled_anew(changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for name in ("few_rows.cpp", "vectors.h"):
+    for name in ("packed_gemm.cpp", "vectors.h"):
         (tmp_path / name).write_text(packed_gemm.SOURCE.with_name(name).read_text())
-    before, same = (native_code.load(tmp_path / "few_rows.cpp") for _ in range(2))
+    before, same = (native_code.load(tmp_path / "packed_gemm.cpp") for _ in range(2))
     with (tmp_path / changed).open("a") as file:
         file.write("// another comment\n")
-    after = native_code.load(tmp_path / "few_rows.cpp")
+    after = native_code.load(tmp_path / "packed_gemm.cpp")
     assert before is not None
     assert same is not None
     assert after is not None

@@ -18,9 +18,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import rl_lora
-import rl_lora.scripts.benchmark
-import rl_lora.scripts.benchmark_evaluate
-import rl_lora.scripts.compare_lm_eval
+import rl_lora.scripts.benchmarks.benchmark
+import rl_lora.scripts.benchmarks.benchmark_evaluate
+import rl_lora.scripts.benchmarks.compare_lm_eval
 import rl_lora.scripts.plot
 import rl_lora.scripts.report
 from rl_lora.config import EvaluateConfig, TrainConfig, flatten
@@ -35,9 +35,9 @@ CONFIGS: list[type[Any]] = [
     SftConfig,
     EvaluateConfig,
     rl_lora.scripts.plot.PlotConfig,
-    rl_lora.scripts.benchmark.BenchmarkConfig,
-    rl_lora.scripts.benchmark_evaluate.BenchmarkConfig,
-    rl_lora.scripts.compare_lm_eval.CompareConfig,
+    rl_lora.scripts.benchmarks.benchmark.BenchmarkConfig,
+    rl_lora.scripts.benchmarks.benchmark_evaluate.BenchmarkConfig,
+    rl_lora.scripts.benchmarks.compare_lm_eval.CompareConfig,
 ]
 TEXTS = [
     "# Rules: reply with a number only",
@@ -95,7 +95,7 @@ def test_a_bare_command_has_its_dataclass_defaults(config_type: type[Any]) -> No
 
 
 def test_a_bare_benchmark_has_something_to_measure() -> None:
-    config = parse(rl_lora.scripts.benchmark.BenchmarkConfig, [])
+    config = parse(rl_lora.scripts.benchmarks.benchmark.BenchmarkConfig, [])
     assert config.rollouts
     assert config.steps
 

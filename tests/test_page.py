@@ -276,7 +276,7 @@ def contrast(a: str, b: str) -> float:
 
 
 def test_text_has_the_contrast_that_wcag_asks_for() -> None:
-    style = (files("rl_lora") / "page_assets" / "page.css").read_text()
+    style = (files("rl_lora.report") / "page_assets" / "page.css").read_text()
     schemes = [
         dict(re.findall(r"--([\w-]+): (#\w{6})", block)) for block in re.findall(r":root \{(.*?)\}", style, re.S)
     ]

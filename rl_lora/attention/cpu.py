@@ -1,4 +1,4 @@
-"""Attention on a tree of spans in C++ of our own (`cpu_tree_attention.cpp`), in float32 on a CPU.
+"""Attention on a tree of spans in C++ of our own (`kernels/tree_attention.cpp`), in float32 on a CPU.
 
 By torch it is a dozen passes over padded copies of queries, keys and scores; here every product is of what is needed,
 where it lies, and scores stay in the cache. Left out: trees that go on from keys and values that are there already.

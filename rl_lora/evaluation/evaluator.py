@@ -19,8 +19,10 @@ from accelerate import PartialState
 from rich.progress import Progress
 from rich.text import Text
 
-from rl_lora.evaluation.candidates import BASE, differences, is_unfinished, named, stand_ins, step_of
 from rl_lora.config import EvaluateConfig, EvaluationSettings
+from rl_lora.evaluation.candidates import BASE, differences, is_unfinished, named, stand_ins, step_of
+from rl_lora.evaluation.run_task import whose_task
+from rl_lora.evaluation.sample_store import Key, SampleStore, content_hash, sample_of
 from rl_lora.lora.adapter import Adapter
 from rl_lora.lora.peft_io import base_of, load_adapter
 from rl_lora.metrics.collapse import reply_warning
@@ -34,9 +36,7 @@ from rl_lora.rollout.environments import held_out
 from rl_lora.rollout.given import with_given
 from rl_lora.rollout.problems import check_problems
 from rl_lora.rollout.worker import MakeEnv, Plays, RolloutWorker
-from rl_lora.evaluation.run_task import whose_task
 from rl_lora.sampler.native import NativeSampler
-from rl_lora.evaluation.sample_store import Key, SampleStore, content_hash, sample_of
 from rl_lora.system import files
 from rl_lora.system import finite_json as json
 from rl_lora.system.terminal import Terminal, in_line

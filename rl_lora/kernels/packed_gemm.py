@@ -1,4 +1,4 @@
-"""Products of few rows with a weight that never changes, in C++ of our own (`few_rows.cpp`), for decoding on a CPU.
+"""Products of few rows with a weight that never changes, in C++ of our own (`packed_gemm.cpp`), for decoding on a CPU.
 
 A decoding step waits for weights to come from memory. Here they are read in the order in which they lie, and in half
 the bytes where bfloat16 holds them exactly, as it does those of most models; sums are in float32 all the same.

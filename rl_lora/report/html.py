@@ -71,7 +71,7 @@ def write(page: str, path: Path) -> None:
 
 
 def render(**parts: Any) -> str:
-    assets = files("rl_lora") / "page_assets"
+    assets = files("rl_lora.report") / "page_assets"
     style = (assets / "page.css").read_text(encoding="utf-8")
     script = "".join((assets / name).read_text(encoding="utf-8") for name in ("charts.js", "page.js"))
     environment = jinja2.Environment(

@@ -21,7 +21,7 @@ def next_command(config: TrainConfig, adapter: str) -> str:
 def evaluate_command() -> list[str]:
     """The words that start an evaluation here: the clone's script, or what is installed beside this command."""
     started, name = Path(sys.argv[0]), "rl-lora-evaluate"
-    script = Path(__file__).resolve().parents[1] / "scripts" / "evaluate.py"
+    script = (Path(__file__).parents[1] / "scripts").resolve() / "evaluate.py"
     if not started.name.startswith("rl-lora-") and (script.parents[1] / "setup.cfg").is_file():
         return [_python(), _shown(script)]
     beside = started if started.name.startswith("rl-lora-") else Path(sys.executable)

@@ -1,7 +1,7 @@
 """A trained adapter in other people's hands: do PEFT, transformers and vLLM give the replies that are given here?
 
-`python scripts/compare_loaders.py --adapter runs/x`, greedy, on held-out problems. PEFT comes with what the tests need
-(`pip install peft`); vLLM works in an environment of its own (`make peers`), and is left out where that is not there.
+`python scripts/benchmarks/compare_loaders.py --adapter runs/x`, greedy, on held-out problems. PEFT comes with what the
+tests need (`pip install peft`); vLLM works in an environment of its own (`make peers`), and is left out where that is not there.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # also when the package is not installed
+sys.path.insert(0, str(Path(__file__).parents[2]))  # also when the package is not installed
 
 import torch
 from rich.console import Console
@@ -29,8 +29,8 @@ from rl_lora.policy.policy import Policy
 from rl_lora.rollout.environments import held_out
 from rl_lora.sampler.native import NativeSampler
 from rl_lora.sampler.protocol import Request
+from rl_lora.scripts.benchmarks.peer_process import Peers
 from rl_lora.scripts.command import main as command
-from rl_lora.scripts.peer_process import Peers
 
 Replies = list[list[int]]
 

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # also when the package is not installed
+sys.path.insert(0, str(Path(__file__).parents[2]))  # also when the package is not installed
 
 import torch
 from rich.table import Table
@@ -31,7 +31,7 @@ from rl_lora.system.terminal import Terminal
 
 NOISE = 1e-3
 """Standard deviation of B: enough for other replies than the base's, and not for noise."""
-EVALUATE = Path(__file__).parent / "evaluate.py"
+EVALUATE = Path(__file__).parents[1] / "evaluate.py"
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Where our verdicts and Math-Verify's differ, and who is right.
 
-`python scripts/compare_math_verify.py --files math500.jsonl gsm8k_test.jsonl`: each reference in several dresses
-(right) and beside near misses (wrong), so the right verdict is known by construction. Math-Verify is called as its
+`python scripts/benchmarks/compare_math_verify.py --files math500.jsonl gsm8k_test.jsonl`: each reference in
+several dresses (right) and beside near misses (wrong), so the right verdict is known by construction. Math-Verify is called as its
 README says: with its time-outs, and formulas as references between dollars.
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # also when the package is not installed
+sys.path.insert(0, str(Path(__file__).parents[2]))  # also when the package is not installed
 
 from rl_lora.config import expand_home
 from rl_lora.rewards import Outcome, verify

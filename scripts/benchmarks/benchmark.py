@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # also when the package is not installed
+sys.path.insert(0, str(Path(__file__).parents[2]))  # also when the package is not installed
 
 import torch
 from rich.table import Table
@@ -23,11 +23,11 @@ import rl_lora.envs  # noqa: F401  registers the environments
 from rl_lora.config import LearnerConfig, ModelConfig, expand_home
 from rl_lora.learner.learner import Learner
 from rl_lora.policy import loading
-from rl_lora.scripts.breakdown import Part, breakdown, breakdown_table
+from rl_lora.scripts.benchmarks.breakdown import Part, breakdown, breakdown_table
+from rl_lora.scripts.benchmarks.measurements import Bench, Shape, shape
+from rl_lora.scripts.benchmarks.peer_process import Figures, Peers
+from rl_lora.scripts.benchmarks.peers import PEERS
 from rl_lora.scripts.command import main as command
-from rl_lora.scripts.measurements import Bench, Shape, shape
-from rl_lora.scripts.peer_process import Figures, Peers
-from rl_lora.scripts.peers import PEERS
 from rl_lora.system.terminal import Terminal, in_line
 
 LAST = 3

@@ -24,8 +24,8 @@ from rl_lora.rollout.environments import environment
 from rl_lora.rollout.worker import RolloutWorker
 from rl_lora.sampler.native import NativeSampler
 from rl_lora.sampler.protocol import Request
-from rl_lora.scripts.peer_process import Figures
-from rl_lora.scripts.peers import Meter
+from rl_lora.scripts.benchmarks.peer_process import Figures
+from rl_lora.scripts.benchmarks.peers import Meter
 from rl_lora.trainer.trainer import no_accelerator
 from rl_lora.types import Episode, Group, Stop, Turn
 

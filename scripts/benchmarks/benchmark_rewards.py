@@ -1,6 +1,6 @@
 """What a slow reward costs: training steps with a free one, one that sleeps and one that awaits, in turns.
 
-    python scripts/benchmark_rewards.py [--seconds 0.2] [--rounds 3]
+    python scripts/benchmarks/benchmark_rewards.py [--seconds 0.2] [--rounds 3]
 
 The rewards give the same numbers, so all three learn the same.
 """
@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # also when the package is not installed
+sys.path.insert(0, str(Path(__file__).parents[2]))  # also when the package is not installed
 
 import rl_lora.envs  # noqa: F401  registers the environments
 from rl_lora.config import EvalConfig, LogConfig, ModelConfig, RolloutConfig, TrainConfig

@@ -1,7 +1,7 @@
 """The same model, adapter and prompts here and in lm-evaluation-harness: do both give the same verdicts?
 
-`python scripts/compare_lm_eval.py --adapter runs/x/adapter --path gsm8k_test.jsonl`, with the harness in an environment
-of its own (`make lm-eval`). Greedy, the task of the harness's gsm8k: its metric, and the last number of the reply
+`python scripts/benchmarks/compare_lm_eval.py --adapter runs/x/adapter --path gsm8k_test.jsonl`, with the harness in an
+environment of its own (`make lm-eval`). Greedy, the task of the harness's gsm8k: its metric, and the last number of the reply
 ("flexible-extract"). Every difference is shown, with what each side read.
 """
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # also when the package is not installed
+sys.path.insert(0, str(Path(__file__).parents[2]))  # also when the package is not installed
 
 import yaml
 

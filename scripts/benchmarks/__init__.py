@@ -1,0 +1,1 @@
+"""All that measures: speed, memory, and comparisons with other projects."""
