@@ -28,8 +28,8 @@ import rl_lora.envs  # noqa: F401  registers the environments
 from rl_lora import EvaluateConfig, Policy, evaluate, save_adapter
 from rl_lora.config import EnvConfig, ModelConfig, TrainConfig
 from rl_lora.trainer.trainer import train
-from tests.test_trainer import adapter_hash, evals, tiny_config, without_times
 from tests.tiny import randomize, tiny_folder
+from tests.trainer.test_trainer import adapter_hash, evals, tiny_config, without_times
 
 DIED = 77
 TASK = {"reward": "tests.tiny_reward:voting", "template": "{a}+{b}", "digits": 2}

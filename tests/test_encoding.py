@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests import ROOT
+
 SOURCES = sorted(p for folder in ("rl_lora", "envs", "rewards", "scripts") for p in (ROOT / folder).rglob("*.py"))
 
 

@@ -1,8 +1,8 @@
 """The same model, adapter and prompts here and in lm-evaluation-harness: do both give the same verdicts?
 
 `python scripts/benchmarks/compare_lm_eval.py --adapter runs/x/adapter --path gsm8k_test.jsonl`, with the harness in an
-environment of its own (`make lm-eval`). Greedy, the task of the harness's gsm8k: its metric, and the last number of the reply
-("flexible-extract"). Every difference is shown, with what each side read.
+environment of its own (`make lm-eval`). Greedy, the task of the harness's gsm8k: its metric, and the last number of the
+reply ("flexible-extract"). Every difference is shown, with what each side read.
 """
 
 from __future__ import annotations

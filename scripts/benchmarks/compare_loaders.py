@@ -1,7 +1,8 @@
 """A trained adapter in other people's hands: do PEFT, transformers and vLLM give the replies that are given here?
 
 `python scripts/benchmarks/compare_loaders.py --adapter runs/x`, greedy, on held-out problems. PEFT comes with what the
-tests need (`pip install peft`); vLLM works in an environment of its own (`make peers`), and is left out where that is not there.
+tests need (`pip install peft`); vLLM works in an environment of its own (`make peers`), and is left out where
+that is not there.
 """
 
 from __future__ import annotations

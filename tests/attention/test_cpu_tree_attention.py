@@ -1,0 +1,248 @@
+"""Attention on a tree in C++, and its gradients, against a dense mask in float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from rl_lora.attention import cpu, padded
+from rl_lora.attention.shared_prefix import Options
+from rl_lora.attention.tree import Tree
+from rl_lora.kernels import native_code
+from tests.attention.test_attention import allowed, dense, walk
+from tests.vectors import VECTORS
+
+pytestmark = pytest.mark.skipif(cpu.library() is None, reason="GCC, and AVX2 or AVX-512 are not here")
+
+OPTIONS = [
+    Options(0.3),
+    Options(0.3, window=4),
+    Options(0.3, window=40),
+    Options(0.3, window=1 << 40),
+    Options(0.5, softcap=2.0),
+    Options(0.3, window=11, softcap=1.5, sinks=torch.linspace(-3, 2, 12)),
+]
+
+
+def long_walk(seed: int, n: int = 12) -> Tree:
+    """Some spans are a token long, and some longer than what is worked on at a time."""
+    rng = np.random.default_rng(seed)
+    spans = walk(rng, n)
+    lengths = [length * int(rng.choice([1, 1, 5, 12])) for _, length, _ in spans]
+    starts = np.cumsum([0, *lengths[:-1]]).tolist()
+    return Tree([(start, n, parent) for start, n, (_, _, parent) in zip(starts, lengths, spans, strict=True)])
+
+
+def random(
+    tree: Tree, seed: int, heads: int = 6, key_heads: int = 2, width: int = 32, value_width: int = 0
+) -> list[Tensor]:
+    """Queries, keys, values, and a gradient of what comes out; in the memory order that models make them in."""
+    g = torch.Generator().manual_seed(seed)
+    sizes = (heads, width), (key_heads, width), (key_heads, value_width or width), (heads, value_width or width)
+    return [torch.randn(1, tree.n_tokens, h, d, generator=g).transpose(1, 2) for h, d in sizes]
+
+
+def attend(tree: Tree, given: list[Tensor], options: Options) -> list[Tensor]:
+    """What comes out, and gradients of queries, keys and values."""
+    q, k, v, grad = given
+    q, k, v = inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+    assert cpu.serves(tree, q, k, v)
+    out = tree.attend(0, q, k, v, options)
+    return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
+
+
+def attend_exactly(tree: Tree, given: list[Tensor], options: Options) -> list[Tensor]:
+    q, k, v, grad = (x.double() for x in given)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    out = dense(q[0], k[0], v[0], allowed(tree, options.window), options)[None]
+    return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
+
+
+def of_heads(options: Options, heads: int) -> Options:
+    return options if options.sinks is None else replace(options, sinks=options.sinks[:heads])
+
+
+def assert_same(found: list[Tensor], exact: list[Tensor]) -> None:
+    for x, y in zip(found, exact, strict=True):
+        torch.testing.assert_close(x.double(), y, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("seed", range(6))
+def test_it_is_attention_and_so_are_its_gradients(options: Options, seed: int) -> None:
+    tree = long_walk(seed)
+    given, options = random(tree, seed), of_heads(options, 6)
+    assert_same(attend(tree, given, options), attend_exactly(tree, given, options))
+
+
+@pytest.mark.parametrize(
+    ("heads", "key_heads", "width", "value_width"), [(9, 3, 64, 0), (12, 1, 80, 0), (4, 4, 16, 48)]
+)
+@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[-1]])
+def test_heads_of_any_number_and_width(
+    options: Options, heads: int, key_heads: int, width: int, value_width: int
+) -> None:
+    tree, options = long_walk(7), of_heads(options, heads)
+    given = random(tree, 0, heads, key_heads, width, value_width)
+    assert_same(attend(tree, given, options), attend_exactly(tree, given, options))
+    contiguous = [x.contiguous() for x in given]  # in another memory order
+    for x, y in zip(attend(tree, contiguous, options), attend(tree, given, options), strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_it_is_the_same_whatever_the_number_of_threads(threads: int) -> None:
+    """To the bit from call to call; sums over queries are split differently, so other numbers of threads may round."""
+    tree, options = long_walk(3, 30), OPTIONS[0]
+    given, before = random(tree, 0), torch.get_num_threads()
+    expected = attend(tree, given, options)
+    try:
+        torch.set_num_threads(threads)
+        found, again = attend(tree, given, options), attend(tree, given, options)
+    finally:
+        torch.set_num_threads(before)
+    for x, y, z in zip(found, again, expected, strict=True):
+        assert torch.equal(x, y)
+        torch.testing.assert_close(x, z, atol=1e-5, rtol=1e-5)
+    assert torch.equal(found[0], expected[0])
+
+
+def test_a_single_token_sees_itself() -> None:
+    tree = Tree([(0, 1, -1)])
+    given = random(tree, 0)
+    out, dq, dk, dv = attend(tree, given, Options(1.0))
+    torch.testing.assert_close(out, given[2].repeat_interleave(3, 1))
+    assert not dq.any()
+    assert not dk.any()
+    torch.testing.assert_close(dv, given[3].unflatten(1, (2, 3)).sum(2))
+
+
+def test_what_has_become_of_one_tree_does_not_reach_another() -> None:
+    """Not finite numbers either: it may be another adapter's."""
+    tree, options = Tree([(0, 5, -1), (5, 7, 0), (12, 3, -1), (15, 9, 2), (24, 2, -1)]), OPTIONS[0]
+    given = random(tree, 1)
+    expected = attend(tree, given, options)
+    for x in given:
+        x[:, :, 12:24] = torch.nan
+    for x, y in zip(attend(tree, given, options), expected, strict=True):
+        assert torch.equal(x[:, :, :12], y[:, :, :12])
+        assert torch.equal(x[:, :, 24:], y[:, :, 24:])
+        assert x[:, :, 12:24].isnan().all()
+
+
+@pytest.mark.parametrize("scaling", [300.0, -300.0])
+def test_scores_of_any_size_make_probabilities(scaling: float) -> None:
+    tree = long_walk(2)
+    q, k, v, grad = random(tree, 2)
+    v = torch.ones_like(v)
+    out, *gradients = attend(tree, [q, k, v, grad], Options(scaling))
+    torch.testing.assert_close(out, torch.ones_like(out))
+    assert all(x.isfinite().all() for x in gradients)
+
+
+@pytest.mark.parametrize("offset", [-1000.0, -300.0, -88.7, 88.7, 1000.0])
+def test_what_all_scores_have_in_common_changes_nothing(offset: float) -> None:
+    """A large bias of the keys is not rare: errors stay about as small as torch's, also where lanes have no query."""
+    tree, options = Tree([(0, 5, -1), (5, 30, 0), (35, 2, 0)]), Options(1.0)
+    given = random(tree, 0)
+    given[0][..., 0], given[1][..., 0] = 1, offset
+    exact = attend_exactly(tree, given, options)
+    q, k, v = inputs = [x.detach().requires_grad_() for x in given[:3]]
+    out = padded.own(tree, q, k, v, options)
+    by_torch = [out.detach(), *torch.autograd.grad(out, inputs, given[3])]
+    for x, y, z in zip(attend(tree, given, options), by_torch, exact, strict=True):
+        error, usual = ((found - z).abs().max() for found in (x, y))
+        assert error <= 3 * usual + 1e-6 * z.abs().max()
+
+
+@pytest.mark.parametrize("n_tokens", [1, 2, 3, 50])
+def test_lanes_without_a_query_leave_no_trace(n_tokens: int) -> None:
+    """Wherever a score that they do not have would lie beside those of the others."""
+    tree = Tree([(0, n_tokens, -1)])
+    given = random(tree, 0, width=16)
+    given[0][..., 0] = 1
+    for offset in torch.arange(-200, 200, 0.5).tolist():
+        given[1][..., 0] = offset
+        assert all(x.isfinite().all() for x in attend(tree, given, Options(1.0)))
+
+
+def test_parts_of_the_queries_keep_threads_busy_and_are_few() -> None:
+    for threads in range(1, 130):
+        for key_heads in (1, 2, 3, 4, 8, 12, 32):
+            parts = cpu.parts_of(threads, key_heads)
+            rounds = -(-parts * key_heads // threads)
+            assert threads * rounds <= 1.1 * parts * key_heads
+    assert [cpu.parts_of(*x) for x in ((1, 3), (2, 3), (2, 8), (64, 8), (63, 8))] == [1, 2, 1, 8, 15]
+
+
+@pytest.mark.parametrize("flag", [flag for _, flag in VECTORS])
+def test_vectors_of_other_processors(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu.library.cache_clear()
+    monkeypatch.setattr(native_code, "FLAGS", [*native_code.FLAGS, flag])
+    try:
+        for seed, width in ((4, 32), (5, 48)):  # a number of whole panels, and not
+            tree = long_walk(seed)
+            given, options = random(tree, seed, width=width), of_heads(OPTIONS[3 - seed], 6)
+            assert_same(attend(tree, given, options), attend_exactly(tree, given, options))
+    finally:
+        cpu.library.cache_clear()
+
+
+def test_what_it_does_not_serve_is_left_to_torch() -> None:
+    tree = long_walk(0)
+    q, k, v, _ = random(tree, 0)
+    serves = cpu.serves
+    assert serves(tree, q, k, v)
+    for other in (torch.float64, torch.bfloat16, torch.device("meta")):
+        assert not serves(tree, q.to(other), k.to(other), v.to(other))
+    no_walk = Tree([(0, 2, -1), (2, 2, -1), (4, 1, 0)])
+    assert not serves(no_walk, *random(no_walk, 0)[:3])
+    assert not serves(tree, q[:, :5], k, v)
+    assert not serves(tree, q, k, v[:, :1])
+    assert not serves(tree, q, k[:, :, 1:], v[:, :, 1:])
+    assert not serves(tree, q, k[..., :16], v)
+    assert not serves(tree, *(torch.cat([x, x], 0) for x in (q, k, v)))
+    assert not serves(tree, *(torch.cat([x, x], 2) for x in (q, k, v)))
+    q, k, v = (x[..., :12] for x in (q, k, v))
+    assert not serves(tree, q, k, v)
+    assert torch.equal(tree.attend(0, q, k, v, OPTIONS[1]), padded.own(tree, q, k, v, OPTIONS[1]))
+
+
+def test_without_the_code_it_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    tree, options = long_walk(5), OPTIONS[1]
+    q, k, v, _ = random(tree, 5)
+    ours = tree.attend(0, q, k, v, options)
+    monkeypatch.setattr(cpu, "library", lambda: None)
+    theirs = tree.attend(0, q, k, v, options)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("(load(&of_scores[i]) - mean)", "load(&of_scores[i])"),  # gradients of probabilities, not of scores
+        ("if (call.window) seen &=", "if (false) seen &="),
+        ("token[half] < int32_t(call.end[key])", "token[half] >= 0"),  # siblings
+    ],
+)
+def test_code_that_computes_something_else_is_not_used(
+    right: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, header = cpu.SOURCE, cpu.SOURCE.with_name("vectors.h")
+    text = source.read_text()
+    assert right in text
+    (tmp_path / header.name).write_text(header.read_text())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cpu, "SOURCE", tmp_path / source.name)
+    try:
+        for version, is_right in ((text, True), (text.replace(right, wrong), False)):
+            cpu.SOURCE.write_text(version)
+            cpu.library.cache_clear()
+            assert (cpu.library() is not None) == is_right
+    finally:
+        cpu.library.cache_clear()
