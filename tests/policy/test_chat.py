@@ -11,7 +11,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, PreTrainedTo
 
 from rl_lora.policy import loading
 from rl_lora.policy.chat import Chat
-from rl_lora.policy.default_model import EMBEDDED_MODEL, default_model_folder, is_complete
+from rl_lora.policy.default_model import default_model_folder, is_complete
+from rl_lora.system.model_names import EMBEDDED_MODEL
 from tests.tiny import EOS, EOS_ID, PAD_ID, tiny_tokenizer
 
 

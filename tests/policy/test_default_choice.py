@@ -21,10 +21,10 @@ from rl_lora.config import EvaluateConfig, ModelConfig, TrainConfig
 from rl_lora.evaluation.evaluator import evaluate
 from rl_lora.lora.peft_io import base_of, load_adapter, save_adapter
 from rl_lora.policy import default_choice
-from rl_lora.policy.default_choice import DEFAULT_MODEL, HUB_MODEL, settled
-from rl_lora.policy.default_model import EMBEDDED_MODEL
+from rl_lora.policy.default_choice import settled
 from rl_lora.policy.loading import resolve_model
 from rl_lora.policy.policy import Policy
+from rl_lora.system.model_names import DEFAULT_MODEL, EMBEDDED_MODEL, HUB_MODEL
 from rl_lora.trainer.run_folder import check_run_dir, with_base
 from rl_lora.trainer.trainer import train
 from tests.tiny import randomize, tiny_folder
