@@ -19,15 +19,15 @@ help: ## list these targets
 setup: $(VENV)/.setup ## make .venv and install rl_lora with the versions of constraints.txt
 
 demo: setup ## train the default model on arithmetic, evaluate, show what was learned (continues in runs/demo)
-	$(VENV)/bin/python scripts/train.py --run_dir runs/demo --resume true
+	$(VENV)/bin/rl-lora train --run_dir runs/demo --resume true
 
 # The base of the README's figures, the same on every machine.
 FIGURES := --model.name smollm2-135m-q4
 
 seeds: setup ## three seeds and a control with shuffled rewards, then one table (the figures of the README)
-	for seed in 0 1 2; do $(VENV)/bin/python scripts/train.py $(FIGURES) --run_dir runs/seed$$seed --seed $$seed --resume true || exit 1; done
-	$(VENV)/bin/python scripts/train.py $(FIGURES) --run_dir runs/shuffled --shuffle_rewards true --resume true
-	$(VENV)/bin/python scripts/evaluate.py --adapters runs/seed0 runs/seed1 runs/seed2 runs/shuffled
+	for seed in 0 1 2; do $(VENV)/bin/rl-lora train $(FIGURES) --run_dir runs/seed$$seed --seed $$seed --resume true || exit 1; done
+	$(VENV)/bin/rl-lora train $(FIGURES) --run_dir runs/shuffled --shuffle_rewards true --resume true
+	$(VENV)/bin/rl-lora evaluate --adapters runs/seed0 runs/seed1 runs/seed2 runs/shuffled
 
 # Word problems from reasoning-gym; a fifth of the questions is held out. RL draws other seeds than its demonstrations did.
 LEGS := $(FIGURES) --env.id rl_lora/ReasoningGym-v0 --env.kwargs '{dataset: leg_counting, \
@@ -38,20 +38,20 @@ LEGS_RUN := $(LEGS) --rollout.max_tokens 24 --eval.episodes 400 --resume true
 
 legs: $(VENV)/.reasoning-gym ## warm start, then RL, on word problems: three seeds, a control, table and curve (continues in runs/legs-*)
 	for seed in 0 1 2; do \
-		$(VENV)/bin/python scripts/sft.py --run_dir runs/legs-sft$$seed --seed $$seed $(LEGS_SFT) $(LEGS_RUN) && \
-		$(VENV)/bin/python scripts/train.py --run_dir runs/legs-rl$$seed --seed 1$$seed \
+		$(VENV)/bin/rl-lora sft --run_dir runs/legs-sft$$seed --seed $$seed $(LEGS_SFT) $(LEGS_RUN) && \
+		$(VENV)/bin/rl-lora train --run_dir runs/legs-rl$$seed --seed 1$$seed \
 			--adapter.init_from runs/legs-sft$$seed/adapter $(LEGS_RL) $(LEGS_RUN) || exit 1; done
-	$(VENV)/bin/python scripts/train.py --run_dir runs/legs-shuffled --seed 10 --shuffle_rewards true \
+	$(VENV)/bin/rl-lora train --run_dir runs/legs-shuffled --seed 10 --shuffle_rewards true \
 		--adapter.init_from runs/legs-sft0/adapter $(LEGS_RL) $(LEGS_RUN)
-	$(VENV)/bin/python scripts/evaluate.py $(LEGS) --max_tokens 24 --limit 400 --out runs/legs-evaluation \
+	$(VENV)/bin/rl-lora evaluate $(LEGS) --max_tokens 24 --limit 400 --out runs/legs-evaluation \
 		--adapters runs/legs-sft? runs/legs-rl? runs/legs-shuffled
-	$(VENV)/bin/python scripts/evaluate.py $(LEGS) --max_tokens 128 --limit 100 --out runs/legs-base
-	$(VENV)/bin/python scripts/plot.py --runs runs/legs-sft? runs/legs-rl? runs/legs-shuffled --out runs/legs.png
+	$(VENV)/bin/rl-lora evaluate $(LEGS) --max_tokens 128 --limit 100 --out runs/legs-base
+	$(VENV)/bin/rl-lora plot --runs runs/legs-sft? runs/legs-rl? runs/legs-shuffled --out runs/legs.png
 
 benchmark: setup ## rollouts, learning and training steps on this machine: tokens/s, share of its peak, memory
-	$(VENV)/bin/python scripts/benchmarks/benchmark.py
+	$(VENV)/bin/rl-lora benchmark
 
-peers: $(VENV)-peers/.ready $(VENV)-vllm/.ready ## environments of TRL and vLLM, for scripts/benchmarks/benchmark.py --peer trl vllm
+peers: $(VENV)-peers/.ready $(VENV)-vllm/.ready ## environments of TRL and vLLM, for rl-lora benchmark --peer trl vllm
 
 lm-eval: $(VENV)-lm-eval/.ready ## environment of lm-evaluation-harness, for scripts/benchmarks/compare_lm_eval.py
 

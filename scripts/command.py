@@ -6,14 +6,15 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from rich.text import Text
 
 from rl_lora.scripts import signals
 from rl_lora.scripts.options import Config, parse
 from rl_lora.system.files import FileError
+from rl_lora.system.invocation import is_first_process
 from rl_lora.system.terminal import Terminal, guard
-from rl_lora.trainer.run_folder import is_first_process
 
 __all__ = ["main", "parse", "run"]
 USER_ERROR, FAILURE = 2, 1
@@ -54,7 +55,7 @@ def raised_by(error: BaseException) -> str:
     return str(traceback.tb_frame.f_globals.get("__name__", "")).partition(".")[0] if traceback else ""
 
 
-def main(config_type: type[Config], work: Callable[[Config], object], when_interrupted: str = "") -> None:
+def main(config_type: type[Config], work: Callable[[Config], object], when_interrupted: str = "") -> NoReturn:
     """A command: parse, work, exit."""
     signals.listen()
     guard()

@@ -6,13 +6,14 @@ Imported before the libraries that take seconds to import, in which Ctrl-C ends 
 from __future__ import annotations
 
 import os
-import shlex
 import signal
 import sys
 import threading
 import time
 from pathlib import Path
 from types import FrameType
+
+from rl_lora.system.invocation import COMMAND, PACKAGE
 
 UNDER_LAUNCHER = "TORCHELASTIC_RUN_ID" in os.environ
 """Whether this process was started by torchrun, or by accelerate, which calls it."""
@@ -78,31 +79,11 @@ def ended_by(error: KeyboardInterrupt) -> int:
     return code
 
 
-def goes_on(*options: str) -> str:
-    """What to say of a command that was interrupted: this command again, with these options where it lacks them."""
-    program = Path(sys.argv[0])
-    here, python = Path.cwd(), Path(sys.executable)
-    name = [program.name]
-    if program.suffix == ".py":
-        name = [str(python.relative_to(here)) if python.is_relative_to(here) else "python", sys.argv[0]]
-    more = () if list(options) == ["--resume", "true"] and _resumes(sys.argv[1:]) else options
-    return f"; this goes on from there: {shlex.join([*name, *sys.argv[1:], *more])}"
-
-
-def _resumes(args: list[str]) -> bool:
-    given = [i for i, arg in enumerate(args) if arg.partition("=")[0] == "--resume"]
-    if not given:
-        return False
-    _, equals, value = args[given[-1]].partition("=")
-    following = args[given[-1] + 1 :][:1]
-    value = value if equals else (following[0] if following and not following[0].startswith("-") else "true")
-    return value.lower() in ("true", "yes", "on")
-
-
 def _is_command() -> bool:
     """Whether this program is one of ours, and has not just imported it."""
-    main = Path(getattr(sys.modules.get("__main__"), "__file__", None) or "")
-    return main.parent.resolve() == Path(__file__).parent.resolve() or main.name.startswith("rl-lora-")
+    main = Path(getattr(sys.modules.get("__main__"), "__file__", None) or "").resolve()
+    scripts = Path(__file__).parent.resolve()
+    return main.is_relative_to(scripts) or main == PACKAGE / "__main__.py" or main.stem == COMMAND
 
 
 def _quietly(number: int, frame: FrameType | None) -> None:

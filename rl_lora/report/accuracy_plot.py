@@ -1,43 +1,22 @@
-"""Held-out accuracy of several runs in one picture: `python scripts/plot.py --runs runs/a runs/b`.
+"""Held-out accuracy of several runs in one picture.
 
 Reads what the runs wrote, and no model. A run that goes on from another one's adapter is drawn behind it.
 """
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # also when the package is not installed
-
-import rl_lora.scripts.signals  # noqa: F401  first: the other imports take seconds
-
-# isort: split
 import yaml
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from rl_lora.config import expand_home
 from rl_lora.metrics.records import MetricsFile, Record
-from rl_lora.scripts.command import main as command
 from rl_lora.system.terminal import say
 
 DASHES = ("-", "--", "-.")
-
-
-@dataclass
-class PlotConfig:
-    """Draw the held-out accuracy of runs over their steps, with 95 % intervals."""
-
-    runs: list[str] = field(default_factory=list)
-    """Run folders. One whose adapter.init_from is another one's adapter starts where that one ended."""
-    out: str = "accuracy.png"
-    """The picture: .png, .svg or .pdf."""
-
-    def __post_init__(self) -> None:
-        expand_home(self, "runs", "out")
 
 
 @dataclass(frozen=True)
@@ -60,17 +39,16 @@ class Curve:
         return (self.folder, *self.before)[-1].resolve()
 
 
-def run(config: PlotConfig) -> Path:
-    """Read the runs, write the picture. Raises ValueError where there is nothing to draw."""
-    if not config.runs:
-        raise ValueError("name the folders of runs: --runs runs/a runs/b")
-    out, figure = Path(config.out), draw([curve_of(Path(path)) for path in config.runs])
+def plot_accuracy(runs: list[str], out: str) -> None:
+    """Read the runs, write the picture and name it. Raises ValueError where there is nothing to draw."""
+    if not runs:
+        raise ValueError("name the folders of runs, such as runs/a runs/b")
+    figure = draw([curve_of(Path(path)) for path in runs])
     try:
         figure.savefig(out, dpi=150)
     except OSError as error:
         raise ValueError(f"cannot write {out}: {error}") from error
     say(out)
-    return out
 
 
 def curve_of(folder: Path) -> Curve:
@@ -136,11 +114,3 @@ def draw(curves: list[Curve]) -> Figure:
     axes.grid(alpha=0.3)
     axes.legend(loc="best", fontsize="small")
     return figure
-
-
-def main() -> None:
-    command(PlotConfig, run)
-
-
-if __name__ == "__main__":
-    main()

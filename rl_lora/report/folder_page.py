@@ -1,28 +1,33 @@
-"""Write report.html into the folder of a training run, also while it is going on, or of an evaluation:
-`python scripts/report.py runs/NAME`."""
+"""The page of a folder: of a training run, also while it is going on, or of an evaluation."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # also when the package is not installed
-
-import rl_lora.scripts.signals
-
-# isort: split
-import rl_lora
 from rl_lora.report.html import evaluation_page, lines, write
 from rl_lora.report.training_page import training_page
-from rl_lora.scripts.command import run
 from rl_lora.system.files import FileError, read_json
-from rl_lora.system.terminal import guard, say
+from rl_lora.system.terminal import say
 
 
-def report(folder: Path, page: Path | None = None) -> None:
+def write_reports(folders: list[str], out: str | None = None) -> None:
+    """Write the page of each folder into it, or the page of one folder to `out`; name what was written.
+
+    Raises:
+        ValueError: there is nothing to report of, or several pages for one file.
+        FileError: a page cannot be written.
+    """
+    if not folders:
+        raise ValueError("name the folders of runs or evaluations, such as runs/first")
+    if out is not None and len(folders) > 1:
+        raise ValueError(f"--out is for the page of one folder, got {len(folders)} folders")
+    for folder in folders:
+        write_report(Path(folder), None if out is None else Path(out))
+
+
+def write_report(folder: Path, page: Path | None = None) -> None:
     """Write the page of a folder, by default into it. Raises ValueError where there is nothing to report of, FileError
     where the page cannot be written."""
     evaluation, page = folder / "results.json", page or folder / "report.html"
@@ -50,31 +55,3 @@ def samples_by_row(results: dict[str, Any], samples: Iterable[dict[str, Any]]) -
     for sample in samples:
         for name in rows_of[sample["adapter_hash"]]:
             yield sample | {"adapter": name}
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong as the other commands do."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; --help shows all options")
-
-
-def main() -> None:
-    guard()
-    parser = Parser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="runs/NAME, or an evaluation's folder")
-    parser.add_argument("--out", metavar="FILE", help="the page of one folder; by default report.html in it")
-    parser.add_argument("--version", action="version", version=f"rl_lora {rl_lora.__version__}")
-
-    def work() -> None:
-        given = parser.parse_args()
-        if given.out is not None and len(given.folders) > 1:
-            raise ValueError(f"--out is for the page of one folder, got {len(given.folders)} folders")
-        for folder in given.folders:
-            report(Path(folder).expanduser(), None if given.out is None else Path(given.out).expanduser())
-
-    sys.exit(run(work))
-
-
-if __name__ == "__main__":
-    main()

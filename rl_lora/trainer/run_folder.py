@@ -8,22 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import get_int_from_env
-
 from rl_lora.config import TrainConfig, differences, flatten, validate
 from rl_lora.lora.peft_io import base_of
 from rl_lora.policy.default_choice import settled
 from rl_lora.system import files
+from rl_lora.system.invocation import is_first_process
 from rl_lora.system.model_names import DEFAULT_MODEL, EMBEDDED_MODEL, HUB_MODEL, canonical
 from rl_lora.trainer.checkpoint import Checkpoint, Checkpoints
 from rl_lora.trainer.task import task_changes, task_record
 
 FILES = ("config.yaml", "metrics.jsonl", "adapter", "summary.json", "reward.png", "report.html")
-
-
-def is_first_process() -> bool:
-    """Whether this is rank 0, or the only process; known before the processes speak to each other."""
-    return get_int_from_env(["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"], 0) == 0
 
 
 @contextmanager

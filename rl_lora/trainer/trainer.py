@@ -37,6 +37,7 @@ from rl_lora.rollout.worker import RolloutWorker
 from rl_lora.sampler.native import NativeSampler
 from rl_lora.system.files import FileError, check_writable, write_text, writing
 from rl_lora.system.interrupts import later
+from rl_lora.system.invocation import is_first_process
 from rl_lora.system.plain_yaml import dump
 from rl_lora.trainer.checkpoint import Checkpoint, Checkpoints, random_state
 from rl_lora.trainer.preflight import preflight
@@ -46,7 +47,6 @@ from rl_lora.trainer.run_folder import (
     clear_left_overs,
     held,
     holds_run,
-    is_first_process,
     with_base,
 )
 from rl_lora.trainer.task import model_changes, model_record, task_record

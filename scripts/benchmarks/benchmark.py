@@ -9,64 +9,26 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
-
-sys.path.insert(0, str(Path(__file__).parents[2]))  # also when the package is not installed
 
 import torch
 from rich.table import Table
 from rich.text import Text
 
 import rl_lora.envs  # noqa: F401  registers the environments
-from rl_lora.config import LearnerConfig, ModelConfig, expand_home
+from rl_lora.config import LearnerConfig
 from rl_lora.learner.learner import Learner
 from rl_lora.policy import loading
 from rl_lora.scripts.benchmarks.breakdown import Part, breakdown, breakdown_table
 from rl_lora.scripts.benchmarks.measurements import Bench, Shape, shape
 from rl_lora.scripts.benchmarks.peer_process import Figures, Peers
 from rl_lora.scripts.benchmarks.peers import PEERS
-from rl_lora.scripts.command import main as command
+from rl_lora.scripts.configs import BenchmarkConfig
 from rl_lora.system.terminal import Terminal, in_line
 
 LAST = 3
 """Rounds at the end whose reward is shown apart: what was learned by then."""
-
-
-@dataclass
-class BenchmarkConfig:
-    """Measure rollouts, learning and steps: tokens/s, share of the machine's matrix-product peak, peak memory."""
-
-    model: ModelConfig = field(default_factory=ModelConfig)
-    random: Literal["llama-135m", "llama-1b", "llama-8b"] | None = None
-    """Random weights in the shape of a known model, in place of the model's own: cost depends on the shape alone."""
-    rollouts: list[str] = field(default_factory=lambda: ["8x8x32", "32x8x16"])
-    """Prompts x completions x tokens; no completion ends early. The learner then learns from them."""
-    steps: list[str] = field(default_factory=lambda: ["16x8x16", "8x8x128"])
-    """Prompts x completions x at most so many tokens: whole training steps on two-digit additions."""
-    peer: list[str] = field(default_factory=list)
-    """Others to measure in turns: trl (steps); transformers, transformers-continuous, vllm (rollouts, which these draw
-    from the bare base)."""
-    peer_python: str = ".venv-peers/bin/python"
-    """Interpreter of the environment that holds trl, peft and transformers."""
-    vllm_python: str = ".venv-vllm/bin/python"
-    """Interpreter of the environment that holds vllm."""
-    peer_dtype: Literal["float32", "bfloat16"] | None = None
-    """Of the peers' base and activations; by default that of ours."""
-    rounds: int = 3
-    """Times that each side is measured, after one for warming up."""
-    rank: int = 1
-    """Of the adapter."""
-    seed: int = 0
-    """Of problems, adapters and draws, of peers too."""
-    breakdown: bool = False
-    """Show where the time of rollouts and learning goes, by kind of work, after the rounds; slower than they are."""
-    out: str = "benchmark.json"
-    """File for all figures of all rounds."""
-
-    def __post_init__(self) -> None:
-        expand_home(self, "peer_python", "vllm_python", "out")
 
 
 def run(config: BenchmarkConfig) -> Figures:
@@ -243,11 +205,3 @@ def step_table(figures: Figures) -> Table:
 
 def gib(n: float) -> str:
     return f"{n / 2**30:.2f} GiB"
-
-
-def main() -> None:
-    command(BenchmarkConfig, run)
-
-
-if __name__ == "__main__":
-    main()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import rl_lora.envs  # noqa: F401
 from rl_lora import EvaluateConfig, Policy, evaluate, save_adapter, train
 from rl_lora.config import EnvConfig, EvaluationSettings, ModelConfig, TrainConfig, flatten
 from rl_lora.evaluation.run_task import OF_RUN, whose_task
-from rl_lora.report.next_command import evaluate_command, next_command
+from rl_lora.report.next_command import next_command
 from rl_lora.scripts.options import parse
 from rl_lora.trainer.trainer import tracker_kwargs
 from tests import ROOT
@@ -147,22 +146,11 @@ def test_the_next_command_is_short_and_starts_where_it_is_printed(
     assert Path(script) == ROOT / "scripts" / "evaluate.py"
     assert Path(python).is_absolute() or Path(python).name == python
     monkeypatch.chdir(ROOT)
-    assert evaluate_command()[1] == "scripts/evaluate.py"
+    assert shlex.split(next_command(run, adapter))[1] == "scripts/evaluate.py"
 
 
 def max_rows(run: TrainConfig) -> list[str]:
     return [] if run.rollout.max_rows == 256 else ["--max_rows", str(run.rollout.max_rows)]
-
-
-@pytest.mark.parametrize("on_path", [True, False])
-def test_an_installed_command_names_an_installed_one(
-    on_path: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("rl-lora-train", "rl-lora-evaluate"):
-        (tmp_path / name).touch(mode=0o755)
-    monkeypatch.setattr(sys, "argv", [str(tmp_path / "rl-lora-train")])
-    monkeypatch.setenv("PATH", str(tmp_path) if on_path else "/nowhere")
-    assert evaluate_command() == ["rl-lora-evaluate" if on_path else str(tmp_path / "rl-lora-evaluate")]
 
 
 @pytest.mark.parametrize("config_type", [TrainConfig, EvaluateConfig])

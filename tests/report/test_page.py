@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-import rl_lora.scripts.report
+from rl_lora.report.folder_page import write_report
 from rl_lora.report.html import evaluation_page
 from tests.conftest import Open
 
@@ -301,7 +301,7 @@ def test_an_evaluation_is_reported_from_its_files_and_rows_of_the_same_weights_s
         sample["adapter"] = None if sample["adapter"] == names[0] else "an older name"
     (tmp_path / "results.json").write_text(json.dumps(results))
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in drawn))
-    rl_lora.scripts.report.report(tmp_path)
+    write_report(tmp_path)
     page = (tmp_path / "report.html").read_text()
     data = json.loads(re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[0])
     assert data["browser"]["rows"] == names

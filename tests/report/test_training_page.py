@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-import rl_lora.scripts.report
 from rl_lora.metrics.records import MetricsFile
+from rl_lora.report.folder_page import write_report
 from rl_lora.report.training_page import training_page
 from tests.conftest import Open
 from tests.report.test_page import seeds_shown
@@ -164,7 +164,7 @@ def test_a_run_is_reported_while_it_is_going_on(tmp_path: Path, capsys: pytest.C
         file.write('{"kind": "train", "st')  # being written
     with (run_dir / "evals" / "step-000005.jsonl").open("a") as file:
         file.write('{"seed": 4, "obser')
-    rl_lora.scripts.report.report(run_dir)
+    write_report(run_dir)
     page = (run_dir / "report.html").read_text()
     assert "Training run, not finished" in page
     assert "7 of 20" in page
@@ -173,9 +173,9 @@ def test_a_run_is_reported_while_it_is_going_on(tmp_path: Path, capsys: pytest.C
 
 def test_the_report_command_says_what_it_cannot_report(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not a folder"):
-        rl_lora.scripts.report.report(tmp_path / "nowhere")
+        write_report(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"metrics\.jsonl is not there"):
-        rl_lora.scripts.report.report(tmp_path)
+        write_report(tmp_path)
     (tmp_path / "results.json").write_text("{}")
     with pytest.raises(ValueError, match="older"):
-        rl_lora.scripts.report.report(tmp_path)
+        write_report(tmp_path)

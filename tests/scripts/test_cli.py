@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
-import rl_lora.scripts.evaluate
-import rl_lora.scripts.train
+import rl_lora
 from rl_lora.config import EvaluationSettings, TrainConfig, flatten
 from rl_lora.evaluation.candidates import named, other_task
+from rl_lora.scripts.cli import main
 from rl_lora.scripts.command import parse, run
 from rl_lora.trainer.trainer import train
 from tests import ROOT
@@ -35,13 +35,13 @@ class Result(NamedTuple):
 def command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., Result]:
-    """Calls a command's main with arguments, in an empty working directory."""
+    """Calls a subcommand with arguments, in an empty working directory."""
     monkeypatch.chdir(tmp_path)
 
-    def call(*args: str, main: Callable[[], None] = rl_lora.scripts.train.main) -> Result:
-        monkeypatch.setattr(sys, "argv", ["command", *args])
+    def call(*args: str, name: str = "train") -> Result:
+        monkeypatch.setattr(sys, "argv", ["rl-lora", *args])
         with pytest.raises(SystemExit) as exit:
-            main()
+            main(name)
         assert isinstance(exit.value.code, int)
         return Result(exit.value.code, *capsys.readouterr())
 
@@ -70,7 +70,7 @@ def fields_of(config_type: type[Any]) -> list[str]:
 
 
 def test_help_lists_every_option_with_its_explanation(command: Callable[..., Result]) -> None:
-    result = command("--help")
+    result = command("--help", "all")
     assert result.code == 0
     assert "Train a LoRA adapter on a causal language model by policy gradient." in result.out
     for name in fields_of(TrainConfig):
@@ -266,11 +266,11 @@ def test_an_interrupted_run_says_how_to_go_on_and_ends_with_code_130(
     def interrupted(config: TrainConfig) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(rl_lora.scripts.train, "train", interrupted)
+    monkeypatch.setattr(rl_lora, "train", interrupted)
     result = command()
     assert result.code == 130
     assert "interrupted" in result.err
-    assert result.err.strip().endswith("command --resume true")
+    assert result.err.strip().endswith("rl-lora train --resume true")
 
 
 def test_what_is_no_mistake_of_the_user_keeps_its_traceback() -> None:
@@ -286,7 +286,7 @@ def test_the_next_command_that_a_run_names_repeats_its_evaluation(
 ) -> None:
     python, script, *args = shlex.split(json.loads((Path(finished.run_dir) / "summary.json").read_text())["next"])
     assert (Path(python).name, script) == ("python", "scripts/evaluate.py")
-    result = command(*args, main=rl_lora.scripts.evaluate.main)
+    result = command(*args, name="evaluate")
     assert result.code == 0, result.err
     base, trained = json.loads(Path("evaluation/results.json").read_text())["rows"]
     before, after = metrics(Path(finished.run_dir), "eval")

@@ -18,14 +18,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import rl_lora
-import rl_lora.scripts.benchmarks.benchmark
 import rl_lora.scripts.benchmarks.benchmark_evaluate
 import rl_lora.scripts.benchmarks.compare_lm_eval
-import rl_lora.scripts.plot
-import rl_lora.scripts.report
 from rl_lora.config import EvaluateConfig, TrainConfig, flatten
-from rl_lora.scripts.options import options_of, parse
-from rl_lora.scripts.sft import SftConfig
+from rl_lora.scripts.cli import main
+from rl_lora.scripts.configs import BenchmarkConfig, PlotConfig, ReportConfig, SftConfig
+from rl_lora.scripts.options import parse
+from rl_lora.scripts.schema import options_of
 from rl_lora.scripts.values import is_list
 from rl_lora.system.plain_yaml import dump
 from tests import ROOT
@@ -34,8 +33,9 @@ CONFIGS: list[type[Any]] = [
     TrainConfig,
     SftConfig,
     EvaluateConfig,
-    rl_lora.scripts.plot.PlotConfig,
-    rl_lora.scripts.benchmarks.benchmark.BenchmarkConfig,
+    ReportConfig,
+    PlotConfig,
+    BenchmarkConfig,
     rl_lora.scripts.benchmarks.benchmark_evaluate.BenchmarkConfig,
     rl_lora.scripts.benchmarks.compare_lm_eval.CompareConfig,
 ]
@@ -95,7 +95,7 @@ def test_a_bare_command_has_its_dataclass_defaults(config_type: type[Any]) -> No
 
 
 def test_a_bare_benchmark_has_something_to_measure() -> None:
-    config = parse(rl_lora.scripts.benchmarks.benchmark.BenchmarkConfig, [])
+    config = parse(BenchmarkConfig, [])
     assert config.rollouts
     assert config.steps
 
@@ -309,15 +309,15 @@ def test_a_page_is_written_elsewhere_where_its_folder_is_read_only(
     record = {"kind": "train", "step": 1, "reward": 0.5}
     (run / "metrics.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
     (run / "config.yaml").write_text("steps: 1\nenv: {id: Task-v0}\nmodel: {name: tiny}\n", encoding="utf-8")
-    monkeypatch.setattr("sys.argv", ["report.py", str(run), "--out", str(tmp_path / "page.html")])
+    monkeypatch.setattr("sys.argv", ["rl-lora", str(run), "--out", str(tmp_path / "page.html")])
     with pytest.raises(SystemExit) as exit:
-        rl_lora.scripts.report.main()
+        main("report")
     assert exit.value.code == 0, capsys.readouterr().err
     assert (tmp_path / "page.html").read_text(encoding="utf-8").startswith("<!doctype html>")
     assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "metrics.jsonl"]
-    monkeypatch.setattr("sys.argv", ["report.py", str(run), "--out", str(tmp_path / "no" / "page.html")])
+    monkeypatch.setattr("sys.argv", ["rl-lora", str(run), "--out", str(tmp_path / "no" / "page.html")])
     with pytest.raises(SystemExit) as exit:
-        rl_lora.scripts.report.main()
+        main("report")
     assert exit.value.code == 1
     assert "--out FILE writes the page elsewhere" in capsys.readouterr().err
 

@@ -17,8 +17,8 @@ from typing import Any
 import psutil
 import pytest
 
-import rl_lora.scripts.report
 from rl_lora.learner.learner import Learner
+from rl_lora.scripts.cli import main
 from rl_lora.system.interrupts import later
 from rl_lora.trainer.checkpoint import Checkpoints
 from rl_lora.trainer.trainer import Trainer, train
@@ -126,7 +126,7 @@ def test_a_program_that_calls_a_command_keeps_its_own_signals(monkeypatch: pytes
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     monkeypatch.setattr("sys.argv", ["report.py", "there-is-no-such-run"])
     with pytest.raises(SystemExit):
-        rl_lora.scripts.report.main()
+        main("report")
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 

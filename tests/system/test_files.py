@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-import rl_lora.scripts.evaluate
-import rl_lora.scripts.report
 from rl_lora.config import EnvConfig, EvaluateConfig, ModelConfig
 from rl_lora.evaluation.evaluator import evaluate
+from rl_lora.report.folder_page import write_report
+from rl_lora.scripts.cli import main
 from rl_lora.scripts.command import run
 from rl_lora.system.files import FileError, append_text, write_text
 from rl_lora.trainer.trainer import train
@@ -125,13 +125,13 @@ def test_a_file_system_that_is_full_then_larger_then_read_only(
         assert f"{disk / 'run'} cannot be written to; choose another --run_dir" in capsys.readouterr().err
         monkeypatch.setattr(sys, "argv", ["report", str(disk / "run")])
         with pytest.raises(SystemExit, match="1"):
-            rl_lora.scripts.report.main()
+            main("report")
         said = capsys.readouterr().err
         assert "the file system is read-only" in said
         assert "--out FILE writes the page elsewhere" in said
         monkeypatch.setattr(sys, "argv", ["report", str(disk / "run"), "--out", str(tmp_path / "page.html")])
         with pytest.raises(SystemExit, match="0"):
-            rl_lora.scripts.report.main()
+            main("report")
         assert "<html" in (tmp_path / "page.html").read_text()
     finally:
         subprocess.run(["umount", disk], check=False)
@@ -146,11 +146,11 @@ def test_an_evaluation_knows_before_the_model_is_loaded_that_it_cannot_write(tmp
 def test_damaged_results_are_named(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text('{"kind": "eval')
     with pytest.raises(ValueError, match=r"results.json is damaged .*; evaluate again"):
-        rl_lora.scripts.report.report(tmp_path)
+        write_report(tmp_path)
 
 
 def test_a_damaged_evaluation_file_of_a_run_costs_its_line_only(whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, tmp_path / "run")
     path = tmp_path / "run" / "evals" / "step-000004.jsonl"
     path.write_bytes(b"\xff" + path.read_bytes()[1:])
-    rl_lora.scripts.report.report(tmp_path / "run")
+    write_report(tmp_path / "run")

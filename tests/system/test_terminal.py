@@ -148,7 +148,7 @@ def test_the_line_of_an_error_is_harmless(attack: str, capsys: pytest.CaptureFix
 COMMANDS = """
 import sys, warnings
 from rl_lora.scripts.command import main
-from rl_lora.scripts.plot import PlotConfig
+from rl_lora.scripts.configs import PlotConfig
 from rl_lora.system.terminal import say
 def work(config):
     say("\\u2013 \\ud800 \\x1b]0;x\\x07"); print("\\u2013"); warnings.warn("\\x1b[2J")

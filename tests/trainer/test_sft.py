@@ -12,8 +12,6 @@ import pytest
 import torch
 import yaml
 
-import rl_lora.envs
-import rl_lora.scripts.sft
 from rl_lora.config import EnvConfig, LearnerConfig, RolloutConfig, TrainConfig, validate
 from rl_lora.learner.learner import Learner
 from rl_lora.policy.chat import Chat
@@ -21,6 +19,7 @@ from rl_lora.policy.policy import Policy
 from rl_lora.rollout.demonstrations import Demonstrations
 from rl_lora.rollout.environments import environment
 from rl_lora.scripts.command import parse
+from rl_lora.scripts.configs import SftConfig
 from rl_lora.trainer.trainer import train
 from tests.oracles import Oracle, gradient, relative_error, tiny_policy
 from tests.tiny import EOS_ID, tiny_folder, tiny_tokenizer
@@ -112,13 +111,13 @@ def test_an_interrupted_run_goes_on_to_the_same_adapter(
 
 
 def test_the_command_has_settings_that_can_be_run(tmp_path: Path) -> None:
-    config = parse(rl_lora.scripts.sft.SftConfig, ["--run_dir", "runs/x", "--learner.learning_rate", "1e-3"])
+    config = parse(SftConfig, ["--run_dir", "runs/x", "--learner.learning_rate", "1e-3"])
     validate(config)
     assert (config.rollout.group_size, config.learner.objective) == (1, "likelihood")
     assert config.learner.learning_rate == 1e-3
     file = tmp_path / "c.yaml"
     file.write_text(yaml.safe_dump({"rollout": {"prompts_per_step": 4}}))
-    assert parse(rl_lora.scripts.sft.SftConfig, ["--config", str(file)]).rollout.group_size == 1
+    assert parse(SftConfig, ["--config", str(file)]).rollout.group_size == 1
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import yaml
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
-from rl_lora.scripts.plot import PlotConfig, curve_of, draw, run
+from rl_lora.report.accuracy_plot import curve_of, draw, plot_accuracy
 
 
 def a_run(folder: Path, accuracies: dict[int, float | None], init_from: Path | None = None) -> Path:
@@ -51,7 +51,7 @@ def test_the_picture_has_every_point_with_its_interval(tmp_path: Path) -> None:
     first = a_run(tmp_path / "first", {0: 0.1, 4: None, 8: 0.4})
     second = a_run(tmp_path / "second", {0: 0.4, 5: 0.5}, first / "adapter")
     out = tmp_path / "curve.png"
-    assert run(PlotConfig([str(first), str(second)], str(out))) == out
+    plot_accuracy([str(first), str(second)], str(out))
     assert out.read_bytes().startswith(b"\x89PNG")
 
     [axes] = draw([curve_of(first), curve_of(second)]).axes
@@ -64,13 +64,13 @@ def test_the_picture_has_every_point_with_its_interval(tmp_path: Path) -> None:
 
 def test_what_cannot_be_drawn_is_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="name the folders of runs"):
-        run(PlotConfig())
+        plot_accuracy([], "x.png")
     with pytest.raises(ValueError, match="absent holds no evaluation"):
-        run(PlotConfig([str(tmp_path / "absent")]))
+        plot_accuracy([str(tmp_path / "absent")], "x.png")
     with pytest.raises(ValueError, match="holds no evaluation with an accuracy"):
-        run(PlotConfig([str(a_run(tmp_path / "none", {0: None}))]))
+        plot_accuracy([str(a_run(tmp_path / "none", {0: None}))], "x.png")
     folder = a_run(tmp_path / "a", {0: 0.5})
     with pytest.raises(ValueError, match="cannot write"):
-        run(PlotConfig([str(folder)], str(tmp_path / "nowhere" / "x.png")))
+        plot_accuracy([str(folder)], str(tmp_path / "nowhere" / "x.png"))
     with pytest.raises(ValueError, match="txt"):
-        run(PlotConfig([str(folder)], str(tmp_path / "x.txt")))
+        plot_accuracy([str(folder)], str(tmp_path / "x.txt"))

@@ -1,0 +1,82 @@
+"""The options of the commands that are not all of a run's: what follows the training of an adapter, or comes before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rl_lora.config import LearnerConfig, ModelConfig, RolloutConfig, TrainConfig, expand_home
+
+
+@dataclass
+class SftConfig(TrainConfig):
+    """Train a LoRA adapter on an environment's demonstrations, by maximum likelihood. Training by reward goes on from
+    there with `rl-lora train --adapter.init_from RUN_DIR/adapter`."""
+
+    run_dir: str = "runs/sft"
+    """Folder for everything that this run writes."""
+    rollout: RolloutConfig = field(default_factory=lambda: RolloutConfig(prompts_per_step=32, group_size=1))
+    learner: LearnerConfig = field(default_factory=lambda: LearnerConfig(objective="likelihood"))
+
+
+@dataclass
+class ReportConfig:
+    """Write report.html into the folder of a training run, also while the run is going on, or of an evaluation."""
+
+    folders: list[str] = field(default_factory=list)
+    """Folders of runs and evaluations, such as runs/NAME."""
+    out: str | None = None
+    """File for the page of one folder. By default report.html in that folder."""
+
+    def __post_init__(self) -> None:
+        expand_home(self, "folders", "out")
+
+
+@dataclass
+class PlotConfig:
+    """Draw the held-out accuracy of runs over their steps, with 95 % intervals."""
+
+    runs: list[str] = field(default_factory=list)
+    """Run folders. A run whose adapter.init_from is the adapter of another one starts where that one ended."""
+    out: str = "accuracy.png"
+    """Picture: .png, .svg or .pdf."""
+
+    def __post_init__(self) -> None:
+        expand_home(self, "runs", "out")
+
+
+@dataclass
+class BenchmarkConfig:
+    """Measure rollouts, learning and training steps: tokens/s, share of the machine's matrix-product peak, peak
+    memory."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    random: Literal["llama-135m", "llama-1b", "llama-8b"] | None = None
+    """Random weights in the shape of a known model, in place of the model's own: cost depends on the shape alone."""
+    rollouts: list[str] = field(default_factory=lambda: ["8x8x32", "32x8x16"])
+    """Prompts x completions x tokens; no completion ends early. The learner then learns from them."""
+    steps: list[str] = field(default_factory=lambda: ["16x8x16", "8x8x128"])
+    """Prompts x completions x at most so many tokens: whole training steps on two-digit additions."""
+    peer: list[str] = field(default_factory=list)
+    """Other libraries to measure in turns: trl (steps); transformers, transformers-continuous, vllm (rollouts, which
+    these draw from the bare base)."""
+    peer_python: str = ".venv-peers/bin/python"
+    """Interpreter of the environment that holds trl, peft and transformers."""
+    vllm_python: str = ".venv-vllm/bin/python"
+    """Interpreter of the environment that holds vllm."""
+    peer_dtype: Literal["float32", "bfloat16"] | None = None
+    """Dtype of the peers' base and activations; by default that of ours."""
+    rounds: int = 3
+    """Times that each side is measured, after one for warming up."""
+    rank: int = 1
+    """Rank of the adapter."""
+    seed: int = 0
+    """Seed of problems, adapters and sampling, of peers too."""
+    breakdown: bool = False
+    """Tables of where the time of rollouts and learning goes, by kind of work, after the rounds; slower than they
+    are."""
+    out: str = "benchmark.json"
+    """File for all figures of all rounds."""
+
+    def __post_init__(self) -> None:
+        expand_home(self, "peer_python", "vllm_python", "out")

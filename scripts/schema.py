@@ -1,0 +1,109 @@
+"""The options that a config dataclass stands for: a field is an option, a field that is a dataclass a group of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, get_origin, get_type_hints
+
+from rl_lora.scripts.values import members
+
+OWN = {
+    "help": "This help. --help all: every option. --help NAME: a group of options, or those with NAME in their names.",
+    "version": "The version.",
+    "config": "A YAML file with any of the options, in UTF-8. Of several files the later ones go over the earlier.",
+    "print_config": "The configuration as YAML, all other options applied; nothing else is done.",
+}
+"""The options that every command has beside its config's."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How a command is typed: the part of its help that the config does not hold."""
+
+    words: str | None = None
+    """The words that start it, as in `rl-lora train`; by default the program's name."""
+    arguments: str = ""
+    """The option whose values may be typed without its name, as in `rl-lora report runs/a`."""
+    examples: tuple[str, ...] = ()
+    """Calls of it, without the words that start it."""
+    first: tuple[str, ...] = ()
+    """The options that `--help` shows; by default all."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """The type and the default of one field of a config."""
+
+    hint: Any
+    default: Any
+
+
+@dataclass(frozen=True)
+class Schema:
+    """All options of a config by their dotted names, and its groups with their docstrings."""
+
+    options: dict[str, Option]
+    groups: dict[str, str]
+
+    def knows(self, name: str) -> bool:
+        return name in self.options or name in self.groups or self.mapping_around(name) is not None
+
+    def hint(self, name: str) -> Any:
+        return self.options[name].hint if name in self.options else str
+
+    def mapping_around(self, name: str) -> str | None:
+        """The option that `env.kwargs.digits` is inside of."""
+        parts = name.split(".")
+        for n in range(1, len(parts)):
+            outer = ".".join(parts[:n])
+            if outer in self.options and self.takes_mapping(outer) and all(parts[n:]):
+                return outer
+        return None
+
+    def takes_mapping(self, name: str) -> bool:
+        return any((get_origin(kind) or kind) is dict for kind in members(self.options[name].hint))
+
+    def unknown(self, arg: str) -> str:
+        """A message about what was typed and is no option: what may be meant by it."""
+        name = arg.partition("=")[0]
+        if not arg.startswith("--"):
+            bare = name.lstrip("-")
+            dashes = f"; options have two dashes: --{bare}" if self.knows(bare) else ""
+            return f"{arg!r} belongs to no option{dashes or '; a value with spaces in it is put in quotes'}"
+        names = [f"--{name}" for name in (*self.options, *self.groups, *OWN)]
+        spelled = name.replace("-", "_").replace("__", "--", 1)
+        short = [full for full in names if full.rpartition(".")[2] == name.lstrip("-")]
+        return f"there is no option {name}" + meant(name, nearest(spelled, names) or (short if len(short) == 1 else []))
+
+
+def nearest(name: str, names: Iterable[str]) -> list[str]:
+    """The one of the names that is spelled most like this one, if there is such a one."""
+    return difflib.get_close_matches(name, list(names), n=1)
+
+
+def meant(name: str, close: list[str]) -> str:
+    """The end of a message that says that there is no such name."""
+    return f"; {name} may be meant for {close[0]}" if close else ""
+
+
+def schema_of(config: Any) -> Schema:
+    groups = {
+        field.name: " ".join((type(value).__doc__ or "").split())
+        for field in dataclasses.fields(config)
+        if dataclasses.is_dataclass(value := getattr(config, field.name))
+    }
+    return Schema(dict(options_of(config)), groups)
+
+
+def options_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Option]]:
+    """Dotted names of all fields that are no dataclasses themselves, with their types and values."""
+    hints = get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), prefix + field.name
+        if dataclasses.is_dataclass(value):
+            yield from options_of(value, f"{name}.")
+        else:
+            yield name, Option(hints[field.name], value)
