@@ -1,9 +1,9 @@
 """Products with weights that never change, rearranged once for reading on a CPU.
 
 In float32 by our own code where it can be compiled (`packed_gemm.py`), else by the CPU's matrix library. That
-rearranges a weight before it multiplies, which takes a fifth of the time for the few rows of a decoding step; torch has operators
-that do so beforehand, made for its compiler's frozen models, and not public. Whichever it is has to compute the right
-product before it is used at all.
+rearranges a weight before it multiplies, which takes a fifth of the time for the few rows of a decoding step; torch has
+operators that do so beforehand, made for its compiler's frozen models, and not public. Whichever it is has to compute
+the right product before it is used at all.
 """
 
 from __future__ import annotations

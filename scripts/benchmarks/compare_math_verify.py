@@ -1,8 +1,8 @@
 """Where our verdicts and Math-Verify's differ, and who is right.
 
 `python scripts/benchmarks/compare_math_verify.py --files math500.jsonl gsm8k_test.jsonl`: each reference in
-several dresses (right) and beside near misses (wrong), so the right verdict is known by construction. Math-Verify is called
-as its README says: with its time-outs, and formulas as references between dollars.
+several dresses (right) and beside near misses (wrong), so the right verdict is known by construction. Math-Verify is
+called as its README says: with its time-outs, and formulas as references between dollars.
 """
 
 from __future__ import annotations
