@@ -1,0 +1,66 @@
+"""Imports run one way: `scripts/imports.py` draws them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rl_lora.scripts.imports import circles, floors, imports, rooms, upward
+from tests import ROOT
+
+STILL_UPWARD = {
+    "kernels.decode_attention -> attention.shared_prefix",
+    "metrics.collapse -> evaluation.sample_store",
+    "metrics.records -> evaluation.sample_store",
+    "metrics.summary -> evaluation.sample_store",
+    "metrics.summary -> rollout.worker",
+    "policy.policy -> learner.recompute",
+    "policy.policy -> sampler.compiled",
+    "report.next_command -> evaluation.run_task",
+    "report.run_report -> evaluation.sample_store",
+    "report.run_report -> lora.adapter",
+    "report.run_report -> lora.peft_io",
+    "report.run_report -> policy.policy",
+    "report.run_report -> rollout.contract",
+    "report.run_report -> rollout.given",
+    "report.run_report -> trainer.checkpoint",
+    "report.training_page -> evaluation.sample_store",
+    "report.training_samples -> evaluation.sample_store",
+    "trainer.checkpoint -> evaluation.sample_store",
+    "trainer.task -> evaluation.sample_store",
+    "types -> attention.tree",
+}
+"""Each is opened by a change of its own; none may come in."""
+STILL_CIRCLES = {
+    "attention.cpu, attention.flex, attention.padded, attention.tree",
+    "learner.recompute, policy.policy, sampler.compiled",
+    "rewards.combine, rewards.judging",
+}
+
+
+def test_no_import_runs_upwards() -> None:
+    found = {line.partition(":")[0] for line in upward(imports(ROOT))}
+    assert found <= STILL_UPWARD
+
+
+def test_no_modules_import_each_other() -> None:
+    assert {", ".join(circle) for circle in circles(imports(ROOT))} <= STILL_CIRCLES
+
+
+def test_a_circle_an_upward_import_and_a_hidden_one_are_seen(tmp_path: Path) -> None:
+    folder = tmp_path / "rl_lora"
+    for name, text in {
+        "types.py": "import types",
+        "policy/policy.py": "from rl_lora.sampler.draw import draw\nfrom rl_lora import types",
+        "sampler/draw.py": "def draw():\n    from rl_lora.policy import policy",
+        "sampler/rows.py": "if TYPE_CHECKING:\n    import rl_lora.learner.batch",
+        "learner/batch.py": "",
+    }.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    graph = imports(tmp_path)
+    assert circles(graph) == [["policy.policy", "sampler.draw"]]
+    assert upward(graph) == [
+        "policy.policy -> sampler.draw: draw",
+        "sampler.rows -> learner.batch: rl_lora.learner.batch",
+    ]
+    assert floors(rooms(graph)) == {"types": 1, "policy": 2, "sampler": 2, "learner": 1}
