@@ -21,7 +21,7 @@ from rl_lora.scripts.command import USER_ERROR, run
 from rl_lora.scripts.configs import BenchmarkConfig, PlotConfig, ReportConfig, SftConfig
 from rl_lora.scripts.options import parse
 from rl_lora.scripts.schema import Usage, meant, nearest
-from rl_lora.system.invocation import COMMAND, words
+from rl_lora.system.invocation import COMMAND, launcher, words
 from rl_lora.system.terminal import guard, say
 
 Work = Callable[[Any], object]
@@ -218,7 +218,7 @@ def overview() -> str:
 def again(name: str, args: list[str], options: tuple[str, ...]) -> str:
     """The command that was typed, with these options where it lacks them."""
     more = () if options == ("--resume", "true") and resumes(args) else options
-    return shlex.join([*words(name), *args, *more])
+    return shlex.join([*(launcher() or [*words(name), *args]), *more])
 
 
 def resumes(args: list[str]) -> bool:

@@ -13,10 +13,8 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from rl_lora.system.invocation import COMMAND, PACKAGE
+from rl_lora.system.invocation import COMMAND, PACKAGE, UNDER_LAUNCHER
 
-UNDER_LAUNCHER = "TORCHELASTIC_RUN_ID" in os.environ
-"""Whether this process was started by torchrun, or by accelerate, which calls it."""
 SAME_PRESS = 2.0
 """Seconds within which a launcher hands on what the terminal has told all processes: no second Ctrl-C."""
 GRACE = 30.0

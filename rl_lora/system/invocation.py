@@ -9,6 +9,8 @@ from pathlib import Path
 
 COMMAND = "rl-lora"
 PACKAGE = Path(__file__).resolve().parents[1]
+UNDER_LAUNCHER = "TORCHELASTIC_RUN_ID" in os.environ
+"""Whether this process was started by torchrun, or by accelerate, which calls it for several processes."""
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 """Variables in which launchers say the rank of a process."""
 
@@ -24,6 +26,16 @@ def words(subcommand: str) -> list[str]:
     if (PACKAGE.parent / "setup.cfg").is_file() and script.is_file():
         return [_python(), _shown(script)]
     return [_found(Path(sys.executable).with_name(COMMAND)), subcommand]
+
+
+def launcher() -> list[str]:
+    """The command line of the accelerate or torchrun that started this process as one of several; else nothing."""
+    if not UNDER_LAUNCHER:
+        return []
+    import psutil
+
+    _, program, *args = psutil.Process(os.getppid()).cmdline()
+    return [_python(), program, *args] if program.startswith("-") else [_found(Path(program)), *args]
 
 
 def _python() -> str:

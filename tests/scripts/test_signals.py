@@ -44,7 +44,7 @@ def interruptible() -> Iterator[None]:
 
 def start(*command: str) -> subprocess.Popen[str]:
     pipe = subprocess.PIPE
-    return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=ENVIRON, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(command, cwd=ROOT, env=ENVIRON, stdout=pipe, stderr=pipe, text=True)
 
 
 def wait_until(process: subprocess.Popen[str], condition: Callable[[], bool], seconds: float = 120) -> None:
@@ -57,24 +57,38 @@ def wait_until(process: subprocess.Popen[str], condition: Callable[[], bool], se
 
 
 def slow_run(model: Path, tmp_path: Path) -> tuple[list[str], Path]:
-    """A run whose every step takes a tenth of a second and more, with its only checkpoint at the end; its command."""
+    """A run whose every step takes a tenth of a second and more, with its only checkpoint at the end: its options."""
     config = tiny_config(model, tmp_path / "run", steps=5, eval__every=0, checkpoint__every=100)
     config.env.kwargs["reward"] = "tests.tiny_reward:slow_ascii_share"
     train(config)
     recorded = (tmp_path / "run" / "config.yaml").read_text()
     (tmp_path / "config.yaml").write_text(recorded.replace(str(tmp_path / "run"), str(tmp_path / "cut")))
-    return ["scripts/train.py", "--config", str(tmp_path / "config.yaml")], tmp_path / "cut"
+    return ["--config", str(tmp_path / "config.yaml")], tmp_path / "cut"
+
+
+def started_by(way: str, folder: Path) -> list[str]:
+    """The words that start training by a script, by the module, or by the installed command."""
+    if way != "rl-lora":
+        return [sys.executable, *way.split()]
+    (folder / way).write_text(f"#!{sys.executable}\nfrom rl_lora.scripts.cli import main\nmain()\n", encoding="utf-8")
+    (folder / way).chmod(0o755)
+    return [str(folder / way), "train"]
 
 
 @pytest.mark.parametrize(
-    ("number", "code"),
-    [(signal.SIGTERM, 143), (signal.SIGHUP, 129), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+    ("number", "code", "way"),
+    [
+        (signal.SIGTERM, 143, "rl-lora"),
+        (signal.SIGHUP, 129, "scripts/train.py"),
+        pytest.param(signal.SIGINT, 130, "-m rl_lora train", marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_ends_a_run_with_its_last_finished_step_and_the_command_that_goes_on(
-    number: signal.Signals, code: int, model: Path, tmp_path: Path
+    number: signal.Signals, code: int, way: str, model: Path, tmp_path: Path
 ) -> None:
-    command, run_dir = slow_run(model, tmp_path)
-    process = start(*command)
+    options, run_dir = slow_run(model, tmp_path)
+    words = started_by(way, tmp_path)
+    process = start(*words, *options)
     wait_until(process, lambda: (run_dir / "metrics.jsonl").exists() and len(metrics(run_dir, "train")) >= 2)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
@@ -84,8 +98,8 @@ def test_a_signal_ends_a_run_with_its_last_finished_step_and_the_command_that_go
     assert checkpoint.step == metrics(run_dir, "train")[-1]["step"] >= 2
     assert f"step {checkpoint.step} is kept in {checkpoint.folder}" in out
     said = err.strip().rpartition("this goes on from there: ")[2]
-    assert said.endswith(shlex.join(["scripts/train.py", *command[1:], "--resume", "true"]))
-    again = start(*shlex.split(said)[1:])
+    assert said.endswith(shlex.join([*words[1:], *options, "--resume", "true"]))
+    again = start(*shlex.split(said))
     out, err = again.communicate()
     assert again.returncode == 0, err
     assert f"going on from step {checkpoint.step}" in out
@@ -93,10 +107,10 @@ def test_a_signal_ends_a_run_with_its_last_finished_step_and_the_command_that_go
 
 
 def test_a_run_under_nohup_outlives_its_terminal(model: Path, tmp_path: Path) -> None:
-    command, run_dir = slow_run(model, tmp_path)
+    options, run_dir = slow_run(model, tmp_path)
     lost, other_end = os.openpty()
     process = subprocess.Popen(
-        ["nohup", sys.executable, str(ROOT / command[0]), *command[1:]],
+        ["nohup", sys.executable, str(ROOT / "scripts" / "train.py"), *options],
         cwd=tmp_path,
         env=ENVIRON,
         stdout=other_end,
@@ -115,7 +129,7 @@ def test_a_run_under_nohup_outlives_its_terminal(model: Path, tmp_path: Path) ->
 
 def test_ctrl_c_while_libraries_are_imported_says_nothing(tmp_path: Path) -> None:
     for delay in (0.3, 1.0):
-        process = start("scripts/train.py", "--run_dir", str(tmp_path / "x"))
+        process = start(sys.executable, "scripts/train.py", "--run_dir", str(tmp_path / "x"))
         time.sleep(delay)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
@@ -182,10 +196,11 @@ def test_an_interrupt_before_weights_move_keeps_the_step_before_and_after_it_the
 
 @pytest.mark.slow
 def test_processes_whose_launcher_is_killed_end_too(model: Path, tmp_path: Path) -> None:
-    command, run_dir = slow_run(model, tmp_path)
-    options = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
-    options += ["--dynamo_backend", "no", "--main_process_port", "0"]
-    launcher = start("-m", "accelerate.commands.accelerate_cli", "launch", *options, *command)
+    options, run_dir = slow_run(model, tmp_path)
+    processes = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    processes += ["--dynamo_backend", "no", "--main_process_port", "0"]
+    accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli"]
+    launcher = start(*accelerate, "launch", *processes, "scripts/train.py", *options)
     wait_until(launcher, lambda: (run_dir / "metrics.jsonl").exists() and len(metrics(run_dir, "train")) >= 2)
     workers = psutil.Process(launcher.pid).children(recursive=True)
     assert len([worker for worker in workers if "train.py" in " ".join(worker.cmdline())]) == 2

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rl_lora.system.invocation import PACKAGE, is_first_process, words
+from rl_lora.system.invocation import PACKAGE, is_first_process, launcher, words
 from tests import ROOT
 
 
@@ -35,6 +35,16 @@ def test_a_script_of_the_clone_and_python_name_the_script(tmp_path: Path, monkey
 def test_the_module_names_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [str(PACKAGE / "__main__.py"), "train"])
     assert words("evaluate")[1:] == ["-m", "rl_lora", "evaluate"]
+
+
+def test_a_launcher_is_named_with_its_own_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert launcher() == []
+    monkeypatch.setattr("rl_lora.system.invocation.UNDER_LAUNCHER", True)
+    for program, *args in (["/there/torchrun", "--nproc_per_node", "2", "x.py"], ["-m", "accelerate.cli", "launch"]):
+        monkeypatch.setattr("psutil.Process.cmdline", lambda process, line=[program, *args]: ["/bin/python", *line])
+        *python, shown = launcher()[: -len(args)]
+        assert (shown, launcher()[-len(args) :]) == (program, args)
+        assert len(python) == program.startswith("-")
 
 
 def test_the_words_start_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

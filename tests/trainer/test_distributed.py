@@ -69,7 +69,7 @@ def test_two_processes_train_the_adapter_of_one_and_write_one_set_of_files(
     config.checkpoint.every = 1
     train(config)
     recorded = str(tmp_path / "one" / "config.yaml")
-    result = launch("scripts/train.py", "--config", recorded, "--run_dir", str(tmp_path / "two"))
+    result = launch("-m", "rl_lora", "train", "--config", recorded, "--run_dir", str(tmp_path / "two"))
     assert result.returncode == 0, result.stderr
     assert "2 processes" in result.stdout
     one, two = (metrics(tmp_path / run) for run in ("one", "two"))
