@@ -100,7 +100,7 @@ class MathEnv(FiniteEnv):
             prompt, and of answer, final_answer, result, solution. What an answer may look like is the verifier's
             business: it takes what stands behind "####", or in \\boxed{}.
         template: what is asked; {question}, or {name} for the column of that name, but never the answer.
-        demonstration: a reply that solves the problem, for `scripts/sft.py` and `few_shot`: a template in which
+        demonstration: a reply that solves the problem, for `rl-lora sft` and `few_shot`: a template in which
             {answer} and all columns may stand. GSM8K's <<calculations>> are left out.
         few_shot: so many problems of the training side stand solved before every question, and are not trained on.
         limit: at most so many problems, the first ones of the side.

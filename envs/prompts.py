@@ -32,7 +32,7 @@ class PromptsEnv(FiniteEnv):
         template: the question, or the last message. {prompt} stands for the prompt, or that message, {name} for the
             column of that name, but never for the reference; all other braces stay as they are.
         demonstration: a reply that solves the problem, as a template like the question's, in which the reference may
-            stand: "{equation} = {answer}". For `scripts/sft.py`.
+            stand: "{equation} = {answer}". For `rl-lora sft`.
         split: "train" or "eval".
         eval_path: data of its own for "eval"; `path` is then "train" as a whole.
         eval_fraction: without `eval_path`, about this share of the prompts is held out, by a hash of their text:

@@ -52,7 +52,7 @@ class ReasoningGymEnv(SingleTurnEnv):
         dataset: the generator's name, such as leg_counting, chain_sum or gsm_symbolic.
         config: its settings, e.g. {min_animals: 2, max_animals: 2}.
         template: what is asked; {question} stands for the generator's question.
-        demonstration: a reply that solves the problem, for `scripts/sft.py`, as a template: {answer}, {question} and
+        demonstration: a reply that solves the problem, for `rl-lora sft`, as a template: {answer}, {question} and
             the generator's metadata may stand in it ({answer_cot} of gsm_symbolic), and {worked}, a solution in steps,
             for the generators of `rl_lora.envs.worked`. Problems that have no one answer are not demonstrated.
         reward: see `rewards.resolve`; the reference is the answer, a text. By default the generator's own verdict on

@@ -88,10 +88,14 @@ def entry(schema: Schema, texts: dict[str, str], name: str, is_short: bool = Fal
     """An option, its kind of value, its text and its default."""
     text, option = texts.get(name, ""), schema.options[name]
     if is_short:
-        text = re.split(r"(?<=\.)\s(?=[A-Z])", text, maxsplit=1)[0]
+        text = first_sentence(text)
     if option.default is not None or "y default" not in texts.get(name, ""):  # else the text says it
         text += f" (default: {as_typed(option.default)})"
     return columns(f"--{name} {metavar(option.hint)}", text)
+
+
+def first_sentence(text: str) -> str:
+    return re.split(r"(?<=\.)\s(?=[A-Z])", text, maxsplit=1)[0]
 
 
 def columns(head: str, text: str) -> list[str]:

@@ -27,7 +27,7 @@ Config = TypeVar("Config")
 
 def parse(config_type: type[Config], args: Sequence[str] | None = None, usage: Usage | None = None) -> Config:
     """A config from the command line. Raises ValueError that says what is wrong; SystemExit where all is done."""
-    usage, default = usage or Usage(Path(sys.argv[0]).name), config_type()
+    usage, default = usage or Usage(f"python {sys.argv[0]}"), config_type()
     schema = schema_of(default)
     given = list(split(sys.argv[1:] if args is None else args, schema, usage.arguments))
     names = dict(given)

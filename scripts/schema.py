@@ -23,8 +23,8 @@ OWN = {
 class Usage:
     """How a command is typed: the part of its help that the config does not hold."""
 
-    words: str | None = None
-    """The words that start it, as in `rl-lora train`; by default the program's name."""
+    words: str = ""
+    """The words that start it, as in `rl-lora train`."""
     arguments: str = ""
     """The option whose values may be typed without its name, as in `rl-lora report runs/a`."""
     examples: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""The evaluation of adapters side by side: what `scripts/evaluate.py` does, and `rl_lora.evaluate` from a REPL.
+"""The evaluation of adapters side by side: what `rl-lora evaluate` does, and `rl_lora.evaluate` from a REPL.
 
 Problems are gone through in batches, each under all models at once; a batch that is finished is on the disk. The
 figures are `evaluation.py`'s, the file of samples `samples.py`'s, and the table `evaluation_table.py`'s.

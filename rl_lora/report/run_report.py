@@ -130,7 +130,7 @@ class RunReport:
         if n_processes == 1 and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
             self.console.print(
                 Text("the launcher was asked for several processes and started one:", "yellow"),
-                "accelerate launch --cpu needs MPI for more; torchrun --nproc_per_node N scripts/train.py ... does not",
+                "accelerate launch --cpu needs MPI for more; torchrun --nproc_per_node N -m rl_lora train ... does not",
             )
         dropout = 0.0 if step or config.adapter.init_from is None else lora_dropout(Path(config.adapter.init_from))
         if dropout:

@@ -34,7 +34,7 @@ def header(recipe: Path) -> str:
 @functools.cache
 def read(recipe: Path, *args: str) -> TrainConfig:
     """The config that the command named in a recipe's first line makes of it."""
-    command = re.match(rf"# scripts/(\w+)\.py --config recipes/{re.escape(recipe.name)}\b", header(recipe))
+    command = re.match(rf"# rl-lora (\w+) --config recipes/{re.escape(recipe.name)}\b", header(recipe))
     assert command, f"the first line of {recipe.name} must name its command"
     return parse(CONFIGS[command[1]], ["--config", str(recipe), *args])
 
