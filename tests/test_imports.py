@@ -9,24 +9,15 @@ from tests import ROOT
 
 STILL_UPWARD = {
     "kernels.decode_attention -> attention.shared_prefix",
-    "metrics.collapse -> evaluation.sample_store",
-    "metrics.records -> evaluation.sample_store",
-    "metrics.summary -> evaluation.sample_store",
-    "metrics.summary -> rollout.worker",
     "policy.policy -> learner.recompute",
     "policy.policy -> sampler.compiled",
     "report.next_command -> evaluation.run_task",
-    "report.run_report -> evaluation.sample_store",
     "report.run_report -> lora.adapter",
     "report.run_report -> lora.peft_io",
     "report.run_report -> policy.policy",
     "report.run_report -> rollout.contract",
     "report.run_report -> rollout.given",
     "report.run_report -> trainer.checkpoint",
-    "report.training_page -> evaluation.sample_store",
-    "report.training_samples -> evaluation.sample_store",
-    "trainer.checkpoint -> evaluation.sample_store",
-    "trainer.task -> evaluation.sample_store",
     "types -> attention.tree",
 }
 """Each is opened by a change of its own; none may come in."""

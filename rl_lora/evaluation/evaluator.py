@@ -22,18 +22,19 @@ from rich.text import Text
 from rl_lora.config import EvaluateConfig, EvaluationSettings
 from rl_lora.evaluation.candidates import BASE, differences, is_unfinished, named, stand_ins, step_of
 from rl_lora.evaluation.run_task import whose_task
-from rl_lora.evaluation.sample_store import Key, SampleStore, content_hash, sample_of
+from rl_lora.evaluation.sample_store import Key, SampleStore
 from rl_lora.lora.adapter import Adapter
 from rl_lora.lora.peft_io import base_of, load_adapter
 from rl_lora.metrics.collapse import reply_warning
 from rl_lora.metrics.records import Record
+from rl_lora.metrics.samples import content_hash, sample_of
 from rl_lora.metrics.summary import compared, pairs, row
 from rl_lora.policy.default_choice import settled
 from rl_lora.policy.policy import Policy
 from rl_lora.report.evaluation_table import show
 from rl_lora.report.html import evaluation_page, write
-from rl_lora.rollout.environments import held_out
 from rl_lora.rollout.given import with_given
+from rl_lora.rollout.held_out import held_out
 from rl_lora.rollout.problems import check_problems
 from rl_lora.rollout.worker import MakeEnv, Plays, RolloutWorker
 from rl_lora.sampler.native import NativeSampler

@@ -1,4 +1,4 @@
-"""Samples as flat records, and the file of them from which an evaluation goes on where it stopped.
+"""The file of samples from which an evaluation goes on where it stopped.
 
 A sample is known by the content of what it came from: problem, weights, and the settings that decide what is drawn and
 how it is judged. Names and paths do not count.
@@ -6,49 +6,18 @@ how it is judged. Names and paths do not count.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from rl_lora.metrics.samples import Sample
 from rl_lora.system import files
 from rl_lora.system import finite_json as json
-from rl_lora.types import Episode, Stop
 
-Sample = dict[str, Any]
 Key = tuple[Any, ...]
 IDENTITY = ("adapter_hash", "sampling_hash", "problem", "k")
 """What two records of the same sample have in common."""
-
-
-def sample_of(episode: Episode, k: int = 0, **more: Any) -> Sample:
-    """One flat record of an episode, as JSON holds it: sample number k of its problem."""
-    return {
-        "adapter": episode.adapter,
-        "env": episode.env_id,
-        "seed": episode.seed,
-        "k": k,
-        "observations": list(episode.observations),
-        "completions": [turn.text for turn in episode.turns],
-        "answer": episode.answer,
-        "reward": episode.reward,
-        "reward_parts": episode.reward_parts,
-        "success": episode.success,
-        "stop": str(episode.stop),
-        "truncated": episode.truncated,
-        "unscorable": episode.stop is Stop.UNSCORABLE,
-        "reason": episode.unscorable,
-        "failed": episode.failed,
-        "tokens": episode.n_tokens,
-        **more,
-    }
-
-
-def content_hash(*parts: Any) -> str:
-    """64 bits of SHA-256 over JSON-like data, as 16 hexadecimal digits."""
-    text = json.dumps(parts, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def key_of(sample: Mapping[str, Any]) -> Key:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from rl_lora.evaluation.sample_store import Sample
 from rl_lora.metrics.records import Record, mean
+from rl_lora.metrics.samples import Sample
 
 NEARLY_ALL = 0.9
 """This share of equal replies, or of groups without signal, is called nearly all."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from rl_lora.evaluation.sample_store import Sample, sample_of
+from rl_lora.metrics.samples import Sample, sample_of
 from rl_lora.system import files
 from rl_lora.system import finite_json as json
 from rl_lora.types import Group, StepStats

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from rl_lora.evaluation.sample_store import Sample, sample_of
 from rl_lora.metrics.collapse import most_common_reply
 from rl_lora.metrics.estimates import (
     Interval,
@@ -26,7 +25,7 @@ from rl_lora.metrics.estimates import (
     wilson,
 )
 from rl_lora.metrics.records import Record, mean, summarize_samples
-from rl_lora.rollout.worker import Plays, RolloutWorker
+from rl_lora.metrics.samples import Sample, sample_of
 from rl_lora.types import Episode
 
 
@@ -55,26 +54,6 @@ class Evaluation:
             for episodes in self.problems
             for k, episode in enumerate(episodes)
         ]
-
-
-def evaluate_adapters(
-    worker: RolloutWorker,
-    seeds: Sequence[int],
-    adapters: Sequence[str | None],
-    *,
-    n: int = 1,
-    temperature: float = 0.0,
-    random_seed: int = 0,
-    on_token: Callable[[int], None] | None = None,
-) -> list[Evaluation]:
-    """n episodes of every seed under every adapter (None: the bare base), in the order of `adapters`."""
-    wanted = [Plays(adapter, seed, n) for adapter in adapters for seed in seeds]
-    played = worker.play(wanted, random_seed=(random_seed,), temperature=temperature, on_token=on_token)
-    problems = [tuple(episodes) for episodes in played]
-    return [
-        Evaluation(adapter, tuple(problems[i * len(seeds) : (i + 1) * len(seeds)]))
-        for i, adapter in enumerate(adapters)
-    ]
 
 
 def summarize(samples: Sequence[Sample]) -> Record:

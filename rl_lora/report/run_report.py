@@ -26,11 +26,11 @@ from rich.table import Table
 from rich.text import Text
 
 from rl_lora.config import TrainConfig
-from rl_lora.evaluation.sample_store import Sample, content_hash
 from rl_lora.lora.adapter import Adapter
 from rl_lora.lora.peft_io import lora_dropout
 from rl_lora.metrics.collapse import reply_warning, run_warnings
 from rl_lora.metrics.records import MAX_REASONS, MetricsFile, Record
+from rl_lora.metrics.samples import Sample, content_hash
 from rl_lora.metrics.summary import Evaluation, change
 from rl_lora.policy.policy import Policy
 from rl_lora.report.html import lines, write

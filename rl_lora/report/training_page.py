@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rl_lora.config import TrainConfig
-from rl_lora.evaluation.sample_store import Sample
 from rl_lora.metrics.collapse import run_warnings
 from rl_lora.metrics.records import MetricsFile, Record
+from rl_lora.metrics.samples import Sample
 from rl_lora.metrics.summary import change
 from rl_lora.report.html import (
     Chart,

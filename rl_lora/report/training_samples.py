@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from rl_lora.evaluation.sample_store import Sample, sample_of
+from rl_lora.metrics.samples import Sample, sample_of
 from rl_lora.report.html import lines
 from rl_lora.system import files
 from rl_lora.system import finite_json as json

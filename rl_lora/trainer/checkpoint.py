@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from rl_lora.evaluation.sample_store import content_hash
 from rl_lora.lora.adapter import Adapter
 from rl_lora.lora.peft_io import check_adapter, save_adapter
+from rl_lora.metrics.samples import content_hash
 from rl_lora.system import files
 from rl_lora.system import finite_json as json
 

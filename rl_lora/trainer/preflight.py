@@ -18,7 +18,8 @@ from rl_lora.policy.chat import Chat
 from rl_lora.policy.policy import context_length
 from rl_lora.rollout.contract import close
 from rl_lora.rollout.demonstrations import Demonstrations
-from rl_lora.rollout.environments import environment, held_out
+from rl_lora.rollout.environments import environment
+from rl_lora.rollout.held_out import held_out
 from rl_lora.rollout.problems import check_problems
 from rl_lora.rollout.worker import MakeEnv
 from rl_lora.trainer.checkpoint import check_whole

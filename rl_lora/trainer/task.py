@@ -16,11 +16,12 @@ import gymnasium as gym
 import torch
 
 from rl_lora.config import TrainConfig
-from rl_lora.evaluation.sample_store import content_hash
+from rl_lora.metrics.samples import content_hash
 from rl_lora.policy.policy import Policy
 from rl_lora.rollout.contract import TaskError, begin, close, env_id
 from rl_lora.rollout.curriculum import SEED_STRIDE
-from rl_lora.rollout.environments import environment, held_out
+from rl_lora.rollout.environments import environment
+from rl_lora.rollout.held_out import held_out
 from rl_lora.rollout.worker import MakeEnv
 from rl_lora.system.user_code import own_sources
 

@@ -24,14 +24,15 @@ from rl_lora.learner.advantages import advantages, shuffle_rewards
 from rl_lora.learner.learner import Learner
 from rl_lora.lora.peft_io import load_adapter, save_adapter
 from rl_lora.metrics.records import MetricsFile, Record, Stopwatch, summarize_groups, summarize_updates, with_speed
-from rl_lora.metrics.summary import Evaluation, evaluate_adapters
+from rl_lora.metrics.summary import Evaluation
 from rl_lora.policy.policy import Policy
 from rl_lora.report.run_report import RunReport
 from rl_lora.report.training_samples import write_samples
 from rl_lora.rollout.curriculum import SEED_STRIDE, curriculum_of
 from rl_lora.rollout.demonstrations import Demonstrations
-from rl_lora.rollout.environments import environment, held_out
+from rl_lora.rollout.environments import environment
 from rl_lora.rollout.given import with_given
+from rl_lora.rollout.held_out import evaluate_adapters, held_out
 from rl_lora.rollout.shaping import shaped
 from rl_lora.rollout.worker import RolloutWorker
 from rl_lora.sampler.native import NativeSampler

@@ -23,13 +23,12 @@ import rl_lora.envs  # noqa: F401  registers the environments
 from rl_lora.config import EnvConfig, EpisodeConfig, ModelConfig, expand_home
 from rl_lora.evaluation.candidates import adapter_in
 from rl_lora.evaluation.evaluator import problems_of
-from rl_lora.evaluation.sample_store import Sample
 from rl_lora.lora.peft_io import check_adapter, load_adapter
 from rl_lora.metrics.records import Record
-from rl_lora.metrics.summary import evaluate_adapters
+from rl_lora.metrics.samples import Sample
 from rl_lora.policy.loading import load_tokenizer, resolve_model
 from rl_lora.policy.policy import Policy
-from rl_lora.rollout.environments import held_out
+from rl_lora.rollout.held_out import evaluate_adapters, held_out
 from rl_lora.rollout.worker import RolloutWorker
 from rl_lora.sampler.native import NativeSampler
 from rl_lora.scripts.command import main as command

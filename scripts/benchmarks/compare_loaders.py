@@ -27,7 +27,7 @@ from rl_lora.lora.peft_io import load_adapter
 from rl_lora.policy.default_model import without_progress_bars
 from rl_lora.policy.loading import resolve_model
 from rl_lora.policy.policy import Policy
-from rl_lora.rollout.environments import held_out
+from rl_lora.rollout.held_out import held_out
 from rl_lora.sampler.native import NativeSampler
 from rl_lora.sampler.protocol import Request
 from rl_lora.scripts.benchmarks.peer_process import Peers

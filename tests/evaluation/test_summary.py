@@ -15,9 +15,10 @@ from rl_lora.config import EnvConfig, RolloutConfig, TrainConfig
 from rl_lora.envs import SingleTurnEnv
 from rl_lora.envs.text import Problem
 from rl_lora.metrics.estimates import clustered, pass_at_k, wilson
-from rl_lora.metrics.summary import Evaluation, evaluate_adapters, pairs, row, summarize
+from rl_lora.metrics.summary import Evaluation, pairs, row, summarize
 from rl_lora.policy.policy import Policy
-from rl_lora.rollout.environments import UNSPLIT_OFFSET, environment, held_out
+from rl_lora.rollout.environments import environment
+from rl_lora.rollout.held_out import UNSPLIT_OFFSET, evaluate_adapters, held_out
 from rl_lora.rollout.worker import MakeEnv, RolloutWorker
 from rl_lora.sampler.native import NativeSampler
 from rl_lora.trainer.trainer import problem_seeds

@@ -31,9 +31,8 @@ from rl_lora.config import (
 )
 from rl_lora.learner.learner import SamplerLearnerMismatch
 from rl_lora.lora.peft_io import load_adapter
-from rl_lora.metrics.summary import evaluate_adapters
 from rl_lora.policy.policy import Policy
-from rl_lora.rollout.environments import held_out
+from rl_lora.rollout.held_out import evaluate_adapters, held_out
 from rl_lora.rollout.worker import RolloutWorker
 from rl_lora.sampler.native import NativeSampler
 from rl_lora.sampler.protocol import Completion
