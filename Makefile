@@ -7,10 +7,10 @@ PYTEST_WORKERS ?= 2
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 INSTALL_FILES := setup.cfg pyproject.toml constraints.txt
-SOURCES := rl_lora envs rewards scripts tests
+SOURCES := rl_lora envs rewards scripts tests docs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo seeds legs benchmark peers lm-eval test lint clean
+.PHONY: help setup demo seeds legs benchmark peers lm-eval test lint docs clean
 
 help: ## list these targets
 	@echo "usage: make TARGET [PYTHON=python3.12] [PIP_ARGS='pip options, such as an index with CPU builds of torch']"
@@ -64,6 +64,10 @@ lint: $(VENV)/.test ## ruff and mypy
 	$(VENV)/bin/ruff format --check $(SOURCES)
 	$(VENV)/bin/mypy
 
+docs: $(VENV)/.docs ## build the site from docs/ and the docstrings: docs/_build/html/index.html
+	$(VENV)/bin/python -m sphinx -q -W --keep-going docs docs/_build/html
+	@echo "open docs/_build/html/index.html"
+
 $(VENV)-peers/.ready:
 	$(PYTHON) -m venv $(VENV)-peers
 	$(VENV)-peers/bin/python -m pip install $(PIP_ARGS) torch==2.13.0 transformers==5.23.0 trl==1.16.0 peft==0.21.2 datasets accelerate
@@ -82,7 +86,7 @@ $(VENV)-lm-eval/.ready:
 	@touch $@
 
 clean: ## remove .venv, caches and build products (runs/ and the model cache stay)
-	rm -rf $(VENV) $(VENV)-peers $(VENV)-vllm $(VENV)-lm-eval build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-peers $(VENV)-vllm $(VENV)-lm-eval build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis docs/_build
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An install that was cut off may leave half a package that pip takes for a whole one: after it, the next call starts over.
@@ -107,4 +111,7 @@ $(VENV)/.reasoning-gym: $(INSTALL_FILES) | $(VENV)/.setup
 	$(call install,.[reasoning-gym])
 
 $(VENV)/.test: $(INSTALL_FILES) | $(VENV)/.setup
-	$(call install,.[test])
+	$(call install,.[test,docs])
+
+$(VENV)/.docs: $(INSTALL_FILES) | $(VENV)/.setup
+	$(call install,.[docs])
