@@ -63,10 +63,10 @@ def test_a_recipe_says_what_it_is_what_to_expect_and_what_it_costs(recipe: Path)
     assert len(recipe.read_text().splitlines()) < 40
 
 
-def test_the_recipes_are_named_in_the_readme() -> None:
-    readme = (ROOT / "README.md").read_text()
+def test_the_recipes_are_named_in_the_documents() -> None:
+    page = (ROOT / "docs" / "start.md").read_text(encoding="utf-8")
     assert RECIPES
-    assert [recipe.stem for recipe in RECIPES if recipe.stem not in readme] == []
+    assert [recipe.stem for recipe in RECIPES if f"`{recipe.stem}`" not in page] == []
 
 
 def test_what_follows_demonstrations_starts_from_their_adapter() -> None:

@@ -1,0 +1,161 @@
+"""The commands that README and docs show, in this process: read by their own parsers, and run on a tiny model."""
+
+from __future__ import annotations
+
+import configparser
+import contextlib
+import glob
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import rl_lora
+from rl_lora.config import EvaluateConfig, TrainConfig, validate
+from rl_lora.scripts import plot, report, sft
+from rl_lora.scripts.benchmarks import (
+    benchmark,
+    benchmark_evaluate,
+    benchmark_rewards,
+    compare_lm_eval,
+    compare_loaders,
+    compare_math_verify,
+)
+from rl_lora.scripts.options import parse
+from tests.docs.pages import ROOT
+
+CONFIGS: dict[str, type[Any]] = {
+    "train": TrainConfig,
+    "sft": sft.SftConfig,
+    "evaluate": EvaluateConfig,
+    "plot": plot.PlotConfig,
+    "benchmark": benchmark.BenchmarkConfig,
+    "benchmark_evaluate": benchmark_evaluate.BenchmarkConfig,
+    "compare_lm_eval": compare_lm_eval.CompareConfig,
+    "compare_loaders": compare_loaders.LoadersConfig,
+    "compare_math_verify": compare_math_verify.CompareMathConfig,
+}
+"""Commands and scripts whose options are a config; `report` and `benchmark_rewards` have others."""
+LAUNCHERS = ("accelerate", "torchrun")
+SCRIPT = re.compile(r"scripts/(?:benchmarks/)?(\w+)\.py")
+
+
+def command_in(words: list[str]) -> tuple[str, list[str]] | None:
+    """The project's command among the words of a shell command, and its arguments; None where there is none."""
+    for i, word in enumerate(words):
+        if word == "rl-lora" and i + 1 < len(words):
+            return words[i + 1], words[i + 2 :]
+        if match := SCRIPT.fullmatch(word):
+            assert (ROOT / word).is_file(), f"there is no {word}"
+            return match[1], words[i + 1 :]
+    return None
+
+
+def check(words: list[str]) -> None:
+    """Raise what the command's own parser says of a shell command; AssertionError where it is none that is known."""
+    if (found := command_in(words)) is not None:
+        if found[0] in CONFIGS:
+            read(*found)
+        else:
+            assert found[0] in ("report", "benchmark_rewards"), found[0]
+        return
+    program, *rest = words
+    if program == "make":
+        check_target(next(word for word in rest if "=" not in word))
+    elif program == "pip":
+        extras = configparser.ConfigParser()
+        extras.read(ROOT / "setup.cfg", encoding="utf-8")
+        for word in rest:
+            for name in re.findall(r"^\.\[(.*)\]$", word):
+                assert name in extras["options.extras_require"], f"there is no extra {name}"
+        assert all((ROOT / word).exists() for word in rest if word.endswith((".txt", ".cfg")))
+    else:
+        assert words == [".", ".venv/bin/activate"], f"no test knows the command {program}: say why it is not run"
+
+
+def read(name: str, args: list[str]) -> Any:
+    """The config that a command makes of its arguments, judged as far as that needs no model."""
+    config = parse(CONFIGS[name], [arg for arg in args if arg != "--print_config"])
+    if isinstance(config, TrainConfig):
+        validate(config)
+    return config
+
+
+def check_target(target: str) -> None:
+    """A target of the Makefile, and every command of the project that it would run."""
+    dry = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
+    assert dry.returncode == 0, dry.stderr
+    for line in re.split(r"\n|;|\|\||&&", dry.stdout.replace("\\\n", " ")):
+        words = [re.sub(r"\$\w+", "0", word) for word in split_quoted(line)]
+        if (found := command_in(words)) is not None and found[0] in CONFIGS:
+            read(*found)
+
+
+def split_quoted(line: str) -> list[str]:
+    try:
+        return shlex.split(line)
+    except ValueError:  # half of a quoted text: no command of the project's
+        return []
+
+
+def run(words: list[str], tiny: Path, data: Path) -> None:
+    """Do what a command does, on a tiny model, in few small steps, without the network."""
+    words, out = redirected(words)
+    check(words)
+    found = command_in(words)
+    if found is None:
+        return
+    name, args = found
+    args = [path for arg in args for path in (sorted(glob.glob(arg)) if "*" in arg else []) or [arg]]
+    with contextlib.ExitStack() as stack:
+        if out is not None:
+            file = stack.enter_context(open(out, "w", encoding="utf-8"))
+            stack.enter_context(contextlib.redirect_stdout(file))
+        if "--print_config" in args:
+            with pytest.raises(SystemExit):
+                parse(CONFIGS[name], args)
+        elif name in CONFIGS:
+            WORK[name](small(read(name, args), tiny, data))
+        elif name == "report":
+            report.report(*map(Path, args))
+        else:
+            stack.enter_context(pytest.MonkeyPatch.context()).setattr(sys, "argv", [name, *args, "--model", str(tiny)])
+            benchmark_rewards.main()
+
+
+WORK: dict[str, Callable[[Any], object]] = {
+    "train": rl_lora.train,
+    "sft": rl_lora.train,
+    "evaluate": rl_lora.evaluate,
+    "plot": plot.run,
+    "compare_loaders": compare_loaders.run,
+}
+
+
+def redirected(words: list[str]) -> tuple[list[str], str | None]:
+    return (words[:-2], words[-1]) if len(words) > 2 and words[-2] == ">" else (words, None)
+
+
+def small(config: Any, tiny: Path, data: Path) -> Any:
+    """A config with the same options on a tiny model, and with less of everything that takes time."""
+    if hasattr(config, "model"):
+        config.model.name, config.model.dtype = str(tiny), "float32"
+        if config.model.stop_tokens:
+            config.model.stop_tokens = ["\n"]  # one token of the tiny model
+    if isinstance(config, TrainConfig):
+        rollout = config.rollout
+        rollout.group_size, rollout.prompts_per_step = min(2, rollout.group_size), min(2, rollout.prompts_per_step)
+        rollout.max_tokens, config.steps = min(4, rollout.max_tokens), min(2, config.steps)
+        config.eval.episodes, config.checkpoint.every, config.log.trackers = min(2, config.eval.episodes), 1, []
+    if isinstance(config, EvaluateConfig):
+        config.n, config.k = min(2, config.n), []
+    if hasattr(config, "limit"):
+        config.limit, config.max_tokens = 2, 4
+    if getattr(config, "env", None) and (config.env.kwargs or {}).get("dataset") == "gsm8k":
+        config.env.kwargs |= {"path": str(data), "eval_path": str(data), "overlap": "allow"}
+    return config
