@@ -1,7 +1,7 @@
 """Reference pages that cannot drift from the code: three directives, and docstrings read as plain text.
 
-`options` shows the settings of a command, from its config dataclass; `public` all that a module's `__all__` names; `rooms`
-every subpackage with its modules.
+`options` shows the settings of a command, from its config dataclass; `public` all that a module's `__all__` names;
+`room` a subpackage with its modules.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 from rl_lora.config import as_typed
-from rl_lora.scripts.options import groups_of, helps_of, metavar, options_of
+from rl_lora.scripts.help import metavar, texts_of
+from rl_lora.scripts.schema import options_of, schema_of
 
 CODE = re.compile(r"(``[^`]+``|`[^`]+`)")
 SECTION = re.compile(r"(Args|Raises|Returns):$")
@@ -53,27 +54,21 @@ class Public(SphinxDirective):
         return self.parse_text_to_nodes(f"````{{eval-rst}}\n{text}\n````")
 
 
-class Rooms(SphinxDirective):
-    """```{rooms} package```: its subpackages by name, each with its docstring and its modules; links are left out."""
+class Room(SphinxDirective):
+    """```{room} package```: its docstring, and its modules with all that has a docstring."""
 
     required_arguments = 1
 
     def run(self) -> list[nodes.Node]:
-        package = importlib.import_module(self.arguments[0])
-        [folder] = map(Path, package.__path__)
-        rooms = [file.parent for file in sorted(folder.glob("*/__init__.py")) if not file.parent.is_symlink()]
-        return self.parse_text_to_nodes("\n".join(map(room_text, rooms)), allow_section_headings=True)
-
-
-def room_text(room: Path) -> str:
-    """Markdown: a section for a room, and one for each of its modules."""
-    name = f"{room.parent.name}.{room.name}"
-    text = f"## {name}\n\n{escaped(inspect.getdoc(importlib.import_module(name)) or '')}\n\n"
-    modules = sorted(file.stem for file in room.glob("*.py") if file.stem != "__init__")
-    return text + "\n".join(
-        f"### {name}.{module}\n\n```{{eval-rst}}\n.. automodule:: {name}.{module}\n   :members:\n```\n"
-        for module in modules
-    )
+        room = importlib.import_module(self.arguments[0])
+        [folder] = map(Path, room.__path__)
+        modules = sorted(file.stem for file in folder.glob("*.py") if file.stem != "__init__")
+        texts = [f"{escaped(inspect.getdoc(room) or '')}\n"]
+        texts += [
+            f"## {name}\n\n```{{eval-rst}}\n.. automodule:: {room.__name__}.{name}\n   :members:\n```\n"
+            for name in modules
+        ]
+        return self.parse_text_to_nodes("\n".join(texts), allow_section_headings=True)
 
 
 def named(place: str) -> Any:
@@ -84,7 +79,7 @@ def named(place: str) -> Any:
 
 def option_lines(config: Any, other: Any = None) -> Iterator[str]:
     """Markdown: a section a group, and in it the options of a config; beside another config those that differ."""
-    helps, groups = helps_of(config), dict(groups_of(config))
+    texts, groups = texts_of(config), schema_of(config).groups
     there = {} if other is None else dict(options_of(other))
     for section in ("", *groups):
         if other is None:
@@ -92,7 +87,7 @@ def option_lines(config: Any, other: Any = None) -> Iterator[str]:
         for name, option in options_of(config):
             if name.rpartition(".")[0] == section and (name not in there or there[name].default != option.default):
                 yield f"```{{option}} --{name} {metavar(option.hint)}"
-                yield f"{escaped(helps.get(name, ''))} Default: `{as_typed(option.default) or ' '}`."
+                yield f"{escaped(texts.get(name, ''))} Default: `{as_typed(option.default) or ' '}`."
                 yield "```\n"
 
 
@@ -109,7 +104,7 @@ def autodoc_lines(name: str) -> Iterator[str]:
     if inspect.isclass(value):
         bases = "   :show-inheritance:\n" if value.__bases__ != (object,) else ""
         yield f".. autoclass:: {name}\n   :members:\n{bases}"
-    elif callable(value) and hasattr(value, "__name__"):
+    elif inspect.isroutine(value):
         yield f".. autofunction:: {name}\n"
     else:
         yield f".. py:data:: {name}\n"
@@ -129,8 +124,13 @@ def plain_docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any, l
 
 def with_sections(lines: list[str]) -> Iterator[str]:
     """Args, Raises and Returns become fields, their entries lists; an indented block behind a colon stays as it is."""
-    inside = -1
+    inside = literal = -1
     for i, line in enumerate(lines):
+        if literal >= 0:
+            if not line.strip() or indent(line) > literal:
+                yield re.sub(r"\\(.)", r"\1", line)
+                continue
+            literal = -1
         if SECTION.match(line.strip()):
             inside = indent(line)
             yield from ("", f"{' ' * inside}:{line.strip()}", "")
@@ -143,6 +143,7 @@ def with_sections(lines: list[str]) -> Iterator[str]:
         if entry:
             yield f"{' ' * (inside + 4)}- **{entry[1]}**: {entry[2]}"
         elif line.rstrip().endswith(":") and ahead and not lines[i + 1].strip() and indent(ahead[0]) > indent(line):
+            literal = indent(line)
             yield line.rstrip() + ":"
         else:
             yield "  " + line if inside >= 0 and line.strip() else line
@@ -155,6 +156,6 @@ def indent(line: str) -> int:
 def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("options", Options)
     app.add_directive("public", Public)
-    app.add_directive("rooms", Rooms)
+    app.add_directive("room", Room)
     app.connect("autodoc-process-docstring", plain_docstring)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -9,46 +9,39 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import rl_lora
 from rl_lora.config import EvaluateConfig, TrainConfig, validate
-from rl_lora.scripts import plot, report, sft
 from rl_lora.scripts.benchmarks import (
-    benchmark,
     benchmark_evaluate,
     benchmark_rewards,
     compare_lm_eval,
     compare_loaders,
     compare_math_verify,
 )
+from rl_lora.scripts.cli import COMMANDS
 from rl_lora.scripts.options import parse
+from rl_lora.scripts.schema import Usage
 from tests.docs.pages import ROOT
 
 CONFIGS: dict[str, type[Any]] = {
-    "train": TrainConfig,
-    "sft": sft.SftConfig,
-    "evaluate": EvaluateConfig,
-    "plot": plot.PlotConfig,
-    "benchmark": benchmark.BenchmarkConfig,
+    **{name: command.config for name, command in COMMANDS.items()},
     "benchmark_evaluate": benchmark_evaluate.BenchmarkConfig,
     "compare_lm_eval": compare_lm_eval.CompareConfig,
     "compare_loaders": compare_loaders.LoadersConfig,
     "compare_math_verify": compare_math_verify.CompareMathConfig,
 }
-"""Commands and scripts whose options are a config; `report` and `benchmark_rewards` have others."""
-LAUNCHERS = ("accelerate", "torchrun")
+"""Commands and scripts whose options are a config; `benchmark_rewards` has others."""
 SCRIPT = re.compile(r"scripts/(?:benchmarks/)?(\w+)\.py")
 
 
 def command_in(words: list[str]) -> tuple[str, list[str]] | None:
     """The project's command among the words of a shell command, and its arguments; None where there is none."""
     for i, word in enumerate(words):
-        if word == "rl-lora" and i + 1 < len(words):
+        if word.rpartition("/")[2] == "rl-lora" and i + 1 < len(words):
             return words[i + 1], words[i + 2 :]
         if match := SCRIPT.fullmatch(word):
             assert (ROOT / word).is_file(), f"there is no {word}"
@@ -62,7 +55,7 @@ def check(words: list[str]) -> None:
         if found[0] in CONFIGS:
             read(*found)
         else:
-            assert found[0] in ("report", "benchmark_rewards"), found[0]
+            assert found[0] == "benchmark_rewards", f"there is no command {found[0]}"
         return
     program, *rest = words
     if program == "make":
@@ -80,7 +73,8 @@ def check(words: list[str]) -> None:
 
 def read(name: str, args: list[str]) -> Any:
     """The config that a command makes of its arguments, judged as far as that needs no model."""
-    config = parse(CONFIGS[name], [arg for arg in args if arg != "--print_config"])
+    usage = COMMANDS[name].usage if name in COMMANDS else Usage()
+    config = parse(CONFIGS[name], [arg for arg in args if arg != "--print_config"], usage)
     if isinstance(config, TrainConfig):
         validate(config)
     return config
@@ -120,21 +114,11 @@ def run(words: list[str], tiny: Path, data: Path) -> None:
             with pytest.raises(SystemExit):
                 parse(CONFIGS[name], args)
         elif name in CONFIGS:
-            WORK[name](small(read(name, args), tiny, data))
-        elif name == "report":
-            report.report(*map(Path, args))
+            work = COMMANDS[name].load() if name in COMMANDS else compare_loaders.run
+            work(small(read(name, args), tiny, data))
         else:
             stack.enter_context(pytest.MonkeyPatch.context()).setattr(sys, "argv", [name, *args, "--model", str(tiny)])
             benchmark_rewards.main()
-
-
-WORK: dict[str, Callable[[Any], object]] = {
-    "train": rl_lora.train,
-    "sft": rl_lora.train,
-    "evaluate": rl_lora.evaluate,
-    "plot": plot.run,
-    "compare_loaders": compare_loaders.run,
-}
 
 
 def redirected(words: list[str]) -> tuple[list[str], str | None]:
