@@ -353,6 +353,19 @@ class EvaluationSettings(EpisodeConfig):
     resume: bool = True
 
 
+OF_RUN = {
+    "env.id": "env.id",
+    "env.kwargs": "env.kwargs",
+    "env_kwargs": "eval.env_kwargs",
+    "max_tokens": "rollout.max_tokens",
+    "system_prompt": "rollout.system_prompt",
+    "max_turns": "rollout.max_turns",
+    "model.name": "model.name",
+    "model.dtype": "model.dtype",
+    "model.stop_tokens": "model.stop_tokens",
+    "model.template_kwargs": "model.template_kwargs",
+}
+"""Options of an evaluation that a run answers, and where its config.yaml has them."""
 MAY_DIFFER = {
     "run_dir",
     "steps",

@@ -11,7 +11,6 @@ STILL_UPWARD = {
     "kernels.decode_attention -> attention.shared_prefix",
     "policy.policy -> learner.recompute",
     "policy.policy -> sampler.compiled",
-    "report.next_command -> evaluation.run_task",
     "report.run_report -> lora.adapter",
     "report.run_report -> lora.peft_io",
     "report.run_report -> policy.policy",

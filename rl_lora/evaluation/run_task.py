@@ -9,26 +9,13 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
-from rl_lora.config import EnvConfig, EvaluateConfig, EvaluationSettings, ModelConfig, as_typed, flatten
+from rl_lora.config import OF_RUN, EnvConfig, EvaluateConfig, EvaluationSettings, ModelConfig, as_typed, flatten
 from rl_lora.evaluation.candidates import adapter_in, record_of
 from rl_lora.lora import peft_io
 from rl_lora.system.files import read_yaml
 from rl_lora.system.model_names import EMBEDDED_MODEL, canonical
 from rl_lora.system.terminal import in_line
 
-OF_RUN = {
-    "env.id": "env.id",
-    "env.kwargs": "env.kwargs",
-    "env_kwargs": "eval.env_kwargs",
-    "max_tokens": "rollout.max_tokens",
-    "system_prompt": "rollout.system_prompt",
-    "max_turns": "rollout.max_turns",
-    "model.name": "model.name",
-    "model.dtype": "model.dtype",
-    "model.stop_tokens": "model.stop_tokens",
-    "model.template_kwargs": "model.template_kwargs",
-}
-"""Options of an evaluation that a run answers, and where its config.yaml has them."""
 TASK = ("env.id", "env.kwargs", "env_kwargs")
 """What belongs together: a task of the user's own has nothing of a run's."""
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 
-from rl_lora.config import EvaluationSettings, TrainConfig, flatten
-from rl_lora.evaluation.run_task import OF_RUN
+from rl_lora.config import OF_RUN, EvaluationSettings, TrainConfig, flatten
 from rl_lora.system.invocation import words
 
 
