@@ -11,12 +11,12 @@ STILL_UPWARD = {
     "kernels.decode_attention -> attention.shared_prefix",
     "policy.policy -> learner.recompute",
     "policy.policy -> sampler.compiled",
-    "report.run_report -> lora.adapter",
-    "report.run_report -> lora.peft_io",
-    "report.run_report -> policy.policy",
-    "report.run_report -> rollout.contract",
-    "report.run_report -> rollout.given",
-    "report.run_report -> trainer.checkpoint",
+    "report.run_display -> lora.adapter",
+    "report.run_display -> lora.peft_io",
+    "report.run_display -> policy.policy",
+    "report.run_display -> rollout.contract",
+    "report.run_display -> rollout.given",
+    "report.run_display -> trainer.checkpoint",
     "types -> attention.tree",
 }
 """Each is opened by a change of its own; none may come in."""

@@ -26,7 +26,7 @@ from rl_lora.lora.peft_io import load_adapter, save_adapter
 from rl_lora.metrics.records import MetricsFile, Record, Stopwatch, summarize_groups, summarize_updates, with_speed
 from rl_lora.metrics.summary import Evaluation
 from rl_lora.policy.policy import Policy
-from rl_lora.report.run_report import RunReport
+from rl_lora.report.run_display import RunReport
 from rl_lora.report.training_samples import write_samples
 from rl_lora.rollout.curriculum import SEED_STRIDE, curriculum_of
 from rl_lora.rollout.demonstrations import Demonstrations

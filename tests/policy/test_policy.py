@@ -34,7 +34,7 @@ from rl_lora.config import LearnerConfig, TrainConfig
 from rl_lora.learner.learner import Learner
 from rl_lora.policy import policy as policy_module
 from rl_lora.policy.policy import Dtype, Policy, compute_dtype, context_length, seconds_of_product
-from rl_lora.report.run_report import RunReport
+from rl_lora.report.run_display import RunReport
 from rl_lora.sampler.native import NativeSampler
 from rl_lora.sampler.protocol import Request
 from rl_lora.system import memory

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from rl_lora.config import TrainConfig
 from rl_lora.report import evaluation_table
-from rl_lora.report.run_report import RunReport
+from rl_lora.report.run_display import RunReport
 from rl_lora.scripts.command import run
 from rl_lora.system.terminal import UNSEEN, Terminal, in_line, visible
 from tests import ROOT
