@@ -18,7 +18,7 @@ import rl_lora
 from rl_lora.config import as_typed
 from rl_lora.scripts.help import help_page
 from rl_lora.scripts.schema import OWN, Schema, Usage, schema_of
-from rl_lora.scripts.values import explained, from_node, from_text, from_texts, from_untyped, is_list, members
+from rl_lora.scripts.values import enclosed, explained, from_node, from_text, from_texts, from_untyped, is_list, members
 from rl_lora.system.plain_yaml import Loader, dump, items
 from rl_lora.system.terminal import Terminal, in_line
 
@@ -103,15 +103,14 @@ def looks_like_option(arg: str) -> bool:
 
 def take(name: str, texts: list[str], values: dict[str, Any], schema: Schema) -> None:
     """Put what was typed behind one option into the values. Raises ValueError that names it."""
-    if name in schema.groups:
-        (text,) = texts
-        if text.lstrip().startswith("{"):
-            with_names(from_flow(text, name), f"{name}.", values, schema)
-        else:
-            values |= from_file(text, schema, f"{name}.")
+    node = None
+    if name in schema.groups and not texts[0].lstrip().startswith("{"):
+        values |= from_file(texts[0], schema, f"{name}.")
         return
     try:
-        if name not in schema.options:
+        if name in schema.groups:
+            node = enclosed(texts[0], "{", must=True)
+        elif name not in schema.options:
             put_inside(name, texts[0], values, schema)
         elif is_list(hint := schema.hint(name)):
             values[name] = from_texts(texts, hint, "." in name)
@@ -119,6 +118,8 @@ def take(name: str, texts: list[str], values: dict[str, Any], schema: Schema) ->
             values[name] = from_text(texts[0], hint)
     except ValueError as error:
         raise ValueError(f"{name} {error}") from None
+    if isinstance(node, yaml.MappingNode):
+        with_names(node, f"{name}.", values, schema)
 
 
 def put_inside(name: str, text: str, values: dict[str, Any], schema: Schema) -> None:
@@ -132,17 +133,6 @@ def put_inside(name: str, text: str, values: dict[str, Any], schema: Schema) -> 
         if not isinstance(inside, dict):
             raise ValueError(f"cannot be set: {part} is {as_typed(inside)}, no mapping")
     inside[last] = from_untyped(text)
-
-
-def from_flow(text: str, name: str) -> yaml.MappingNode:
-    """The mapping in braces behind a group of options."""
-    try:
-        from_text(text, dict[str, Any])  # nothing in it is lost
-    except ValueError as error:
-        raise ValueError(f"{name} {error}") from None
-    node = yaml.compose(text, Loader)
-    assert isinstance(node, yaml.MappingNode)
-    return node
 
 
 def from_file(file: str, schema: Schema, prefix: str = "") -> dict[str, Any]:

@@ -77,7 +77,7 @@ def from_texts(texts: list[str], hint: Any, bracketed: bool) -> Any:
         return None
     (hint,) = set(members(hint)) - {NONE}
     of_numbers = str not in get_args(hint)
-    if len(texts) == 1 and (bracketed or of_numbers) and (node := _enclosed(texts[0], "[")) is not None:
+    if len(texts) == 1 and (bracketed or of_numbers) and (node := enclosed(texts[0], "[")) is not None:
         return from_node(node, hint)
     if of_numbers:
         texts = [part for text in texts for part in (text.split(",") if COMMAS.fullmatch(text) else [text])]
@@ -91,7 +91,7 @@ def from_text(text: str, hint: Any) -> Any:
         return None
     for opening, kind in (("[", (list, tuple)), ("{", (dict,))):
         fitting = [k for k in kinds if k in kind or get_origin(k) in kind]
-        if fitting and (node := _enclosed(text, opening, must=str not in kinds)) is not None:
+        if fitting and (node := enclosed(text, opening, must=str not in kinds)) is not None:
             return from_node(node, fitting[0])
     for value in _matching(text, kinds):
         return value
@@ -135,12 +135,12 @@ def from_untyped(text: str) -> Any:
             return quoted.value
         return text
     for opening in ("[", "{"):
-        if (node := _enclosed(text, opening)) is not None:
+        if (node := enclosed(text, opening)) is not None:
             return plain(node)
     return text
 
 
-def _enclosed(text: str, opening: str, must: bool = False) -> yaml.Node | None:
+def enclosed(text: str, opening: str, must: bool = False) -> yaml.Node | None:
     """The list or mapping that a text is, if it is one; `must`: or an error that says why it is none.
 
     `{question}` is none: a mapping has colons.
