@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin
 import argcomplete
 from argcomplete.completers import FilesCompleter
 
-from rl_lora.scripts.help import first_sentence, texts_of
+from rl_lora.scripts.help import shortened, texts_of
 from rl_lora.scripts.schema import OWN, Usage, meant, nearest, schema_of
 from rl_lora.scripts.values import NONE, is_list, members
 from rl_lora.system.invocation import COMMAND
@@ -60,7 +60,7 @@ def add_options(parser: argparse.ArgumentParser, config: Any, usage: Usage) -> N
         parser.add_argument(f"--{name}", action="store_true", help=OWN[name])
     for name, option in schema.options.items():
         nargs = "*" if is_list(option.hint) else "?" if bool in members(option.hint) else None
-        action = parser.add_argument(f"--{name}", nargs=nargs, help=first_sentence(texts.get(name, "")))
+        action = parser.add_argument(f"--{name}", nargs=nargs, help=shortened(texts.get(name, "")))
         action.completer = completer(name, option.hint)  # type: ignore[attr-defined]
     if usage.arguments:
         parser.add_argument(usage.arguments, nargs="*")

@@ -1,6 +1,6 @@
 """The help of a command: the options used most, all of them, or those that a word names.
 
-The text of an option is the docstring under its field, in the short list that docstring's first sentence.
+The text of an option is the docstring under its field, shortened where only some options are shown.
 """
 
 from __future__ import annotations
@@ -88,14 +88,16 @@ def entry(schema: Schema, texts: dict[str, str], name: str, is_short: bool = Fal
     """An option, its kind of value, its text and its default."""
     text, option = texts.get(name, ""), schema.options[name]
     if is_short:
-        text = first_sentence(text)
+        text = shortened(text)
     if option.default is not None or "y default" not in texts.get(name, ""):  # else the text says it
         text += f" (default: {as_typed(option.default)})"
     return columns(f"--{name} {metavar(option.hint)}", text)
 
 
-def first_sentence(text: str) -> str:
-    return re.split(r"(?<=\.)\s(?=[A-Z])", text, maxsplit=1)[0]
+def shortened(text: str) -> str:
+    """The first sentence of a docstring, and the one that tells the default."""
+    first, *others = re.split(r"(?<=\.)\s(?=[A-Z])", text)
+    return " ".join([first, *(sentence for sentence in others if sentence.startswith("By default"))])
 
 
 def columns(head: str, text: str) -> list[str]:
