@@ -40,10 +40,10 @@ from rl_lora.rollout.worker import MakeEnv, Plays, RolloutWorker
 from rl_lora.sampler.native import NativeSampler
 from rl_lora.system import files
 from rl_lora.system import finite_json as json
+from rl_lora.system.distributed import no_accelerator
 from rl_lora.system.terminal import Terminal, in_line
 from rl_lora.trainer.preflight import check_model
 from rl_lora.trainer.task import Problem, problems_of, sources
-from rl_lora.trainer.trainer import no_accelerator
 
 AHEAD = 4
 """Rows of a batch of problems for each row that is decoded at a time: how much is lost when the process dies, against

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, gather_object, set_seed
 
@@ -36,6 +35,7 @@ from rl_lora.rollout.held_out import evaluate_adapters, held_out
 from rl_lora.rollout.shaping import shaped
 from rl_lora.rollout.worker import RolloutWorker
 from rl_lora.sampler.native import NativeSampler
+from rl_lora.system.distributed import no_accelerator
 from rl_lora.system.files import FileError, check_writable, write_text, writing
 from rl_lora.system.interrupts import later
 from rl_lora.system.invocation import is_first_process
@@ -93,11 +93,6 @@ def train(config: TrainConfig, *, reward: Any = None, data: Any = None, eval_dat
                 check_run_dir(config)  # a run may have come and gone
         Trainer(config).run()
     return run_dir
-
-
-def no_accelerator() -> bool:
-    """Whether accelerate must be told that this is a CPU: otherwise it takes each launched process for the only one."""
-    return not torch.accelerator.is_available()
 
 
 def training_problems(config: TrainConfig) -> Iterator[int]:

@@ -26,7 +26,7 @@ from rl_lora.sampler.native import NativeSampler
 from rl_lora.sampler.protocol import Request
 from rl_lora.scripts.benchmarks.peer_process import Figures
 from rl_lora.scripts.benchmarks.peers import Meter
-from rl_lora.trainer.trainer import no_accelerator
+from rl_lora.system.distributed import no_accelerator
 from rl_lora.types import Episode, Group, Stop, Turn
 
 MATRIX = {"cpu": 2048, "cuda": 8192}
