@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from rl_lora.kernels.verify import difference
 from rl_lora.system.cache_folder import place_compiler_cache
 
 if TYPE_CHECKING:
-    from rl_lora.attention.tree import Span, Tree
+    from rl_lora.attention.tree import Tree
 
 Attention = Callable[["Tree", Tensor, Tensor, Tensor, Options], Tensor]
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -120,26 +120,6 @@ def _first(some: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
         for x in (some.sum(1), np.argsort(~some, axis=1, kind="stable"))
     )
     return counts, order
-
-
-def ends(spans: Sequence[Span]) -> np.ndarray | None:
-    """int64 (N,): for every token, where the descendants of its span end. None unless spans lie in the order of a walk
-    through the tree: each behind the one before, and behind its parent or a descendant of that."""
-    stop = [start + length for start, length, _ in spans]
-    end = list(stop)
-    path: list[int] = []  # from a root to the span before
-    for i, (start, _, parent) in enumerate(spans):
-        if start != (stop[i - 1] if i else 0):
-            return None
-        while path and path[-1] != parent:
-            path.pop()
-        if parent >= 0 and not path:
-            return None
-        path.append(i)
-    for i in range(len(spans) - 1, -1, -1):
-        if (parent := spans[i][2]) >= 0:
-            end[parent] = max(end[parent], end[i])
-    return np.repeat(end, [length for _, length, _ in spans])
 
 
 _proofs: dict[Any, bool] = {}

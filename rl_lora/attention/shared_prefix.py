@@ -1,27 +1,22 @@
-"""Attention of query blocks to keys that several of them share, and its entry into any `transformers` model.
+"""Attention of query blocks to keys that several of them share.
 
     out = softmax(scaling * q [k_1 ... k_S]^T + mask) [v_1 ... v_S]
 
 The S sources of keys are stored once: the beginning that all prompts have in common, a prompt, a row's own tokens. All
 blocks that share a source meet it in one matrix product. Which blocks share what is a layout's business (`tree.py`,
-`kv_cache.py`); the model's own forward runs, and only its attention is ours. Models whose attention goes elsewhere
-(state space models, own kernels) take the plain path: see `Policy.not_shared`.
+`kv_cache.py`).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
-
-IMPLEMENTATION = "rl_lora_shared_prefix"
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -33,14 +28,6 @@ class Options:
     softcap: float | None = None
     sinks: Tensor | None = None
     """(H,), or (B, H) of each block: a logit of each head that takes probability away from every key (gpt-oss)."""
-
-
-class Layout(Protocol):
-    """How the tokens of a forward pass lie, and what each of them may attend to."""
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
-        """query: (B, H, L, D); key, value: (B, H_kv, L, D), as the layer made them. Returns (B, H, L, D)."""
-        ...
 
 
 class Sharing:
@@ -198,55 +185,3 @@ def _probabilities(
 def additive(allowed: Tensor) -> Tensor:
     """bool (B, Q, K) -> float32 (B, 1, Q, K), as `attend` wants its mask."""
     return torch.zeros(allowed.shape, device=allowed.device).masked_fill_(~allowed, -torch.inf)[:, None]
-
-
-UNDERSTOOD = {
-    "sliding_window",
-    "softcap",
-    "s_aux",
-    "layout",
-    "position_ids",
-    "use_cache",
-    "is_causal",
-    "cache_position",
-}
-
-
-def shared_prefix_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """An attention function of `AttentionInterface`: (B, H, Q, D) -> (B, Q, H, D). `layout`: the forward's."""
-    unknown = {name for name, value in kwargs.items() if value is not None} - UNDERSTOOD
-    if unknown:
-        raise NotImplementedError(f"{type(module).__name__} asks its attention for {', '.join(sorted(unknown))}")
-    options = Options(
-        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        window=kwargs.get("sliding_window"),
-        softcap=kwargs.get("softcap"),
-        sinks=kwargs.get("s_aux"),
-    )
-    layout: Layout = kwargs["layout"]
-    layer: int = module.layer_idx  # type: ignore[assignment]
-    return layout.attend(layer, query, key, value, options).transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(IMPLEMENTATION, shared_prefix_attention)
-
-
-@contextmanager
-def shared_prefix_attention_of(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, the model's attention is `shared_prefix_attention`; its forward then needs a `layout`."""
-    config = model.config
-    previous = config._attn_implementation
-    config._attn_implementation = IMPLEMENTATION
-    try:
-        yield
-    finally:
-        config._attn_implementation = previous

@@ -8,7 +8,7 @@ attention is computed on it is `tree_attention.py`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,15 +17,11 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from rl_lora.attention import padded
-from rl_lora.attention.flex import ends
 from rl_lora.attention.kv_cache import Nodes
 from rl_lora.attention.shared_prefix import Options, Sharing, additive
 
 CHUNK_ELEMENTS = 1 << 25
 """Attention scores that exist at a time: 128 MiB in float32."""
-
-MIN_TRUNK = 16
-"""Tokens that prompts must have in common for their beginning to be a span of its own."""
 PAST = -1
 """In place of a depth: what was there already."""
 
@@ -138,7 +134,7 @@ class Tree:
 
     @functools.cached_property
     def end(self) -> Tensor | None:
-        """int64 (N,): see `flex.ends`."""
+        """int64 (N,): see `ends`."""
         found = ends(self.spans)
         return None if found is None else torch.from_numpy(found).to(self.device)
 
@@ -242,32 +238,21 @@ class Tree:
         return chunk.masks[window]
 
 
-Trunk = tuple[str | None, tuple[int, ...]]
-"""An adapter, and what several of its prompts begin with."""
-
-
-def find_trunks(prompts: Iterable[Trunk]) -> list[Trunk]:
-    """What at least two of these prompts, each with its adapter, begin with; it leaves each a token of its own."""
-    alike: dict[Trunk, set[tuple[int, ...]]] = {}
-    for adapter, ids in prompts:
-        alike.setdefault((adapter, ids[:MIN_TRUNK]), set()).add(ids)
-    trunks = []
-    for (adapter, _), members in alike.items():
-        n = min(common_prefix(members), min(map(len, members)) - 1)
-        if len(members) > 1 and n >= MIN_TRUNK:
-            trunks.append((adapter, min(members)[:n]))
-    return trunks
-
-
-def trunk_of(trunks: Sequence[Trunk], adapter: str | None, prompt: tuple[int, ...]) -> int | None:
-    """The index of the trunk that a prompt goes on from."""
-    for i, (of, ids) in enumerate(trunks):
-        if of == adapter and len(prompt) > len(ids) and prompt[: len(ids)] == ids:
-            return i
-    return None
-
-
-def common_prefix(sequences: Collection[tuple[int, ...]]) -> int:
-    """Tokens that all sequences begin with."""
-    first, last = min(sequences), max(sequences)  # in the order of a dictionary, these two differ the soonest
-    return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+def ends(spans: Sequence[Span]) -> np.ndarray | None:
+    """int64 (N,): for every token, where the descendants of its span end. None unless spans lie in the order of a walk
+    through the tree: each behind the one before, and behind its parent or a descendant of that."""
+    stop = [start + length for start, length, _ in spans]
+    end = list(stop)
+    path: list[int] = []  # from a root to the span before
+    for i, (start, _, parent) in enumerate(spans):
+        if start != (stop[i - 1] if i else 0):
+            return None
+        while path and path[-1] != parent:
+            path.pop()
+        if parent >= 0 and not path:
+            return None
+        path.append(i)
+    for i in range(len(spans) - 1, -1, -1):
+        if (parent := spans[i][2]) >= 0:
+            end[parent] = max(end[parent], end[i])
+    return np.repeat(end, [length for _, length, _ in spans])

@@ -14,7 +14,8 @@ from functools import partial
 import numpy as np
 import torch
 
-from rl_lora.attention.tree import Span, Tree, Trunk, common_prefix, find_trunks, trunk_of
+from rl_lora.attention.prefixes import Trunk, common_prefix, find_trunks, trunk_of
+from rl_lora.attention.tree import Span, Tree
 from rl_lora.types import Batch, Episode, Group
 
 

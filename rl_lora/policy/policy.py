@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from rl_lora.attention.interface import Layout, shared_prefix_attention_of
 from rl_lora.attention.kv_cache import Decode, Nodes, Recorder
-from rl_lora.attention.shared_prefix import Layout, shared_prefix_attention_of
 from rl_lora.attention.tree import Tree
 from rl_lora.config import ModelConfig
 from rl_lora.kernels.verify import difference

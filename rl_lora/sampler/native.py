@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rl_lora.attention.kv_cache import Decode, Nodes
-from rl_lora.attention.tree import Trunk, find_trunks, trunk_of
+from rl_lora.attention.prefixes import Trunk, find_trunks, trunk_of
 from rl_lora.policy.policy import Policy
 from rl_lora.sampler.cuda_graph import Recorder, Replay
 from rl_lora.sampler.protocol import Completion, Follow, Request

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from rl_lora.attention.tree import find_trunks
+from rl_lora.attention.prefixes import find_trunks
 from rl_lora.config import EnvConfig, LearnerConfig, ModelConfig, RolloutConfig
 from rl_lora.learner.learner import Learner
 from rl_lora.learner.packing import pack

@@ -11,8 +11,9 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from rl_lora.attention import flex, kv_cache, padded
 from rl_lora.attention import tree as tree_module
 from rl_lora.attention.kv_cache import Decode, Nodes
+from rl_lora.attention.prefixes import common_prefix, find_trunks, trunk_of
 from rl_lora.attention.shared_prefix import Options, Sharing
-from rl_lora.attention.tree import Tree, common_prefix, find_trunks, trunk_of
+from rl_lora.attention.tree import Tree, ends
 
 
 def random_spans(rng: np.random.Generator, n: int) -> list[tuple[int, int, int]]:
@@ -137,9 +138,9 @@ def test_blocks_are_those_that_torch_finds_by_looking_at_all_pairs(seed, window)
 
 
 def test_spans_out_of_a_walks_order_are_known_as_such():
-    assert flex.ends([(0, 2, -1), (2, 2, -1), (4, 1, 0)]) is None  # a child that is not behind its parent
-    assert flex.ends([(2, 2, -1), (0, 2, -1)]) is None  # tokens in another order than spans
-    found = flex.ends([(0, 2, -1), (2, 3, 0), (5, 1, 0), (6, 2, -1)])
+    assert ends([(0, 2, -1), (2, 2, -1), (4, 1, 0)]) is None  # a child that is not behind its parent
+    assert ends([(2, 2, -1), (0, 2, -1)]) is None  # tokens in another order than spans
+    found = ends([(0, 2, -1), (2, 3, 0), (5, 1, 0), (6, 2, -1)])
     assert found is not None
     assert found.tolist() == [6, 6, 5, 5, 5, 6, 8, 8]
 

@@ -1,0 +1,75 @@
+"""The entry into any `transformers` model: its own forward runs, and only its attention is ours.
+
+Models whose attention goes elsewhere (state space models, own kernels) take the plain path: see `Policy.not_shared`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from rl_lora.attention.shared_prefix import Options
+
+IMPLEMENTATION = "rl_lora_shared_prefix"
+UNDERSTOOD = {
+    "sliding_window",
+    "softcap",
+    "s_aux",
+    "layout",
+    "position_ids",
+    "use_cache",
+    "is_causal",
+    "cache_position",
+}
+
+
+class Layout(Protocol):
+    """How the tokens of a forward pass lie, and what each of them may attend to."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
+        """query: (B, H, L, D); key, value: (B, H_kv, L, D), as the layer made them. Returns (B, H, L, D)."""
+        ...
+
+
+def shared_prefix_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """An attention function of `AttentionInterface`: (B, H, Q, D) -> (B, Q, H, D). `layout`: the forward's."""
+    unknown = {name for name, value in kwargs.items() if value is not None} - UNDERSTOOD
+    if unknown:
+        raise NotImplementedError(f"{type(module).__name__} asks its attention for {', '.join(sorted(unknown))}")
+    options = Options(
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=kwargs.get("sliding_window"),
+        softcap=kwargs.get("softcap"),
+        sinks=kwargs.get("s_aux"),
+    )
+    layout: Layout = kwargs["layout"]
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    return layout.attend(layer, query, key, value, options).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(IMPLEMENTATION, shared_prefix_attention)
+
+
+@contextmanager
+def shared_prefix_attention_of(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the model's attention is `shared_prefix_attention`; its forward then needs a `layout`."""
+    config = model.config
+    previous = config._attn_implementation
+    config._attn_implementation = IMPLEMENTATION
+    try:
+        yield
+    finally:
+        config._attn_implementation = previous
