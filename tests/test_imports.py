@@ -8,7 +8,6 @@ from rl_lora.scripts.imports import circles, floors, imports, rooms, upward
 from tests import ROOT
 
 STILL_UPWARD = {
-    "kernels.decode_attention -> attention.shared_prefix",
     "policy.policy -> learner.recompute",
     "policy.policy -> sampler.compiled",
     "report.run_display -> lora.adapter",
@@ -21,7 +20,6 @@ STILL_UPWARD = {
 }
 """Each is opened by a change of its own; none may come in."""
 STILL_CIRCLES = {
-    "attention.cpu, attention.flex, attention.padded, attention.tree",
     "learner.recompute, policy.policy, sampler.compiled",
     "rewards.combine, rewards.judging",
 }

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rl_lora.attention.shared_prefix import Options, Sharing, Source, additive, attend
+from rl_lora.attention.shared_prefix import Sharing, Source, additive, attend
 from rl_lora.kernels import decode_attention
+from rl_lora.kernels.attention_options import AttentionOptions
 
 
 class Shared(NamedTuple):
@@ -93,7 +94,7 @@ class DecodeLayer:
         for buffer in (self.keys, self.values):
             buffer[self.rows[:, None], :, self.at] = 0
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
         """query: (R, H, n, D); key, value: the rows' own, (R, H_kv, W, D). Returns (R, H, n, D)."""
         keys, values = [*(s.key for s in self.shared), key], [*(s.value for s in self.shared), value]
         if decode_attention.usable(query, keys, values):

@@ -10,21 +10,19 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from rl_lora.attention.shared_prefix import Options
+from rl_lora.attention.tree import Tree
+from rl_lora.kernels.attention_options import AttentionOptions
 from rl_lora.kernels.verify import difference
 from rl_lora.system.cache_folder import place_compiler_cache
 
-if TYPE_CHECKING:
-    from rl_lora.attention.tree import Tree
-
-Attention = Callable[["Tree", Tensor, Tensor, Tensor, Options], Tensor]
+Attention = Callable[[Tree, Tensor, Tensor, Tensor, AttentionOptions], Tensor]
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.05}  # float32 products may be TF32 on a GPU
 """Largest mean difference from our own attention and its gradients, in standard deviations."""
@@ -33,12 +31,12 @@ BLOCK = 128
 """Tokens of a side of the blocks that are computed or left out."""
 
 
-def serves(tree: Tree, query: Tensor, options: Options) -> bool:
+def serves(tree: Tree, query: Tensor, options: AttentionOptions) -> bool:
     """Whether there is anything to gain, and it can be expressed."""
     return query.device.type == "cuda" and tree.past is None and options.sinks is None and tree.end is not None
 
 
-def attend(tree: Tree, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
+def attend(tree: Tree, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
     """query: (1, H, N, D); key, value: (1, H_kv, N, D). Returns (1, H, N, D)."""
     attention = _compiled() if query.device.type == "cuda" else flex_attention
     out = attention(
@@ -125,7 +123,7 @@ def _first(some: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
 _proofs: dict[Any, bool] = {}
 
 
-def proven(query: Tensor, key: Tensor, value: Tensor, options: Options, own: Attention) -> bool:
+def proven(query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions, own: Attention) -> bool:
     """Whether, on tensors of this kind, attention and gradients are those of `own`; tried once, said if not."""
     differentiated = torch.is_grad_enabled() and query.requires_grad
     shapes = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
@@ -143,9 +141,9 @@ def proven(query: Tensor, key: Tensor, value: Tensor, options: Options, own: Att
     return _proofs[kind]
 
 
-def _prove(query: Tensor, key: Tensor, value: Tensor, options: Options, own: Attention, differentiated: bool) -> None:
-    from rl_lora.attention.tree import Tree  # a tree's attention leads here
-
+def _prove(
+    query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions, own: Attention, differentiated: bool
+) -> None:
     generator = torch.Generator().manual_seed(0)
     for lengths in ((40, 100, 30, 200, 90, 7), (300, 150, 1, 129, 80, 64)):
         parents = (-1, 0, 1, 1, 0, -1)

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from rl_lora.attention.shared_prefix import Options
+from rl_lora.attention import cpu, flex, padded
+from rl_lora.attention.decode_layer import DecodeLayer
+from rl_lora.attention.kv_cache import Decode
+from rl_lora.attention.tree import Tree
+from rl_lora.kernels.attention_options import AttentionOptions
 
 IMPLEMENTATION = "rl_lora_shared_prefix"
 UNDERSTOOD = {
@@ -25,14 +29,10 @@ UNDERSTOOD = {
     "is_causal",
     "cache_position",
 }
+"""What a model may tell its attention."""
 
-
-class Layout(Protocol):
-    """How the tokens of a forward pass lie, and what each of them may attend to."""
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
-        """query: (B, H, L, D); key, value: (B, H_kv, L, D), as the layer made them. Returns (B, H, L, D)."""
-        ...
+Layout = Tree | Decode | DecodeLayer
+"""How the tokens of a forward pass lie, and what each of them may attend to."""
 
 
 def shared_prefix_attention(
@@ -49,7 +49,7 @@ def shared_prefix_attention(
     unknown = {name for name, value in kwargs.items() if value is not None} - UNDERSTOOD
     if unknown:
         raise NotImplementedError(f"{type(module).__name__} asks its attention for {', '.join(sorted(unknown))}")
-    options = Options(
+    options = AttentionOptions(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         window=kwargs.get("sliding_window"),
         softcap=kwargs.get("softcap"),
@@ -57,7 +57,23 @@ def shared_prefix_attention(
     )
     layout: Layout = kwargs["layout"]
     layer: int = module.layer_idx  # type: ignore[assignment]
-    return layout.attend(layer, query, key, value, options).transpose(1, 2).contiguous(), None
+    if isinstance(layout, Tree):
+        out = attend_on_tree(layout, layer, query, key, value, options)
+    else:
+        out = layout.attend(layer, query, key, value, options)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def attend_on_tree(
+    tree: Tree, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
+) -> Tensor:
+    """query: (1, H, N, D); key, value: (1, H_kv, N, D). Returns (1, H, N, D), by the fastest that may be used."""
+    tree.windows.add(options.window)
+    if flex.serves(tree, query, options) and flex.proven(query, key, value, options, padded.own):
+        return flex.attend(tree, query, key, value, options)
+    if cpu.serves(tree, query, key, value):
+        return cpu.attend(tree, query, key, value, options)
+    return padded.own(tree, query, key, value, options, layer)
 
 
 AttentionInterface.register(IMPLEMENTATION, shared_prefix_attention)

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import Cache
 
 from rl_lora.attention.decode_layer import DecodeLayer, Shared
-from rl_lora.attention.shared_prefix import Options, Sharing
+from rl_lora.attention.shared_prefix import Sharing
+from rl_lora.kernels.attention_options import AttentionOptions
 
 BLOCK = 32
 """Tokens that the rows' own buffers grow by, at least."""
@@ -302,5 +303,5 @@ class Decode(Cache):
     ) -> tuple[Tensor, Tensor]:
         return self.layer(layer_idx).update(key_states, value_states)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
         return self.layer(layer).attend(layer, query, key, value, options)

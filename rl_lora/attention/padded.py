@@ -1,34 +1,23 @@
-"""Attention on a tree of spans, forward and backward: padded by depth and in chunks here, or fused: on a GPU by torch
-(`flex.py`), on a CPU in C++ (`cpu_tree_attention.py`)."""
+"""Attention on a tree of spans, forward and backward, by torch's plain operations: spans are padded by depth, and
+computed in chunks. It serves every tree, dtype and device; the others are proven by it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rl_lora.attention import cpu, flex
-from rl_lora.attention.shared_prefix import Options, Source, attend_backward
+from rl_lora.attention.shared_prefix import Source, attend_backward
 from rl_lora.attention.shared_prefix import attend as attend_to_sources
-
-if TYPE_CHECKING:  # a tree calls what is here
-    from rl_lora.attention.tree import Chunk, Tree
-
-
-def attend(tree: Tree, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
-    """query: (1, H, N, D); key, value: (1, H_kv, N, D). Returns (1, H, N, D)."""
-    if flex.serves(tree, query, options) and flex.proven(query, key, value, options, own):
-        return flex.attend(tree, query, key, value, options)
-    if cpu.serves(tree, query, key, value):
-        return cpu.attend(tree, query, key, value, options)
-    return own(tree, query, key, value, options, layer)
+from rl_lora.attention.tree import Chunk, Tree
+from rl_lora.kernels.attention_options import AttentionOptions
 
 
-def own(tree: Tree, query: Tensor, key: Tensor, value: Tensor, options: Options, layer: int = 0) -> Tensor:
+def own(tree: Tree, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions, layer: int = 0) -> Tensor:
     """Our own; `layer` says which keys and values of a tree's past are meant."""
     return _Own.apply(query, key, value, tree, layer, options)
 
@@ -68,7 +57,7 @@ class _Own(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, tree: Tree, layer: int, options: Options
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, tree: Tree, layer: int, options: AttentionOptions
     ) -> Tensor:
         ctx.save_for_backward(query, key, value)
         ctx.tree, ctx.options = tree, options
@@ -113,7 +102,7 @@ def _heads_apart(x: Tensor, chunk: Chunk) -> Tensor:
     return x.view(chunk.kv_heads, -1, *x.shape[1:])
 
 
-def _of_chunk(options: Options, chunk: Chunk) -> Options:
+def _of_chunk(options: AttentionOptions, chunk: Chunk) -> AttentionOptions:
     """The same, with the sinks of each block's heads."""
     if options.sinks is None:
         return options

@@ -18,16 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Options:
-    """What a model's attention asks for beside queries, keys and values."""
-
-    scaling: float
-    window: int | None = None
-    softcap: float | None = None
-    sinks: Tensor | None = None
-    """(H,), or (B, H) of each block: a logit of each head that takes probability away from every key (gpt-oss)."""
+from rl_lora.kernels.attention_options import AttentionOptions
 
 
 class Sharing:
@@ -106,7 +97,7 @@ class Source:
         return x if self.sharing is None else self.sharing.apart(x)
 
 
-def attend(query: Tensor, sources: Sequence[Source], mask: Tensor, options: Options) -> Tensor:
+def attend(query: Tensor, sources: Sequence[Source], mask: Tensor, options: AttentionOptions) -> Tensor:
     """query: (B, H, Q, D). mask: float32, broadcast to (B, 1, Q, all keys), 0 or -inf. Returns (B, H, Q, D).
 
     Query heads outnumber key-value heads; those of one key-value head are rows of one product.
@@ -117,7 +108,7 @@ def attend(query: Tensor, sources: Sequence[Source], mask: Tensor, options: Opti
 
 
 def attend_backward(
-    query: Tensor, sources: Sequence[Source], mask: Tensor, options: Options, grad: Tensor
+    query: Tensor, sources: Sequence[Source], mask: Tensor, options: AttentionOptions, grad: Tensor
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """Gradients of `attend`: with respect to the query, and to each source's key and value.
 
@@ -165,7 +156,7 @@ def _weighted(p: Tensor, sources: Sequence[Source], of: Any) -> Tensor:
 
 
 def _probabilities(
-    q: Tensor, sources: Sequence[Source], mask: Tensor, options: Options, shape: torch.Size
+    q: Tensor, sources: Sequence[Source], mask: Tensor, options: AttentionOptions, shape: torch.Size
 ) -> tuple[Tensor, Tensor | None]:
     """float32 (B, H, Q, all keys), and the slope of the soft cap where there is one."""
     scores = _scores(q, sources, lambda source: source.key).reshape(*shape[:3], -1)

@@ -1,8 +1,8 @@
 """A tree of token spans in one flat forward pass: sequences that share their beginnings, each shared token once.
 
 What all prompts begin with is the parent of what is particular to each prompt, and that of its completions. A token
-attends to what is before it in its own span and to all of its ancestors. Learning and prefill run on this layout; how
-attention is computed on it is `tree_attention.py`.
+attends to what is before it in its own span and to all of its ancestors. Learning and prefill run on this layout; which
+implementation computes attention on it is `interface.py`'s business.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from rl_lora.attention import padded
 from rl_lora.attention.kv_cache import Nodes
-from rl_lora.attention.shared_prefix import Options, Sharing, additive
+from rl_lora.attention.shared_prefix import Sharing, additive
 
 CHUNK_ELEMENTS = 1 << 25
 """Attention scores that exist at a time: 128 MiB in float32."""
@@ -121,16 +120,11 @@ class Tree:
         self.positions = torch.from_numpy(positions).to(device)[None]
         """int64 (1, N)"""
         self.block_masks: dict[int | None, BlockMask] = {}
-        """Of `flex.py`, by sliding window."""
+        """What `flex.py` has worked out, by sliding window."""
         self._chunks: dict[int, list[Chunk]] = {}
         self._places: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self.windows: set[int | None] = set()
         """The sliding windows that the model's layers have asked for; None is full attention."""
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
-        """query: (1, H, N, D); key, value: (1, H_kv, N, D). Returns (1, H, N, D)."""
-        self.windows.add(options.window)
-        return padded.attend(self, layer, query, key, value, options)
 
     @functools.cached_property
     def end(self) -> Tensor | None:

@@ -11,16 +11,14 @@ import functools
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rl_lora.kernels import native_code
+from rl_lora.kernels.attention_options import AttentionOptions
 from rl_lora.kernels.native_code import OPERATIONS, dense, is_followed
-
-if TYPE_CHECKING:
-    from rl_lora.attention.shared_prefix import Options
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 WIDEST = 256
@@ -57,7 +55,7 @@ def attend(
     nodes: Sequence[Tensor],
     lengths: Sequence[Tensor],
     at: Tensor,
-    options: Options,
+    options: AttentionOptions,
 ) -> Tensor:
     """(R, H, n, D): what n new tokens of every row find in all sources of keys, one behind the other.
 

@@ -14,14 +14,14 @@ import torch
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from rl_lora.attention import cpu
+from rl_lora.kernels import tree_attention
 from rl_lora.kernels.native_code import followed
 from rl_lora.policy.policy import Policy
 
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_", "aten::_grouped_mm"}
 PACKED = {"rl_lora::frozen_linear", "mkl::_mkl_linear", "mkldnn::_linear_pointwise"}
 """Products with frozen weights (`rl_lora/kernels/frozen_linear.py`)."""
-ATTENDING = {"aten::bmm", "aten::baddbmm", "rl_lora::decode_attention", cpu.NAME}
+ATTENDING = {"aten::bmm", "aten::baddbmm", "rl_lora::decode_attention", tree_attention.NAME}
 BASE, ADAPTER, HEAD = "products with the base's weights", "products with the adapter", "products with the head"
 ATTENTION, OTHER, REST = "attention, its products at least", "other operations", "between operations: Python, dispatch"
 

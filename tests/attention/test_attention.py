@@ -10,10 +10,12 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from rl_lora.attention import flex, kv_cache, padded
 from rl_lora.attention import tree as tree_module
+from rl_lora.attention.interface import attend_on_tree
 from rl_lora.attention.kv_cache import Decode, Nodes
 from rl_lora.attention.prefixes import common_prefix, find_trunks, trunk_of
-from rl_lora.attention.shared_prefix import Options, Sharing
+from rl_lora.attention.shared_prefix import Sharing
 from rl_lora.attention.tree import Tree, ends
+from rl_lora.kernels.attention_options import AttentionOptions
 
 
 def random_spans(rng: np.random.Generator, n: int) -> list[tuple[int, int, int]]:
@@ -43,7 +45,7 @@ def allowed(tree: Tree, window: int | None) -> Tensor:
     return mask if window is None else mask & (position[:, None] - position < window)
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, options: Options) -> Tensor:
+def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, options: AttentionOptions) -> Tensor:
     """(H, N, D) x (H_kv, M, D) in float64."""
     k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in (k, v))
     scores = q @ k.transpose(1, 2) * options.scaling
@@ -57,10 +59,10 @@ def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, options: Options) -> Te
 
 
 OPTIONS = [
-    Options(0.3),
-    Options(0.3, window=4),
-    Options(0.5, softcap=2.0),
-    Options(0.3, window=3, softcap=1.5, sinks=torch.tensor([0.3, -1.0, 2.0, 0.0])),
+    AttentionOptions(0.3),
+    AttentionOptions(0.3, window=4),
+    AttentionOptions(0.5, softcap=2.0),
+    AttentionOptions(0.3, window=3, softcap=1.5, sinks=torch.tensor([0.3, -1.0, 2.0, 0.0])),
 ]
 
 
@@ -73,7 +75,7 @@ def test_tree_attention_and_its_gradient_are_those_of_a_dense_mask(seed, chunk, 
     tree = Tree(random_spans(rng, 9))
     g = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(1, h, tree.n_tokens, 5, generator=g, requires_grad=True) for h in (4, 2, 2))
-    out = tree.attend(0, q, k, v, options)
+    out = attend_on_tree(tree, 0, q, k, v, options)
     grad = torch.randn(out.shape, generator=g)
     out.backward(grad)
     q64, k64, v64 = (x.detach().double().requires_grad_() for x in (q, k, v))
@@ -163,11 +165,11 @@ def test_fused_attention_is_our_own(seed, options):
 def test_fused_attention_is_used_only_where_it_is_proven():
     q, k = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 1, 16)
     flex._proofs.clear()
-    assert flex.proven(q, k, k, Options(0.25), padded.own)
+    assert flex.proven(q, k, k, AttentionOptions(0.25), padded.own)
     flex._proofs.clear()
     with pytest.warns(UserWarning, match="its output differs from our own"):
-        assert not flex.proven(q, k, k, Options(0.25), lambda *args: 1.2 * padded.own(*args))
-    assert not flex.proven(q, k, k, Options(0.25), padded.own), "the verdict is kept"
+        assert not flex.proven(q, k, k, AttentionOptions(0.25), lambda *args: 1.2 * padded.own(*args))
+    assert not flex.proven(q, k, k, AttentionOptions(0.25), padded.own), "the verdict is kept"
     flex._proofs.clear()
 
 
@@ -175,10 +177,10 @@ def test_bfloat16_is_float64_within_its_rounding():
     rng = np.random.default_rng(0)
     tree = Tree(random_spans(rng, 12))
     q, k, v = (torch.randn(1, h, tree.n_tokens, 16).bfloat16().requires_grad_() for h in (4, 2, 2))
-    out = tree.attend(0, q, k, v, Options(0.25))
+    out = attend_on_tree(tree, 0, q, k, v, AttentionOptions(0.25))
     out.sum().backward()
     q64, k64, v64 = (x.detach().double().requires_grad_() for x in (q, k, v))
-    expected = dense(q64[0], k64[0], v64[0], allowed(tree, None), Options(0.25))
+    expected = dense(q64[0], k64[0], v64[0], allowed(tree, None), AttentionOptions(0.25))
     expected.sum().backward()
     assert (out[0] - expected).abs().max() < 0.03
     for x, x64 in ((q, q64), (k, k64), (v, v64)):

@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 
 from rl_lora.attention.decode_layer import DecodeLayer, Shared
-from rl_lora.attention.shared_prefix import Options, Sharing
+from rl_lora.attention.shared_prefix import Sharing
 from rl_lora.kernels import decode_attention, native_code
+from rl_lora.kernels.attention_options import AttentionOptions
 from tests.vectors import VECTORS
 
 needs_ours = pytest.mark.skipif(decode_attention.library(16) is None, reason="GCC, and AVX2 or AVX-512 are not here")
 OPTIONS = [
-    Options(0.3),
-    Options(0.3, window=4),
-    Options(0.5, softcap=2.0),
-    Options(0.2, window=30, softcap=1.5, sinks=torch.tensor([0.3, -1.0, 2.0, 0.0, 0.5, -3.0])),
+    AttentionOptions(0.3),
+    AttentionOptions(0.3, window=4),
+    AttentionOptions(0.5, softcap=2.0),
+    AttentionOptions(0.2, window=30, softcap=1.5, sinks=torch.tensor([0.3, -1.0, 2.0, 0.0, 0.5, -3.0])),
 ]
 
 
@@ -58,10 +59,10 @@ class Step:
         sources = [*((x.key, x.value) for x in self.layer.shared), self.own]
         return decode_attention.usable(self.query, [x[0] for x in sources], [x[1] for x in sources])
 
-    def attend(self, options: Options) -> Tensor:
+    def attend(self, options: AttentionOptions) -> Tensor:
         return self.layer.attend(0, self.query, *self.own, options)
 
-    def dense(self, options: Options) -> Tensor:
+    def dense(self, options: AttentionOptions) -> Tensor:
         """float64, query by query."""
         R, H, n, _ = self.query.shape
         out = torch.zeros_like(self.query, dtype=torch.float64)
@@ -101,7 +102,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("n_tokens", [1, 3])
 @pytest.mark.parametrize("seed", range(4))
-def test_it_is_attention(way: str, options: Options, n_tokens: int, seed: int) -> None:
+def test_it_is_attention(way: str, options: AttentionOptions, n_tokens: int, seed: int) -> None:
     for width in (16, 64, 80, 12):
         step = Step.random(seed, n_tokens, width)
         with torch.inference_mode():
@@ -117,14 +118,14 @@ def test_any_number_of_heads_reads_a_head_of_keys(heads: int, key_heads: int) ->
         step = Step.random(heads, 1, width, heads, key_heads)
         with torch.inference_mode():
             assert step.is_ours()
-            out = step.attend(Options(width**-0.5))
-        torch.testing.assert_close(out.double(), step.dense(Options(width**-0.5)), atol=1e-5, rtol=1e-5)
+            out = step.attend(AttentionOptions(width**-0.5))
+        torch.testing.assert_close(out.double(), step.dense(AttentionOptions(width**-0.5)), atol=1e-5, rtol=1e-5)
 
 
 @needs_ours
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
     """To the bit: alone, on one thread or many, behind longer buffers."""
-    step, options = Step.random(1, 1, 64), Options(0.125, window=50)
+    step, options = Step.random(1, 1, 64), AttentionOptions(0.125, window=50)
     before = torch.get_num_threads()
     with torch.inference_mode():
         whole = step.attend(options)
@@ -156,10 +157,10 @@ def test_scores_of_any_size_make_probabilities(shift: float) -> None:
     for values in (*(x.value for x in step.layer.shared), step.own[1]):
         values.fill_(1)
     with torch.inference_mode():
-        out = step.attend(Options(1.0 if shift >= 0 else -1.0))
+        out = step.attend(AttentionOptions(1.0 if shift >= 0 else -1.0))
         torch.testing.assert_close(out, torch.ones_like(out))
         step.own[0][0] = math.nan
-        out = step.attend(Options(1.0))
+        out = step.attend(AttentionOptions(1.0))
         assert out[0].isnan().all()
         assert out[1:].isfinite().all()
 
@@ -189,7 +190,7 @@ def test_what_is_shared_does_not_matter() -> None:
 
     def attend(*sources: Shared) -> Tensor:
         layer = DecodeLayer(own[0], own[1], at, torch.arange(8), sources, row)
-        return layer.attend(0, query, own[0], own[1], Options(0.125))
+        return layer.attend(0, query, own[0], own[1], AttentionOptions(0.125))
 
     def part(start: int, end: int) -> Shared:
         sharing = Sharing(np.zeros(1, np.int64), 1)

@@ -27,9 +27,9 @@ from transformers import (
     RwkvConfig,
 )
 
+from rl_lora.attention import interface
 from rl_lora.attention.decode_layer import DecodeLayer
 from rl_lora.attention.kv_cache import Decode
-from rl_lora.attention.tree import Tree
 from rl_lora.config import LearnerConfig, TrainConfig
 from rl_lora.learner.learner import Learner
 from rl_lora.policy import policy as policy_module
@@ -140,16 +140,22 @@ def test_a_window_that_only_the_models_own_mask_knows_of_is_not_shared() -> None
 @pytest.mark.parametrize(
     "arch, layout, name, broken, reason",
     [
-        ("llama", Tree, "attend", nothing_but_nan, "packed hidden states differ .* by nan"),
+        ("llama", interface, "attend_on_tree", nothing_but_nan, "packed hidden states differ .* by nan"),
         ("llama", Decode, "attend", nothing_but_nan, "decoded hidden states differ .* by nan"),
-        ("gemma3", Tree, "attend", without_the_window(Tree.attend), "packed hidden states differ"),
+        (
+            "gemma3",
+            interface,
+            "attend_on_tree",
+            without_the_window(interface.attend_on_tree),
+            "packed hidden states differ",
+        ),
         ("gpt_oss", DecodeLayer, "attend", without_the_window(DecodeLayer.attend), "decoded hidden states differ"),
         ("llama", Decode, "advance", lambda self, n: None, "decoded hidden states differ"),
-        ("llama", Tree, "attend", None, "TypeError: 'NoneType' object is not callable"),
+        ("llama", interface, "attend_on_tree", None, "TypeError: 'NoneType' object is not callable"),
     ],
 )
 def test_the_self_check_finds_shared_attention_that_is_not_the_models(
-    monkeypatch: pytest.MonkeyPatch, arch: str, layout: type, name: str, broken: Any, reason: str
+    monkeypatch: pytest.MonkeyPatch, arch: str, layout: Any, name: str, broken: Any, reason: str
 ) -> None:
     expected = greedy(policy_of(tiny_model(arch)), tuple(range(20)), 5)
     monkeypatch.setattr(layout, name, broken)

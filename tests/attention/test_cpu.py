@@ -11,21 +11,22 @@ import torch
 from torch import Tensor
 
 from rl_lora.attention import cpu, padded
-from rl_lora.attention.shared_prefix import Options
+from rl_lora.attention.interface import attend_on_tree
 from rl_lora.attention.tree import Tree
-from rl_lora.kernels import native_code
+from rl_lora.kernels import native_code, tree_attention
+from rl_lora.kernels.attention_options import AttentionOptions
 from tests.attention.test_attention import allowed, dense, walk
 from tests.vectors import VECTORS
 
-pytestmark = pytest.mark.skipif(cpu.library() is None, reason="GCC, and AVX2 or AVX-512 are not here")
+pytestmark = pytest.mark.skipif(tree_attention.library() is None, reason="GCC, and AVX2 or AVX-512 are not here")
 
 OPTIONS = [
-    Options(0.3),
-    Options(0.3, window=4),
-    Options(0.3, window=40),
-    Options(0.3, window=1 << 40),
-    Options(0.5, softcap=2.0),
-    Options(0.3, window=11, softcap=1.5, sinks=torch.linspace(-3, 2, 12)),
+    AttentionOptions(0.3),
+    AttentionOptions(0.3, window=4),
+    AttentionOptions(0.3, window=40),
+    AttentionOptions(0.3, window=1 << 40),
+    AttentionOptions(0.5, softcap=2.0),
+    AttentionOptions(0.3, window=11, softcap=1.5, sinks=torch.linspace(-3, 2, 12)),
 ]
 
 
@@ -47,23 +48,23 @@ def random(
     return [torch.randn(1, tree.n_tokens, h, d, generator=g).transpose(1, 2) for h, d in sizes]
 
 
-def attend(tree: Tree, given: list[Tensor], options: Options) -> list[Tensor]:
+def attend(tree: Tree, given: list[Tensor], options: AttentionOptions) -> list[Tensor]:
     """What comes out, and gradients of queries, keys and values."""
     q, k, v, grad = given
     q, k, v = inputs = [x.detach().requires_grad_() for x in (q, k, v)]
     assert cpu.serves(tree, q, k, v)
-    out = tree.attend(0, q, k, v, options)
+    out = attend_on_tree(tree, 0, q, k, v, options)
     return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
 
 
-def attend_exactly(tree: Tree, given: list[Tensor], options: Options) -> list[Tensor]:
+def attend_exactly(tree: Tree, given: list[Tensor], options: AttentionOptions) -> list[Tensor]:
     q, k, v, grad = (x.double() for x in given)
     inputs = [x.requires_grad_() for x in (q, k, v)]
     out = dense(q[0], k[0], v[0], allowed(tree, options.window), options)[None]
     return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
 
 
-def of_heads(options: Options, heads: int) -> Options:
+def of_heads(options: AttentionOptions, heads: int) -> AttentionOptions:
     return options if options.sinks is None else replace(options, sinks=options.sinks[:heads])
 
 
@@ -74,7 +75,7 @@ def assert_same(found: list[Tensor], exact: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("seed", range(6))
-def test_it_is_attention_and_so_are_its_gradients(options: Options, seed: int) -> None:
+def test_it_is_attention_and_so_are_its_gradients(options: AttentionOptions, seed: int) -> None:
     tree = long_walk(seed)
     given, options = random(tree, seed), of_heads(options, 6)
     assert_same(attend(tree, given, options), attend_exactly(tree, given, options))
@@ -85,7 +86,7 @@ def test_it_is_attention_and_so_are_its_gradients(options: Options, seed: int) -
 )
 @pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[-1]])
 def test_heads_of_any_number_and_width(
-    options: Options, heads: int, key_heads: int, width: int, value_width: int
+    options: AttentionOptions, heads: int, key_heads: int, width: int, value_width: int
 ) -> None:
     tree, options = long_walk(7), of_heads(options, heads)
     given = random(tree, 0, heads, key_heads, width, value_width)
@@ -115,7 +116,7 @@ def test_it_is_the_same_whatever_the_number_of_threads(threads: int) -> None:
 def test_a_single_token_sees_itself() -> None:
     tree = Tree([(0, 1, -1)])
     given = random(tree, 0)
-    out, dq, dk, dv = attend(tree, given, Options(1.0))
+    out, dq, dk, dv = attend(tree, given, AttentionOptions(1.0))
     torch.testing.assert_close(out, given[2].repeat_interleave(3, 1))
     assert not dq.any()
     assert not dk.any()
@@ -140,7 +141,7 @@ def test_scores_of_any_size_make_probabilities(scaling: float) -> None:
     tree = long_walk(2)
     q, k, v, grad = random(tree, 2)
     v = torch.ones_like(v)
-    out, *gradients = attend(tree, [q, k, v, grad], Options(scaling))
+    out, *gradients = attend(tree, [q, k, v, grad], AttentionOptions(scaling))
     torch.testing.assert_close(out, torch.ones_like(out))
     assert all(x.isfinite().all() for x in gradients)
 
@@ -148,7 +149,7 @@ def test_scores_of_any_size_make_probabilities(scaling: float) -> None:
 @pytest.mark.parametrize("offset", [-1000.0, -300.0, -88.7, 88.7, 1000.0])
 def test_what_all_scores_have_in_common_changes_nothing(offset: float) -> None:
     """A large bias of the keys is not rare: errors stay about as small as torch's, also where lanes have no query."""
-    tree, options = Tree([(0, 5, -1), (5, 30, 0), (35, 2, 0)]), Options(1.0)
+    tree, options = Tree([(0, 5, -1), (5, 30, 0), (35, 2, 0)]), AttentionOptions(1.0)
     given = random(tree, 0)
     given[0][..., 0], given[1][..., 0] = 1, offset
     exact = attend_exactly(tree, given, options)
@@ -168,21 +169,21 @@ def test_lanes_without_a_query_leave_no_trace(n_tokens: int) -> None:
     given[0][..., 0] = 1
     for offset in torch.arange(-200, 200, 0.5).tolist():
         given[1][..., 0] = offset
-        assert all(x.isfinite().all() for x in attend(tree, given, Options(1.0)))
+        assert all(x.isfinite().all() for x in attend(tree, given, AttentionOptions(1.0)))
 
 
 def test_parts_of_the_queries_keep_threads_busy_and_are_few() -> None:
     for threads in range(1, 130):
         for key_heads in (1, 2, 3, 4, 8, 12, 32):
-            parts = cpu.parts_of(threads, key_heads)
+            parts = tree_attention.parts_of(threads, key_heads)
             rounds = -(-parts * key_heads // threads)
             assert threads * rounds <= 1.1 * parts * key_heads
-    assert [cpu.parts_of(*x) for x in ((1, 3), (2, 3), (2, 8), (64, 8), (63, 8))] == [1, 2, 1, 8, 15]
+    assert [tree_attention.parts_of(*x) for x in ((1, 3), (2, 3), (2, 8), (64, 8), (63, 8))] == [1, 2, 1, 8, 15]
 
 
 @pytest.mark.parametrize("flag", [flag for _, flag in VECTORS])
 def test_vectors_of_other_processors(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu.library.cache_clear()
+    tree_attention.library.cache_clear()
     monkeypatch.setattr(native_code, "FLAGS", [*native_code.FLAGS, flag])
     try:
         for seed, width in ((4, 32), (5, 48)):  # a number of whole panels, and not
@@ -190,7 +191,7 @@ def test_vectors_of_other_processors(flag: str, monkeypatch: pytest.MonkeyPatch)
             given, options = random(tree, seed, width=width), of_heads(OPTIONS[3 - seed], 6)
             assert_same(attend(tree, given, options), attend_exactly(tree, given, options))
     finally:
-        cpu.library.cache_clear()
+        tree_attention.library.cache_clear()
 
 
 def test_what_it_does_not_serve_is_left_to_torch() -> None:
@@ -210,15 +211,15 @@ def test_what_it_does_not_serve_is_left_to_torch() -> None:
     assert not serves(tree, *(torch.cat([x, x], 2) for x in (q, k, v)))
     q, k, v = (x[..., :12] for x in (q, k, v))
     assert not serves(tree, q, k, v)
-    assert torch.equal(tree.attend(0, q, k, v, OPTIONS[1]), padded.own(tree, q, k, v, OPTIONS[1]))
+    assert torch.equal(attend_on_tree(tree, 0, q, k, v, OPTIONS[1]), padded.own(tree, q, k, v, OPTIONS[1]))
 
 
 def test_without_the_code_it_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     tree, options = long_walk(5), OPTIONS[1]
     q, k, v, _ = random(tree, 5)
-    ours = tree.attend(0, q, k, v, options)
-    monkeypatch.setattr(cpu, "library", lambda: None)
-    theirs = tree.attend(0, q, k, v, options)
+    ours = attend_on_tree(tree, 0, q, k, v, options)
+    monkeypatch.setattr(tree_attention, "library", lambda: None)
+    theirs = attend_on_tree(tree, 0, q, k, v, options)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
@@ -233,16 +234,16 @@ def test_without_the_code_it_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_code_that_computes_something_else_is_not_used(
     right: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, header = cpu.SOURCE, cpu.SOURCE.with_name("vectors.h")
+    source, header = tree_attention.SOURCE, tree_attention.SOURCE.with_name("vectors.h")
     text = source.read_text()
     assert right in text
     (tmp_path / header.name).write_text(header.read_text())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(cpu, "SOURCE", tmp_path / source.name)
+    monkeypatch.setattr(tree_attention, "SOURCE", tmp_path / source.name)
     try:
         for version, is_right in ((text, True), (text.replace(right, wrong), False)):
-            cpu.SOURCE.write_text(version)
-            cpu.library.cache_clear()
-            assert (cpu.library() is not None) == is_right
+            tree_attention.SOURCE.write_text(version)
+            tree_attention.library.cache_clear()
+            assert (tree_attention.library() is not None) == is_right
     finally:
-        cpu.library.cache_clear()
+        tree_attention.library.cache_clear()
