@@ -23,6 +23,7 @@ from rl_lora.scripts.benchmarks import (
     compare_math_verify,
 )
 from rl_lora.scripts.cli import COMMANDS
+from rl_lora.scripts.completion import script_for
 from rl_lora.scripts.options import parse
 from rl_lora.scripts.schema import Usage
 from tests.docs.pages import ROOT
@@ -34,7 +35,7 @@ CONFIGS: dict[str, type[Any]] = {
     "compare_loaders": compare_loaders.LoadersConfig,
     "compare_math_verify": compare_math_verify.CompareMathConfig,
 }
-"""Commands and scripts whose options are a config; `benchmark_rewards` has others."""
+"""Commands and scripts whose options are a config; `benchmark_rewards` and `imports` have others."""
 SCRIPT = re.compile(r"scripts/(?:benchmarks/)?(\w+)\.py")
 
 
@@ -42,6 +43,8 @@ def command_in(words: list[str]) -> tuple[str, list[str]] | None:
     """The project's command among the words of a shell command, and its arguments; None where there is none."""
     for i, word in enumerate(words):
         if word.rpartition("/")[2] == "rl-lora" and i + 1 < len(words):
+            return words[i + 1], words[i + 2 :]
+        if word == "rl_lora" and words[i - 1] == "-m":
             return words[i + 1], words[i + 2 :]
         if match := SCRIPT.fullmatch(word):
             assert (ROOT / word).is_file(), f"there is no {word}"
@@ -55,7 +58,7 @@ def check(words: list[str]) -> None:
         if found[0] in CONFIGS:
             read(*found)
         else:
-            assert found[0] == "benchmark_rewards", f"there is no command {found[0]}"
+            assert found[0] in ("benchmark_rewards", "imports"), f"there is no command {found[0]}"
         return
     program, *rest = words
     if program == "make":
@@ -67,6 +70,10 @@ def check(words: list[str]) -> None:
             for name in re.findall(r"^\.\[(.*)\]$", word):
                 assert name in extras["options.extras_require"], f"there is no extra {name}"
         assert all((ROOT / word).exists() for word in rest if word.endswith((".txt", ".cfg")))
+    elif program == "eval":
+        [*command, shell] = rest[0].removeprefix("$(").removesuffix(")").split()
+        assert command == ["rl-lora", "completion"]
+        assert "rl-lora" in script_for([shell])
     else:
         assert words == [".", ".venv/bin/activate"], f"no test knows the command {program}: say why it is not run"
 
@@ -116,6 +123,8 @@ def run(words: list[str], tiny: Path, data: Path) -> None:
         elif name in CONFIGS:
             work = COMMANDS[name].load() if name in COMMANDS else compare_loaders.run
             work(small(read(name, args), tiny, data))
+        elif name == "imports":
+            subprocess.run([sys.executable, ROOT / "scripts" / "imports.py", *args], check=True, capture_output=True)
         else:
             stack.enter_context(pytest.MonkeyPatch.context()).setattr(sys, "argv", [name, *args, "--model", str(tiny)])
             benchmark_rewards.main()

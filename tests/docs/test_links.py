@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from rl_lora.scripts.imports import ORDER
 from tests.docs.pages import BLOCKS, FENCE, PAGES, ROOT
 
 LINK = re.compile(r"!?\[[^\]]*\]\((?P<to>[^)\s]+)\)")
@@ -50,6 +51,14 @@ def test_every_page_is_reached_from_the_readme_or_the_site() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     made = {"api", "options", "rooms", "changes"}  # pages that only the site has
     assert {stem for stem in pages - made if f"docs/{stem}.md" not in readme} == set()
+
+
+def test_the_order_of_imports_is_the_one_that_is_kept() -> None:
+    [order] = [block.text for block in BLOCKS if block.page.stem == "architecture" and "envs >" in block.text]
+    core, beside = order.replace("\n        >", " >").splitlines()
+    assert beside == "scripts > envs > rewards"
+    lines = [tuple(line.split(", ")) for line in reversed(core.split(" > "))]
+    assert lines == [rooms for rooms in ORDER if rooms[0] not in ("rewards", "envs")]
 
 
 def test_the_readme_is_short() -> None:
