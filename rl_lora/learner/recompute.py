@@ -6,20 +6,14 @@ The values are the same to the bit, and so is the gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from rl_lora.attention.tree import Tree
 from rl_lora.policy.hooks import Forward, forwards, layers_of
-
-if TYPE_CHECKING:
-    from rl_lora.policy.policy import Policy
+from rl_lora.policy.policy import Policy
 
 PROBE_TOKENS = 16
 
@@ -50,23 +44,6 @@ class Recompute:
                 chosen.append(layer)
                 kept -= (n_bytes - d) * n_tokens
         return chosen
-
-
-@contextmanager
-def recomputing(layers: Sequence[nn.Module], setting: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
-    """Inside, these layers keep their inputs only. The backward pass, later, computes them again inside `setting()`."""
-
-    def again(_: nn.Module, forward: Forward) -> Forward:
-        return partial(
-            checkpoint,
-            forward,
-            use_reentrant=False,
-            preserve_rng_state=False,  # nothing here is random: the model is in evaluation mode
-            context_fn=lambda: (nullcontext(), setting()),
-        )
-
-    with forwards(layers, again):
-        yield
 
 
 def activation_bytes(policy: Policy, adapter: str) -> list[float]:

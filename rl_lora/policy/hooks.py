@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 Forward = Callable[..., Any]
@@ -31,3 +33,20 @@ def forwards(layers: Sequence[nn.Module], wrap: Callable[[nn.Module, Forward], F
                 del layer.forward
             else:
                 layer.forward = forward
+
+
+@contextmanager
+def recomputing(layers: Sequence[nn.Module], setting: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+    """Inside, these layers keep their inputs only. The backward pass, later, computes them again inside `setting()`."""
+
+    def again(_: nn.Module, forward: Forward) -> Forward:
+        return partial(
+            checkpoint,
+            forward,
+            use_reentrant=False,
+            preserve_rng_state=False,  # nothing here is random: the model is in evaluation mode
+            context_fn=lambda: (nullcontext(), setting()),
+        )
+
+    with forwards(layers, again):
+        yield

@@ -24,7 +24,6 @@ from rl_lora.attention.kv_cache import Decode, Nodes, Recorder
 from rl_lora.attention.tree import Tree
 from rl_lora.config import ModelConfig
 from rl_lora.kernels.verify import difference
-from rl_lora.learner.recompute import recomputing
 from rl_lora.lora.adapter import Adapter
 from rl_lora.lora.bank import AdapterBank
 from rl_lora.policy import loading
@@ -32,6 +31,7 @@ from rl_lora.policy.chat import Chat
 from rl_lora.policy.default_choice import settled
 from rl_lora.policy.head import Head
 from rl_lora.policy.head_check import check_head
+from rl_lora.policy.hooks import recomputing
 from rl_lora.sampler.compiled import CompiledLayers, unavailable
 from rl_lora.system.memory import ready_memory
 from rl_lora.system.model_names import DEFAULT_MODEL, EMBEDDED_MODEL, HUB_MODEL
