@@ -1,19 +1,13 @@
 """The records that flow through the house, from a model's reply to an optimizer step.
 
-Frozen dataclasses without behaviour beyond what can be read off their fields. Tensors appear only in `Batch`;
-everything before packing is plain Python, so that a rollout can be looked at, stored or built by hand.
+Frozen dataclasses without behaviour beyond what can be read off their fields. All is plain Python, without tensors, so
+that a rollout can be looked at, stored or built by hand.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING
-
-from torch import Tensor
-
-if TYPE_CHECKING:  # the records need no transformers
-    from rl_lora.attention.tree import Tree
 
 
 class Stop(StrEnum):
@@ -95,31 +89,6 @@ class Group:
     episodes: tuple[Episode, ...]
     n_unscorable: int = 0
     reasons: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A micro-batch: the tokens of one forward pass, and what is learned at which of them.
-
-    tokens: int64 (B, L). With a `tree`, one row of L tokens without padding, in which each prompt stands once and its
-    completions behind it. Without, B sequences padded on the right, for models that cannot share prompts.
-    The next fields are flat, over the N positions whose next token the model wrote:
-    index: int64 (N,), into the flattened B * L positions: where the hidden state that predicts a target stands.
-    targets: int64 (N,). behaviour_logprobs, advantages, weights: float32 (N,).
-    `weights` sum to at most one over all micro-batches of a step and an adapter: the denominator is global.
-    adapters: the adapter of each token of a tree (L), or of each row (B).
-    n_tokens: tokens that have to be computed, padding apart.
-    """
-
-    tokens: Tensor
-    tree: Tree | None
-    index: Tensor
-    targets: Tensor
-    behaviour_logprobs: Tensor
-    advantages: Tensor
-    weights: Tensor
-    adapters: tuple[str | None, ...]
-    n_tokens: int
 
 
 @dataclass(frozen=True)

@@ -13,16 +13,17 @@ from collections.abc import Callable, Sequence
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from rl_lora.config import LearnerConfig, advantage_of
 from rl_lora.learner.advantages import advantages
+from rl_lora.learner.batch import Batch
 from rl_lora.learner.objectives import OBJECTIVES, Clip
 from rl_lora.learner.packing import pack
 from rl_lora.learner.recompute import Recompute
 from rl_lora.policy.policy import Policy
 from rl_lora.system.memory import budget
-from rl_lora.types import Batch, Group, StepStats
+from rl_lora.types import Group, StepStats
 
 
 class SamplerLearnerMismatch(FloatingPointError):
@@ -133,7 +134,7 @@ class Learner:
         Returns how many layers were computed twice.
         """
         recompute = self.recompute.layers(batch.tokens.numel(), next(iter(tallies)))
-        logprobs, entropy = self.policy.logprobs(batch, self.temperature, recompute)
+        logprobs, entropy = target_logprobs(self.policy, batch, self.temperature, recompute)
         clip = Clip(self.config.clip_low, self.config.clip_high)
         objective, clipped = OBJECTIVES[self.config.objective](
             logprobs, batch.behaviour_logprobs, batch.advantages, clip
@@ -212,6 +213,18 @@ class Learner:
             return counts
         tensor = torch.tensor(counts, dtype=torch.float64, device=self.policy.device)
         return self.accelerator.reduce(tensor, reduction="sum").tolist()
+
+
+def target_logprobs(
+    policy: Policy, batch: Batch, temperature: float = 1.0, recompute: Sequence[nn.Module] = ()
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of every target of a batch, and the entropy of its distribution: float32 (N,), (N,).
+
+    `recompute`: layers that the backward pass computes again.
+    """
+    positions = None if batch.tree is None else batch.tree.positions
+    hidden = policy.hidden(batch.tokens, batch.adapters, batch.tree, positions, recompute=recompute)
+    return policy.head.logprobs(hidden.flatten(0, 1)[batch.index], batch.targets, temperature)
 
 
 def _n_groups(groups: Sequence[Group], adapter: str) -> int:

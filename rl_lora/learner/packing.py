@@ -16,7 +16,8 @@ import torch
 
 from rl_lora.attention.prefixes import Trunk, common_prefix, find_trunks, trunk_of
 from rl_lora.attention.tree import Span, Tree
-from rl_lora.types import Batch, Episode, Group
+from rl_lora.learner.batch import Batch
+from rl_lora.types import Episode, Group
 
 
 @dataclass(frozen=True)

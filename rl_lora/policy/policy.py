@@ -35,7 +35,6 @@ from rl_lora.policy.hooks import recomputing
 from rl_lora.sampler.compiled import CompiledLayers, unavailable
 from rl_lora.system.memory import ready_memory
 from rl_lora.system.model_names import DEFAULT_MODEL, EMBEDDED_MODEL, HUB_MODEL
-from rl_lora.types import Batch
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 WIDE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -207,14 +206,6 @@ class Policy:
     def cache(self) -> Cache:
         """An empty one of the model's own, for `hidden` without a layout."""
         return DynamicCache(config=self.model.config.get_text_config())
-
-    def logprobs(
-        self, batch: Batch, temperature: float = 1.0, recompute: Sequence[nn.Module] = ()
-    ) -> tuple[Tensor, Tensor]:
-        """Log-probability of every target of the batch, and the entropy of its distribution: float32 (N,), (N,)."""
-        positions = None if batch.tree is None else batch.tree.positions
-        hidden = self.hidden(batch.tokens, batch.adapters, batch.tree, positions, recompute=recompute)
-        return self.head.logprobs(hidden.flatten(0, 1)[batch.index], batch.targets, temperature)
 
     @torch.no_grad()
     def _self_check(self) -> str | None:

@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rl_lora.attention import prefixes
+from rl_lora.learner.batch import Batch
+from rl_lora.learner.learner import target_logprobs
 from rl_lora.learner.packing import pack, trajectories
 from rl_lora.policy.policy import Policy
-from rl_lora.types import Batch, Episode, Group, Stop, Turn
+from rl_lora.types import Episode, Group, Stop, Turn
 from tests.oracles import Oracle, episode, gradient, group, relative_error, tiny_policy, turn
 from tests.tiny import ARCHITECTURES, SLIDING_WINDOW, token_ids
 
@@ -231,7 +233,7 @@ def packed(policy: Policy, batches: Sequence[Batch]) -> tuple[Tensor, dict[str, 
         adapter.zero_grad()
     logprobs = torch.full((sum(len(batch.targets) for batch in batches),), torch.nan)
     for batch in batches:
-        found, _ = policy.logprobs(batch, temperature=0.8)
+        found, _ = target_logprobs(policy, batch, temperature=0.8)
         (found * batch.advantages * batch.weights).sum().backward()
         logprobs[batch.behaviour_logprobs.long()] = found.detach()
     return logprobs, {name: gradient(adapter.flat).clone() for name, adapter in policy.bank.adapters.items()}

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from rl_lora.attention.kv_cache import Decode
 from rl_lora.kernels.native_code import followed
+from rl_lora.learner.learner import target_logprobs
 from rl_lora.learner.packing import pack
 from rl_lora.policy import head as head_module
 from rl_lora.policy.head import Head
@@ -114,7 +115,7 @@ def test_sampler_and_learner_agree(arch: str, shared: bool) -> None:
     batches = pack(signal, denominators={"a": 1.0, "b": 1.0}, tokens_per_microbatch=120, shared_prefix=shared)
     for batch in batches:
         with torch.no_grad():
-            logprobs, _ = policy.logprobs(batch, temperature=0.8)
+            logprobs, _ = target_logprobs(policy, batch, temperature=0.8)
         assert (logprobs - batch.behaviour_logprobs).abs().max() < 1e-4
 
 
