@@ -51,7 +51,10 @@ def help_page(config: Any, schema: Schema, usage: Usage, topic: str = "") -> str
     lines.append("about this command:")
     for name, text in OWN.items():
         lines += columns({"help": "-h, --help [NAME]", "config": "--config FILE"}.get(name, f"--{name}"), text)
-    lines += ["", *paragraph(VALUES)] if not is_short else ["", *paragraph(more(schema, usage))]
+    if is_short:
+        lines += ["", *paragraph(more(schema, usage))]
+    elif any(map(schema.takes_mapping, schema.options)):
+        lines += ["", *paragraph(VALUES)]
     return "\n".join(lines) + "\n"
 
 
