@@ -18,9 +18,9 @@ from docutils.parsers.rst import directives
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from rl_lora.config import as_typed
 from rl_lora.scripts.help import metavar, texts_of
 from rl_lora.scripts.schema import options_of, schema_of
+from rl_lora.settings.dotted import as_typed
 
 CODE = re.compile(r"(``[^`]+``|`[^`]+`)")
 SECTION = re.compile(r"(Args|Raises|Returns):$")

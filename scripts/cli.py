@@ -16,11 +16,12 @@ from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import rl_lora
-from rl_lora.config import EvaluateConfig, TrainConfig, validate
+from rl_lora.config import EvaluateConfig, TrainConfig
 from rl_lora.scripts.command import USER_ERROR, run
 from rl_lora.scripts.configs import BenchmarkConfig, PlotConfig, ReportConfig, SftConfig
 from rl_lora.scripts.options import parse
 from rl_lora.scripts.schema import Usage, meant, nearest
+from rl_lora.settings.validation import validate
 from rl_lora.system.invocation import COMMAND, launcher, words
 from rl_lora.system.terminal import guard, say
 

@@ -14,9 +14,9 @@ from typing import Any, Literal, get_args, get_origin
 
 from docstring_parser import parse_from_object
 
-from rl_lora.config import as_typed
 from rl_lora.scripts.schema import OWN, Schema, Usage, meant, nearest
 from rl_lora.scripts.values import NONE, is_list, members
+from rl_lora.settings.dotted import as_typed
 
 VALUES = (
     "A text is taken as it is typed. Inside of a mapping, numbers, true, false, null, [lists] and {mappings} are what "

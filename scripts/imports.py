@@ -23,6 +23,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("types",),
     ("system",),
     ("config",),
+    ("settings",),
     ("kernels", "metrics"),
     ("attention", "lora", "report"),
     ("policy",),

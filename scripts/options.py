@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 import yaml
 
 import rl_lora
-from rl_lora.config import as_typed
 from rl_lora.scripts.help import help_page
 from rl_lora.scripts.schema import OWN, Schema, Usage, schema_of
 from rl_lora.scripts.values import enclosed, explained, from_node, from_text, from_texts, from_untyped, is_list, members
+from rl_lora.settings.dotted import as_typed
 from rl_lora.system.plain_yaml import Loader, dump, items
 from rl_lora.system.terminal import Terminal, in_line
 

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from rl_lora.config import EvaluateConfig, EvaluationSettings, as_typed
+from rl_lora.config import EvaluateConfig, EvaluationSettings
 from rl_lora.lora.peft_io import base_of
+from rl_lora.settings.dotted import as_typed
 from rl_lora.system.files import read_json, read_yaml
 from rl_lora.trainer.checkpoint import PATTERN, Checkpoints, check_whole
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
-from rl_lora.config import OF_RUN, EnvConfig, EvaluateConfig, EvaluationSettings, ModelConfig, as_typed, flatten
+from rl_lora.config import OF_RUN, EnvConfig, EvaluateConfig, EvaluationSettings, ModelConfig
 from rl_lora.evaluation.candidates import adapter_in, record_of
 from rl_lora.lora import peft_io
+from rl_lora.settings.dotted import as_typed, flatten
 from rl_lora.system.files import read_yaml
 from rl_lora.system.model_names import EMBEDDED_MODEL, canonical
 from rl_lora.system.terminal import in_line

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shlex
 
-from rl_lora.config import OF_RUN, EvaluationSettings, TrainConfig, flatten
+from rl_lora.config import OF_RUN, EvaluationSettings, TrainConfig
+from rl_lora.settings.dotted import flatten
 from rl_lora.system.invocation import words
 
 

@@ -10,7 +10,7 @@ import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from transformers import AutoModelForCausalLM
 
-from rl_lora.config import ModelConfig, TrainConfig, flatten, validate
+from rl_lora.config import ModelConfig, TrainConfig
 from rl_lora.lora.bank import AdapterBank
 from rl_lora.lora.peft_io import check_adapter
 from rl_lora.policy import loading
@@ -22,6 +22,8 @@ from rl_lora.rollout.environments import environment
 from rl_lora.rollout.held_out import held_out
 from rl_lora.rollout.problems import check_problems
 from rl_lora.rollout.worker import MakeEnv
+from rl_lora.settings.dotted import flatten
+from rl_lora.settings.validation import validate
 from rl_lora.trainer.checkpoint import check_whole
 from rl_lora.trainer.run_folder import check_run_dir
 

@@ -8,9 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rl_lora.config import TrainConfig, differences, flatten, validate
+from rl_lora.config import TrainConfig
 from rl_lora.lora.peft_io import base_of
 from rl_lora.policy.default_choice import settled
+from rl_lora.settings.comparison import differences
+from rl_lora.settings.dotted import flatten
+from rl_lora.settings.validation import validate
 from rl_lora.system import files
 from rl_lora.system.invocation import is_first_process
 from rl_lora.system.model_names import DEFAULT_MODEL, EMBEDDED_MODEL, HUB_MODEL, canonical

@@ -18,7 +18,7 @@ import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, gather_object, set_seed
 
-from rl_lora.config import TrainConfig, advantage_of, flatten
+from rl_lora.config import TrainConfig, advantage_of
 from rl_lora.learner.advantages import advantages, shuffle_rewards
 from rl_lora.learner.learner import Learner
 from rl_lora.lora.peft_io import load_adapter, save_adapter
@@ -35,6 +35,7 @@ from rl_lora.rollout.held_out import evaluate_adapters, held_out
 from rl_lora.rollout.shaping import shaped
 from rl_lora.rollout.worker import RolloutWorker
 from rl_lora.sampler.native import NativeSampler
+from rl_lora.settings.dotted import flatten
 from rl_lora.system.distributed import no_accelerator
 from rl_lora.system.files import FileError, check_writable, write_text, writing
 from rl_lora.system.interrupts import later

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from rl_lora.config import EvaluateConfig, TrainConfig, validate
+from rl_lora.config import EvaluateConfig, TrainConfig
 from rl_lora.scripts.benchmarks import (
     benchmark_evaluate,
     benchmark_rewards,
@@ -26,6 +26,7 @@ from rl_lora.scripts.cli import COMMANDS
 from rl_lora.scripts.completion import script_for
 from rl_lora.scripts.options import parse
 from rl_lora.scripts.schema import Usage
+from rl_lora.settings.validation import validate
 from tests.docs.pages import ROOT
 
 CONFIGS: dict[str, type[Any]] = {

@@ -13,10 +13,11 @@ import pytest
 import yaml
 
 import rl_lora.envs  # noqa: F401
-from rl_lora.config import TrainConfig, validate
+from rl_lora.config import TrainConfig
 from rl_lora.envs.math import PRESETS
 from rl_lora.scripts.command import parse
 from rl_lora.scripts.configs import SftConfig
+from rl_lora.settings.validation import validate
 from rl_lora.trainer.trainer import train
 from tests import ROOT
 from tests.envs.test_math_env import DATA

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import rl_lora
-from rl_lora.config import EvaluateConfig, TrainConfig, flatten
+from rl_lora.config import EvaluateConfig, TrainConfig
+from rl_lora.settings.dotted import flatten
 from tests.docs.pages import ROOT
 
 pytest.importorskip("sphinx", reason="sphinx is not installed: pip install -e '.[docs]'")

@@ -19,8 +19,7 @@ import gymnasium as gym
 import pytest
 import torch
 
-import rl_lora.envs
-import rl_lora.evaluation.evaluator
+import rl_lora.envs  # noqa: F401
 from rl_lora import EvaluateConfig, Policy, evaluate, save_adapter
 from rl_lora.config import EnvConfig, ModelConfig
 from rl_lora.envs.text import SingleTurnEnv
@@ -28,6 +27,7 @@ from rl_lora.evaluation.candidates import named, stand_ins
 from rl_lora.evaluation.sample_store import SampleStore, key_of, read_samples
 from rl_lora.rollout.worker import Plays, RolloutWorker
 from rl_lora.scripts.command import parse
+from rl_lora.settings.dotted import flatten
 from rl_lora.types import Episode
 from tests import ROOT
 from tests.tiny import randomize, tiny_folder
@@ -428,7 +428,7 @@ def test_the_command_takes_lists_as_users_write_them_and_explains_every_option(
     with pytest.raises(SystemExit):
         parse(EvaluateConfig, ["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    for name in rl_lora.config.flatten(EvaluateConfig()):
+    for name in flatten(EvaluateConfig()):
         assert f"--{name} " in text, name
     for help in ("Limit of one reply", "Held-out problems, the first ones", "pass@k and maj@k to compute"):
         assert help in text

@@ -13,10 +13,11 @@ import yaml
 
 import rl_lora.envs  # noqa: F401
 from rl_lora import EvaluateConfig, Policy, evaluate, save_adapter, train
-from rl_lora.config import OF_RUN, EnvConfig, EvaluationSettings, ModelConfig, TrainConfig, flatten
+from rl_lora.config import OF_RUN, EnvConfig, EvaluationSettings, ModelConfig, TrainConfig
 from rl_lora.evaluation.run_task import whose_task
 from rl_lora.report.next_command import next_command
 from rl_lora.scripts.options import parse
+from rl_lora.settings.dotted import flatten
 from rl_lora.trainer.trainer import tracker_kwargs
 from tests import ROOT
 from tests.tiny import tiny_folder

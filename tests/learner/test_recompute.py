@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from transformers import MambaConfig, MambaForCausalLM
 
-from rl_lora.config import LearnerConfig, TrainConfig, validate
+from rl_lora.config import LearnerConfig, TrainConfig
 from rl_lora.learner.learner import Learner
 from rl_lora.learner.recompute import Recompute, activation_bytes
 from rl_lora.lora.adapter import Adapter
 from rl_lora.policy.hooks import layers_of
 from rl_lora.policy.policy import Policy
+from rl_lora.settings.validation import validate
 from rl_lora.system import memory
 from rl_lora.system.memory import budget, free_bytes
 from rl_lora.types import Group

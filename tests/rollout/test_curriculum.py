@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 import rl_lora.envs  # noqa: F401
-from rl_lora.config import EnvConfig, LearnerConfig, RolloutConfig, TrainConfig, validate
+from rl_lora.config import EnvConfig, LearnerConfig, RolloutConfig, TrainConfig
 from rl_lora.policy.policy import Policy
 from rl_lora.rollout.curriculum import Curriculum, curriculum_of
 from rl_lora.rollout.environments import environment
+from rl_lora.settings.validation import validate
 from rl_lora.trainer.trainer import train, training_problems
 from rl_lora.types import Episode, Group, Stop
 from tests.tiny import tiny_folder

@@ -10,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rl_lora.envs  # noqa: F401
-from rl_lora.config import RolloutConfig, TrainConfig, validate
+from rl_lora.config import RolloutConfig, TrainConfig
 from rl_lora.learner.advantages import advantages
 from rl_lora.policy.policy import Policy
 from rl_lora.rollout.shaping import brevity, overlong, shaped
 from rl_lora.rollout.worker import RolloutWorker
 from rl_lora.sampler.native import NativeSampler
+from rl_lora.settings.validation import validate
 from rl_lora.trainer.trainer import train
 from rl_lora.types import Episode, Group, Stop, Turn
 from tests.rollout.test_worker import GuessEnv

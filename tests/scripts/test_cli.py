@@ -15,10 +15,11 @@ import pytest
 import yaml
 
 import rl_lora
-from rl_lora.config import EvaluationSettings, TrainConfig, flatten
+from rl_lora.config import EvaluationSettings, TrainConfig
 from rl_lora.evaluation.candidates import named, other_task
 from rl_lora.scripts.cli import main
 from rl_lora.scripts.command import parse, run
+from rl_lora.settings.dotted import flatten
 from rl_lora.trainer.trainer import train
 from tests import ROOT
 from tests.tiny import tiny_folder

@@ -20,12 +20,13 @@ from hypothesis import strategies as st
 import rl_lora
 import rl_lora.scripts.benchmarks.benchmark_evaluate
 import rl_lora.scripts.benchmarks.compare_lm_eval
-from rl_lora.config import EvaluateConfig, TrainConfig, flatten
+from rl_lora.config import EvaluateConfig, TrainConfig
 from rl_lora.scripts.cli import main
 from rl_lora.scripts.configs import BenchmarkConfig, PlotConfig, ReportConfig, SftConfig
 from rl_lora.scripts.options import parse
 from rl_lora.scripts.schema import options_of
 from rl_lora.scripts.values import is_list
+from rl_lora.settings.dotted import flatten
 from rl_lora.system.plain_yaml import dump
 from tests import ROOT
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from rl_lora.config import EnvConfig, LearnerConfig, RolloutConfig, TrainConfig, validate
+from rl_lora.config import EnvConfig, LearnerConfig, RolloutConfig, TrainConfig
 from rl_lora.learner.learner import Learner
 from rl_lora.policy.chat import Chat
 from rl_lora.policy.policy import Policy
@@ -20,6 +20,7 @@ from rl_lora.rollout.demonstrations import Demonstrations
 from rl_lora.rollout.environments import environment
 from rl_lora.scripts.command import parse
 from rl_lora.scripts.configs import SftConfig
+from rl_lora.settings.validation import validate
 from rl_lora.trainer.trainer import train
 from tests.oracles import Oracle, gradient, relative_error, tiny_policy
 from tests.tiny import EOS_ID, tiny_folder, tiny_tokenizer
