@@ -2,7 +2,7 @@
 
     W' = W + (alpha / r) B A,   A uniform in +-1/sqrt(d_in), B = 0        (Hu et al. 2021; Schulman et al. 2025)
 
-Knows nothing of models; `lora.py` puts adapters onto one, `adapter_io.py` onto disk.
+Knows nothing of models; `bank.py` puts adapters onto one, `peft_io.py` onto disk.
 """
 
 from __future__ import annotations

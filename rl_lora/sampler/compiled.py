@@ -27,7 +27,7 @@ from rl_lora.attention.decode_layer import DecodeLayer
 from rl_lora.attention.kv_cache import Decode, Nodes
 from rl_lora.kernels.native_code import followed
 from rl_lora.kernels.verify import difference
-from rl_lora.lora.bank import LoRALinear
+from rl_lora.lora.layers import LoRALinear
 from rl_lora.policy.hooks import Forward, forwards, layers_of
 from rl_lora.sampler.program import Program, Tape
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rl_lora.kernels import frozen_linear, native_code, packed_gemm
 from rl_lora.kernels.frozen_linear import MOST_ROWS, FrozenLinear, Operators, _operators, may_pack
-from rl_lora.lora.bank import LoRALinear
+from rl_lora.lora.layers import LoRALinear
 from tests.oracles import tiny_policy
 from tests.tiny import tiny_model
 from tests.vectors import VECTORS

@@ -15,7 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rl_lora.lora.adapter import Adapter, Site
-from rl_lora.lora.bank import AdapterBank, LoRAExperts, LoRALinear, find_sites
+from rl_lora.lora.bank import AdapterBank
+from rl_lora.lora.layers import LoRAExperts, LoRALinear
+from rl_lora.lora.targets import find_sites
 from tests.tiny import ARCHITECTURES, DENSE, MOE, randomize, tiny_model, tiny_multimodal, token_ids
 
 LENGTH = 13
