@@ -43,7 +43,7 @@ SCRIPT = re.compile(r"scripts/(?:benchmarks/)?(\w+)\.py")
 def command_in(words: list[str]) -> tuple[str, list[str]] | None:
     """The project's command among the words of a shell command, and its arguments; None where there is none."""
     for i, word in enumerate(words):
-        if word.rpartition("/")[2] == "rl-lora" and i + 1 < len(words):
+        if (word.rpartition("/")[2] == "rl-lora" or words[i - 1 : i + 1] == ["-m", "rl_lora"]) and i + 1 < len(words):
             return words[i + 1], words[i + 2 :]
         if word == "rl_lora" and words[i - 1] == "-m":
             return words[i + 1], words[i + 2 :]
