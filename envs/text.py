@@ -112,7 +112,13 @@ class TextEnv(gym.Env[str, str]):
 
     @abstractmethod
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Take one reply; returns observation, reward, terminated, truncated, info."""
+        """Take one reply; returns observation, reward, terminated, truncated, info.
+
+        A step that waits, for a network or another process, does not hold up the other episodes: once steps have been
+        seen to wait, they run in threads (`rollout.reward_threads` at a time) while the other episodes are decoded.
+        Copies of the environment must then share nothing that two threads may not change. A step that computes runs in
+        the main thread. `reset` is called in the same way, before anything is decoded.
+        """
         raise NotImplementedError
 
 

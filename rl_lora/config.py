@@ -107,8 +107,13 @@ class EpisodeConfig:
     returns what it may not, or the prompt does not fit the model. They are left out and counted, never scored 0. Beyond
     that share (and more than 32) the run stops; also where all fail, and at 0 with the first one."""
     reward_threads: int = 32
-    """Calls of reward functions, or of an environment's step, that run at a time while sampling goes on, where they
-    wait for something, such as a judge on a network; 1: one after another, in the main thread."""
+    """Calls of reward functions, or of an environment's reset and step, that run at a time while sampling goes on,
+    where they wait for something, such as a judge on a network; 1: one after another, in the main thread."""
+    wait_for_steps: bool = False
+    """Let decoding wait for the steps of environments of several turns, all that began together. An environment that
+    waits for something then does not decide which episodes are decoded together: the same seed gives the same run to
+    the last bit. Without, the other episodes are decoded meanwhile, and the same seed gives the same run but for
+    rounding. Nothing changes for environments that do not wait."""
 
 
 @dataclass
@@ -306,6 +311,8 @@ class EvaluateConfig:
     """Share of the last episodes that may fail before the evaluation stops: see `EpisodeConfig`."""
     reward_threads: int = 32
     """Calls of a reward function that run at the same time, at most: see `EpisodeConfig`."""
+    wait_for_steps: bool = False
+    """Let decoding wait for the steps of environments of several turns: see `EpisodeConfig`."""
     limit: int | None = 256
     """Held-out problems, the first ones; null: all that the environment has."""
     n: int = 1

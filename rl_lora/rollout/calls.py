@@ -19,7 +19,10 @@ except ImportError:  # not on Windows
     resource = None  # type: ignore[assignment]
 
 WAITS, WAITS_LONG = 0.05, 1.0
-"""Seconds off the processor: two calls in a row, or a single one, after which others of their kind run in threads."""
+"""Seconds off the processor: of two calls in a row, or of a single one, after which others of their kind run in
+threads."""
+FORGIVEN = 0.9
+"""What counts of earlier waits after a call that has not waited: one pause means nothing, every fourth call does."""
 
 MOSTLY = 4
 """A call has waited if it did so for this many times as long as it computed: on a busy machine computing waits too."""
@@ -36,8 +39,8 @@ class Calls:
         self.limit = limit
         self.n_elsewhere = 0
         """Calls that did not end before `start` did."""
-        self._waiting: dict[object, int] = {}
-        """By key: calls in a row that have waited."""
+        self._waited: dict[object, float] = {}
+        """By key: seconds, of calls that have waited half of WAITS_LONG at least."""
         self._tasks: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
         self._n_threads = self._n_open = 0
         self._lock = threading.Lock()
@@ -46,7 +49,7 @@ class Calls:
         """Start a call; where it returns a Future, that one's result is meant. What it raises, the Future does, but for
         KeyboardInterrupt. Calls of one `key` are alike; None: never in another thread."""
         future: Future[Any] = Future()
-        if key is not None and self.limit > 1 and self._waiting.get(key, 0) > 1:
+        if key is not None and self.limit > 1 and self._waited.get(key, 0.0) >= WAITS_LONG:
             self.n_elsewhere += 1
             with self._lock:
                 self._n_open += 1
@@ -100,7 +103,8 @@ class Calls:
 
     def _note(self, key: object, waited: float) -> None:
         if key is not None:
-            self._waiting[key] = 2 if waited > WAITS_LONG else self._waiting.get(key, 0) + 1 if waited > WAITS else 0
+            before = self._waited.get(key, 0.0)
+            self._waited[key] = before + max(waited, WAITS_LONG / 2) if waited > WAITS else before * FORGIVEN
 
 
 def _pauses() -> float:

@@ -1,8 +1,9 @@
 """When environments are given the replies of a rollout, so that slow rewards wait for each other and not the sampler.
 
 An environment that ends with its first reply is told it at once, and asked for what came of it when nothing is sampled
-any more. Where a next turn depends on it, the steps of one look at the batch run at the same time, and sampling goes on
-when all of them are done: what is sampled together never depends on how long a step takes.
+any more. Where a next turn depends on it, steps that wait run at the same time while the other episodes are decoded,
+and an episode goes on as soon as its own step is done. Which episodes are decoded together, and with it the rounding,
+then depends on how long steps take; with `EpisodeConfig.wait_for_steps` it does not: decoding waits for them.
 
 Of an environment are used, where it has them:
 `one_reply`: its episodes end with their first reply.
@@ -14,10 +15,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from functools import partial
 from typing import Generic, Protocol, TypeVar
 
+from rl_lora.config import EpisodeConfig
 from rl_lora.rollout.calls import Calls
 from rl_lora.rollout.contract import Env, Outcome, advance, waiting
 from rl_lora.sampler.protocol import Later, Request
@@ -47,16 +50,18 @@ class Steps(Generic[Play]):
         self,
         groups: Sequence[Sequence[Play]],
         calls: Calls,
-        max_turns: int,
+        config: EpisodeConfig,
         take: Callable[[Play, Callable[[], Outcome]], None],
     ):
-        self.calls, self.max_turns, self.take = calls, max_turns, take
+        self.calls, self.config, self.take = calls, config, take
         self.seconds = 0.0
         """That sampling waited for steps."""
         playing = [[play for play in group if play.stop is None] for group in groups]
         self._groups = {id(play): group for group in playing for play in group}
         self._told: dict[int, list[Play]] = {}
         self._open: dict[int, tuple[Play, Callable[[], Outcome]]] = {}
+        self._running: set[Future[Outcome]] = set()
+        """Steps on which next turns depend."""
 
     def reply(self, play: Play, then: Callable[[], Request | None]) -> Request | Later | None:
         """An episode has its next reply, the last of its turns. `then` says what it asks when the step is taken."""
@@ -68,16 +73,23 @@ class Steps(Generic[Play]):
             if future.done():
                 self.take(play, future.result)
                 return then()
-        if self.max_turns == 1 or getattr(play.env.unwrapped, "one_reply", False):
+        if self.config.max_turns == 1 or getattr(play.env.unwrapped, "one_reply", False):
             self._open[id(play)] = play, future.result
             return None
+        self._running.add(future)
 
-        def later() -> Request | None:
+        def request() -> Request | None:
             with self._watch():
                 self.take(play, future.result)
+            self._running.remove(future)
             return then()
 
-        return later
+        return Later((lambda: True) if self.config.wait_for_steps else future.done, request, self._wait)
+
+    def _wait(self) -> None:
+        """Until one of the steps is done on which next turns depend."""
+        with self._watch():
+            wait(self._running, return_when=FIRST_COMPLETED)
 
     def finish(self, plays: Sequence[Play]) -> None:
         """Nothing is sampled any more: wait for what is still open, in the order of the episodes."""
@@ -100,11 +112,16 @@ class Steps(Generic[Play]):
         replies = [(p.env.unwrapped, p.turns[-1].text, p.turns[-1].completion_ids) for p in together]
         with waiting(play.env, play.seed):
             together[0].env.unwrapped.judge_ahead(replies, self.calls)  # type: ignore[attr-defined]
+        judged_elsewhere = self.calls.n_elsewhere > before
         for p in together:
-            if self.calls.n_elsewhere == before:
-                self.take(p, _step(p))
-            else:
+            if judged_elsewhere:
                 self._open[id(p)] = p, _step(p)
+                continue
+            future = self.calls.start(type(p.env.unwrapped), _step(p))  # it may have, or be wrapped in, a slow step
+            if future.done():
+                self.take(p, future.result)
+            else:
+                self._open[id(p)] = p, future.result
 
     @contextmanager
     def _watch(self) -> Iterator[None]:

@@ -11,7 +11,9 @@ Any gymnasium environment whose observations and actions are text is played; the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 from rl_lora.config import EpisodeConfig
@@ -139,8 +141,10 @@ class RolloutWorker:
             self._envs.append(self.make_env())
         envs = iter(self._envs)
         self.failures.begin([plays.n for plays in wanted])
+        starts = [[self._reset(next(envs), w.seed) for _ in range(w.n)] for w in wanted]
         groups = [
-            [self._reset(next(envs), w.seed, w.adapter, k) for k in range(w.first, w.first + w.n)] for w in wanted
+            [self._begun(env, w.seed, w.adapter, k, start) for k, (env, start) in enumerate(of_group, w.first)]
+            for w, of_group in zip(wanted, starts, strict=True)
         ]
         first_of = {id(play): w.first for w, group in zip(wanted, groups, strict=True) for play in group}
         for group in groups:
@@ -164,7 +168,7 @@ class RolloutWorker:
 
         same = list(requests.values())
 
-        steps = Steps(groups, self.calls, self.config.max_turns, self._take)
+        steps = Steps(groups, self.calls, self.config, self._take)
 
         def follow(i: int, k: int, reply: Completion) -> Request | Later | None:
             play = same[i][k]
@@ -191,11 +195,15 @@ class RolloutWorker:
         env = self._envs[0]
         return list(prompt_of(env, seed, begin(env, seed), self.chat, self.config, self.context_length))
 
-    def _reset(self, env: Env, seed: int, adapter: str | None, k: int) -> _Play:
+    def _reset(self, env: Env, seed: int) -> tuple[Env, Future[Start]]:
+        """Begin to reset an environment: those that wait do so together."""
+        return env, self.calls.start(("reset", type(env.unwrapped)), partial(begin, env, seed))
+
+    def _begun(self, env: Env, seed: int, adapter: str | None, k: int, reset: Future[Start]) -> _Play:
         version = self.versions(adapter) if adapter is not None else 0
         play = _Play(env, env_id(env), seed, adapter, version, k)
         try:
-            start = begin(env, seed)
+            start = reset.result()
             play.observations.append(start.observation)
             play.begun = start.parts
             play.prompt_ids = prompt_of(env, seed, start, self.chat, self.config, self.context_length)

@@ -21,8 +21,8 @@ from rl_lora.attention.kv_cache import Decode, Nodes
 from rl_lora.attention.prefixes import Trunk, find_trunks, trunk_of
 from rl_lora.policy.policy import Policy
 from rl_lora.sampler.cuda_graph import Recorder, Replay
-from rl_lora.sampler.protocol import Completion, Follow, Request
-from rl_lora.sampler.rows import Drawing, Finish, Job, Row
+from rl_lora.sampler.protocol import Completion, Follow, Later, Request
+from rl_lora.sampler.rows import Drawing, Finish, Job, Next, Row
 from rl_lora.system.memory import budget
 
 TURNOVER = 0.2
@@ -79,13 +79,13 @@ class NativeSampler:
         jobs = [Job(requests[i], [(i, k) for k in range(requests[i].n)], requests[i].first) for i in order]
         results: dict[tuple[int, int], Completion] = {}
 
-        def finish(job: Job, place: int, completion: Completion) -> Callable[[], Job | None]:
+        def finish(job: Job, place: int, completion: Completion) -> Next:
             i, k = job.of[place]
             results[i, k] = completion
             answer = None if follow is None else follow(i, k, completion)
 
             def following() -> Job | None:
-                request = answer() if callable(answer) else answer
+                request = answer.request() if isinstance(answer, Later) else answer
                 if request is None:
                     return None
                 self._check(request)
@@ -93,7 +93,7 @@ class NativeSampler:
                     raise ValueError(f"what follows one completion is one completion, got a request of n={request.n}")
                 return Job(request, [(i, k)])
 
-            return following
+            return Next(following, answer.done, answer.wait) if isinstance(answer, Later) else Next(following)
 
         (_PlainRun if self.policy.not_shared else _Run)(self, jobs, finish, on_token or (lambda n: None)).run()
         return [[results[i, k] for k in range(request.n)] for i, request in enumerate(requests)]
@@ -118,8 +118,8 @@ class _Run:
     """One call of `generate`: rows come, draw, and leave.
 
     Each round draws `check_every` tokens a row and then looks who has finished. Their completions are handed over, and
-    either the row has another turn or it is done with. When enough rows stand still, they are moved out, and new
-    prompts and next turns are read in.
+    either the row has another turn or it is done with; it stands still while that is not known. When enough rows stand
+    still, they are moved out, and new prompts and next turns are read in.
     """
 
     def __init__(self, sampler: NativeSampler, jobs: Sequence[Job], finish: Finish, on_token: Callable[[int], None]):
@@ -131,6 +131,8 @@ class _Run:
         )
         self.waiting = deque(part for job in jobs for part in job.split(self.max_rows))
         self.rows: list[Row] = []
+        self.asked: dict[Row, Next] = {}
+        """Rows of which it is not known yet what comes next."""
         self.turns: dict[Row, Job] = {}
         """Next turns that wait to be read in, by the row that they go on in."""
         self.drawing = Drawing(self.policy)
@@ -142,6 +144,11 @@ class _Run:
         self._read_trunks()
         while self.rows or self.waiting:
             self._arrive()
+            if self._stands():
+                next(iter(self.asked.values())).wait()
+                self._hear()
+                self._compact(self.drawing.n)
+                continue
             running = torch.tensor([not row.finished for row in self.rows], device=self.policy.device)
             n_before = int(self.drawing.n.sum())
             for i in range(self.check_every):
@@ -171,30 +178,38 @@ class _Run:
 
     def _retire(self, running: Sequence[bool]) -> None:
         """Hand over the completions that have ended."""
-        ended: list[tuple[Row, Callable[[], Job | None]]] = []
         for place, (row, runs) in enumerate(zip(self.rows, running, strict=True)):
             if runs or row.finished:
                 continue
             row.finished = True
             completion = self.drawing.completion(place, row)
             row.ids = row.ids + completion.token_ids
-            ended.append((row, self.finish(row.job, row.place, completion)))
-        for row, following in ended:
-            if (job := following()) is not None:
+            self.asked[row] = self.finish(row.job, row.place, completion)
+        self._hear()
+
+    def _hear(self) -> None:
+        """What comes next of the rows of which it is known by now."""
+        for row in [row for row, following in self.asked.items() if following.done()]:
+            if (job := self.asked.pop(row).job()) is not None:
                 ids = job.request.prompt_ids
                 if job.request.adapter == row.adapter and len(ids) > len(row.ids) and ids[: len(row.ids)] == row.ids:
                     self.turns[row] = job
                 else:
                     self.waiting.append(job)
 
+    def _stands(self) -> bool:
+        """Whether nothing can be drawn before it is known what comes next."""
+        return bool(self.asked) and all(row.finished for row in self.rows)
+
     def _idle(self) -> bool:
-        """Whether enough rows stand still for others to take their place."""
-        still = sum(row.finished for row in self.rows)
-        return still == len(self.rows) or still >= TURNOVER * len(self.rows)
+        """Whether enough rows stand still for others to take their place, apart from those that cannot go on yet."""
+        still = sum(row.finished for row in self.rows) - len(self.asked)
+        n = len(self.rows) - len(self.asked)
+        return still == n or still >= TURNOVER * n
 
     def _compact(self, drawn: Tensor) -> Tensor:
         """Move out rows that are done with; the tokens drawn by those that stay."""
-        keep = [i for i, row in enumerate(self.rows) if not row.finished or row in self.turns]
+        keep = [i for i, row in enumerate(self.rows) if not row.finished or row in self.turns or row in self.asked]
         least = LEAVING.get(drawn.device.type, LEAVING["cuda"])
         if len(self.rows) - len(keep) < max(1, least * len(self.rows)):
             return drawn
@@ -317,13 +332,15 @@ class _PlainRun:
     def run(self) -> None:
         while self.waiting:
             jobs = sorted(self.waiting, key=lambda job: len(job.request.prompt_ids))
-            self.waiting = []
+            asked: list[Next] = []
             for _, alike in itertools.groupby(jobs, key=lambda job: len(job.request.prompt_ids)):
                 rows = [Row(job, place) for job in alike for place in range(len(job.of))]
                 for i in range(0, len(rows), self.max_rows):
-                    self._batch(rows[i : i + self.max_rows])
+                    asked += self._batch(rows[i : i + self.max_rows])
+            self.waiting = [job for following in asked if (job := following.job()) is not None]
 
-    def _batch(self, rows: Sequence[Row]) -> None:
+    def _batch(self, rows: Sequence[Row]) -> list[Next]:
+        """Draw completions of prompts of one length, and hand them over."""
         policy, adapters = self.policy, [row.adapter for row in rows]
         cache = policy.cache()
         prompts = torch.tensor([row.request.prompt_ids for row in rows], device=policy.device)
@@ -337,5 +354,4 @@ class _PlainRun:
             drawn, running = drawing.draw(running)
             if n_running := int(running.sum()):  # finished rows stay: not every cache can give rows up
                 drawing.hidden = policy.hidden(drawn[:, None], adapters, cache=cache)[:, -1]
-        ended = [self.finish(row.job, row.place, drawing.completion(place, row)) for place, row in enumerate(rows)]
-        self.waiting += [job for following in ended if (job := following()) is not None]
+        return [self.finish(row.job, row.place, drawing.completion(place, row)) for place, row in enumerate(rows)]

@@ -36,8 +36,19 @@ class Completion:
     stop: Stop
 
 
-Later = Callable[[], Request | None]
-"""An answer that takes a while: to be called when everybody that ended in the same step has been told."""
+@dataclass(frozen=True)
+class Later:
+    """An answer that takes a while. It is asked for when all completions that ended in the same step have been told.
+
+    `done`: whether `request` answers at once; until then, others are decoded. `request`: the answer, waited for if need
+    be. `wait`: returns as soon as one of the answers that are still out is done; called where nothing can be decoded.
+    """
+
+    done: Callable[[], bool]
+    request: Callable[[], Request | None]
+    wait: Callable[[], None]
+
+
 Follow = Callable[[int, int, Completion], Request | Later | None]
 """Told completion k of request i as soon as it ends; may answer with what is asked for next, n = 1, such as the next
 turn of a conversation. Its completion comes under the same i and k."""

@@ -33,8 +33,17 @@ class Job:
         return [Job(self.request, self.of[i : i + n], self.first + i) for i in range(0, len(self.of), n)]
 
 
-Finish = Callable[[Job, int, Completion], Callable[[], Job | None]]
-"""Hands over completion number `place` of a job; what it returns says, once all are handed over, what comes next."""
+@dataclass(frozen=True)
+class Next:
+    """What comes after a completion: see `protocol.Later`."""
+
+    job: Callable[[], Job | None]
+    done: Callable[[], bool] = lambda: True
+    wait: Callable[[], None] = lambda: None
+
+
+Finish = Callable[[Job, int, Completion], Next]
+"""Hands over completion number `place` of a job; what comes next is asked once all are handed over."""
 
 
 class Row:

@@ -23,6 +23,7 @@ MAY_DIFFER = {
     "rollout.check_every",
     "rollout.max_failed",
     "rollout.reward_threads",
+    "rollout.wait_for_steps",
     "learner.tokens_per_microbatch",
     "learner.max_activation_gib",
 }

@@ -1,8 +1,9 @@
-"""Rewards that take a while: they wait for each other and not for the sampler, and change no bit of a run."""
+"""Rewards, steps and resets that take a while: the sampler goes on meanwhile, and what is drawn stays the same."""
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import random
 import re
 import threading
@@ -206,6 +207,12 @@ def test_a_batch_is_a_group_as_soon_as_its_last_reply_is_there(policy: Policy) -
         assert [tuple(one) for one in ids] == [episode.turns[0].completion_ids for episode in group.episodes]
 
 
+def said(groups: list[Group]) -> list[Any]:
+    """Episodes without what is rounded otherwise where others are decoded with them."""
+    episodes = [episode for group in groups for episode in group.episodes]
+    return [([turn.completion_ids for turn in e.turns], e.observations, e.reward, e.stop) for e in episodes]
+
+
 class Guess(TextEnv):
     """Turns whose steps wait; a step notes who ran beside it."""
 
@@ -228,12 +235,76 @@ class Guess(TextEnv):
 def test_turns_are_the_same_whatever_a_step_takes_and_their_steps_run_together(policy: Policy) -> None:
     still, busy = [0], [0]
     free = play(policy, lambda: Guess(lambda: 0.0, still), rounds=2)
-    assert play(policy, lambda: Guess(lambda: 0.055 + 0.03 * JITTER.random(), busy), rounds=2) == free
+    jitter = lambda: Guess(lambda: 0.055 + 0.03 * JITTER.random(), busy)  # noqa: E731
+    assert play(policy, jitter, rounds=2, wait_for_steps=True) == free
+    rounded = play(policy, jitter, rounds=2)
+    assert said(rounded) == said(free)
     assert max(still) == 1
     assert max(busy) > 1
     assert len({len(episode.turns) for group in free for episode in group.episodes}) > 1
     single = play(policy, lambda: Guess(lambda: 0.0, [0]), max_turns=1)
     assert play(policy, lambda: Guess(lambda: 0.06, [0]), max_turns=1) == single
+
+
+class Sometimes(Guess):
+    """Waits in the steps of the problem 0, and takes down when steps end."""
+
+    ended: list[tuple[int, float]]
+
+    def start(self, seed: int) -> tuple[str, dict[str, Any]]:
+        self.seed = seed
+        return super().start(seed)
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        time.sleep(0.5 if self.seed == 0 else 0.0)
+        self.n += 1
+        self.ended.append((self.seed, time.perf_counter()))
+        return "go on", 1.0, False, self.n == 3, {}
+
+
+@pytest.mark.parametrize("limit", [False, True], ids=["bare", "wrapped"])
+def test_others_are_decoded_while_the_step_of_one_waits(policy: Policy, limit: bool) -> None:
+    Sometimes.ended = []
+
+    def make() -> gym.Env[str, str]:
+        env = Sometimes(lambda: 0.0, [0])
+        return gym.wrappers.TimeLimit(env, 10) if limit else env
+
+    same = worker(policy, make)
+    same.calls._waited[Sometimes] = 1.0  # it has been seen to wait
+    same.collect(list(range(4)), adapters=["a"], n=1)
+    slow_ends = [end for seed, end in Sometimes.ended if seed == 0]
+    assert len(slow_ends) == 3
+    assert max(end for seed, end in Sometimes.ended if seed) < slow_ends[0]  # the others play all their turns meanwhile
+    assert same.reward_seconds > 0.7  # when nothing is left to decode, it is waited for, and that is said
+
+
+def test_resets_that_wait_do_so_together(policy: Policy) -> None:
+    class Slow(Guess):
+        def start(self, seed: int) -> tuple[str, dict[str, Any]]:
+            time.sleep(0.1)
+            return super().start(seed)
+
+    same = worker(policy, lambda: Slow(lambda: 0.0, [0]))
+    same.calls._waited["reset", Slow] = 1.0
+    begin = time.perf_counter()
+    groups = same.collect(list(range(16)), adapters=["a"], n=2)
+    assert time.perf_counter() - begin < 0.1 * 32 / 2
+    free = worker(policy, lambda: Guess(lambda: 0.0, [0])).collect(list(range(16)), adapters=["a"], n=2)
+    assert said(groups) == said(free)
+
+
+def test_a_step_of_its_own_leaves_the_main_thread_too(policy: Policy) -> None:
+    threads = set()
+
+    class Asks(PromptsEnv):
+        def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+            time.sleep(0.06)
+            threads.add(threading.current_thread())
+            return super().step(action)
+
+    play(policy, lambda: Asks(ROWS, reward=quick, eval_fraction=0.0))
+    assert len(threads) > 1
 
 
 def test_an_environment_with_a_step_of_its_own_is_stepped_as_it_is(policy: Policy) -> None:
@@ -258,3 +329,10 @@ def test_a_call_that_once_waits_long_is_known_to_wait_and_one_pause_is_forgiven(
     assert calls.start("b", threading.current_thread).result() is threading.main_thread()
     assert calls.start(None, threading.current_thread).result() is threading.main_thread()
     assert calls.n_elsewhere == 1
+
+
+def test_a_call_in_four_that_waits_is_enough() -> None:
+    calls = Calls(4)
+    for seconds in [0.0, 0.0, 0.0, 0.4] * 3:
+        calls.start("a", functools.partial(time.sleep, seconds)).result()
+    assert calls.start("a", threading.current_thread).result() is not threading.main_thread()

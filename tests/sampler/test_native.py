@@ -9,6 +9,7 @@ import gc
 import itertools
 import math
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +31,7 @@ from rl_lora.policy.policy import Policy
 from rl_lora.sampler.cuda_graph import Recorder, Step
 from rl_lora.sampler.draw import Draw, sample
 from rl_lora.sampler.native import NativeSampler
-from rl_lora.sampler.protocol import Completion, Request
+from rl_lora.sampler.protocol import Completion, Later, Request
 from rl_lora.types import Stop
 from tests.oracles import Oracle, as_turn, episode, group, tiny_policy
 from tests.tiny import ARCHITECTURES, EOS_ID, PAD_ID, token_ids
@@ -386,6 +387,31 @@ def test_a_conversation_that_goes_on_draws_what_a_fresh_prompt_of_it_would(arch:
         for turn, (request, completion) in enumerate(turns):
             fresh = NativeSampler(policy).generate([request])[0]
             assert_same([[completion]], [[fresh[k if turn == 0 else 0]]])
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_row_that_waits_for_its_next_turn_holds_up_no_other(shared: bool) -> None:
+    """While one answer is out, the others play all their turns; then it is waited for, once."""
+    requests = [Request(prompt(i), max_tokens=3, seed=i) for i in range(3, 7)]
+    out, turns = Future[None](), [0] * 4
+    seen = []
+
+    def follow(i: int, k: int, completion: Completion) -> Request | Later | None:
+        turns[i] += 1
+        if turns[i] == 3:
+            return None
+        answer = Request((*prompt(9), *range(3, 5 + turns[i])), max_tokens=3, seed=i)
+        return answer if i or turns[i] > 1 else Later(out.done, lambda: answer, wait)
+
+    def wait() -> None:
+        seen.append(list(turns))
+        out.set_result(None)
+
+    policy = tiny_policy()
+    policy.not_shared = None if shared else "for the test"
+    NativeSampler(policy).generate(requests, follow=follow)
+    assert turns == [3] * 4
+    assert seen == ([[1, 3, 3, 3]] if shared else [])
 
 
 def test_what_follows_one_completion_is_one_completion() -> None:
