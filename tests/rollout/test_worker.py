@@ -15,7 +15,7 @@ from rl_lora.metrics.records import summarize_groups
 from rl_lora.policy.policy import Policy
 from rl_lora.rollout.worker import MakeEnv, Plays, RolloutWorker
 from rl_lora.sampler.native import NativeSampler
-from rl_lora.sampler.protocol import Completion, Follow, Request
+from rl_lora.sampler.protocol import Completion, Follow, Later, Request
 from rl_lora.types import Group, Stop
 from tests.tiny import randomize, tiny_model, tiny_tokenizer
 
@@ -186,7 +186,7 @@ def test_every_reply_is_drawn_from_a_stream_of_its_own(policy: Policy) -> None:
             def listen(i: int, k: int, completion: Completion) -> Request | None:
                 assert follow is not None
                 request = follow(i, k, completion)
-                assert not callable(request)
+                assert not isinstance(request, Later)
                 if request is not None:
                     streams.append((request.seed, 0))
                 return request
