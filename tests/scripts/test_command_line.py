@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -137,6 +138,24 @@ def test_folders_are_typed_without_an_option(place: Path) -> None:
         both = call(place, name, "a", f"--{option}", "b")
         assert f"error: --{option} names folders twice" in both.stderr
         assert both.returncode == 2
+
+
+def test_pages_and_pictures_of_runs_need_no_torch(place: Path) -> None:
+    run = place / "runs" / "drawn"
+    run.mkdir()
+    accuracy = {"accuracy": 0.5, "accuracy_low": 0.4, "accuracy_high": 0.6, "reward": 0.5}
+    records = [{"kind": "train", "step": 1, "reward": 0.5}, {"kind": "eval", "step": 1, **accuracy}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    config = "steps: 1\nenv: {id: Task-v0}\nmodel: {name: tiny}\nadapter: {init_from: null}\n"
+    (run / "config.yaml").write_text(config, encoding="utf-8")
+    for args, file in (
+        (["report", "runs/drawn"], run / "report.html"),
+        (["plot", "runs/drawn", "--out", "x.svg"], place / "x.svg"),
+    ):
+        found = call(place, *args, program="heavy/rl-lora")
+        assert found.returncode == 0, found.stderr
+        assert file.exists()
+        assert not {"torch", "transformers", "accelerate", "gymnasium"} & set(found.stderr.split())
 
 
 @pytest.mark.parametrize("name", COMMANDS)
