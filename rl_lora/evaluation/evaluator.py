@@ -37,7 +37,8 @@ from rl_lora.rollout.given import with_given
 from rl_lora.rollout.held_out import held_out
 from rl_lora.rollout.problems import check_problems
 from rl_lora.rollout.worker import MakeEnv, Plays, RolloutWorker
-from rl_lora.sampler.native import NativeSampler
+from rl_lora.sampler.compiled import should_compile
+from rl_lora.sampler.factory import make_sampler
 from rl_lora.system import files
 from rl_lora.system import finite_json as json
 from rl_lora.system.distributed import no_accelerator
@@ -122,6 +123,7 @@ def _evaluate(config: EvaluationSettings, paths: Sequence[str], console: Termina
     chat, context_length = check_model(config.model)
     check_problems(make_env, seeds, chat, config, context_length)
 
+    compiles = should_compile(config.model.compile, state.device)
     start = time.perf_counter()
     with console.status(Text(f"loading {in_line(config.model.name)} ...")):
         policy = Policy.from_config(config.model, state.device)
@@ -133,7 +135,7 @@ def _evaluate(config: EvaluationSettings, paths: Sequence[str], console: Termina
     plan = planned(config, problems, hashes, content_hash(settings))
     rows_of = {weights: [name for name in names if hashes[name] == weights] for weights in hashes.values()}
     wanted = {asked.key(k): rows_of[asked.weights] for batch in plan for asked in batch for k in range(config.n)}
-    sampler = NativeSampler(policy, config.max_rows, max_cache_gib=config.max_cache_gib, check_every=config.check_every)
+    sampler = make_sampler(policy, config, compile=compiles)
     worker = RolloutWorker(
         make_env,
         sampler,
@@ -142,7 +144,7 @@ def _evaluate(config: EvaluationSettings, paths: Sequence[str], console: Termina
         context_length=policy.context_length,
         on_failure=lambda error: console.print(f"left out: {error}", style="yellow"),
     )
-    decoding = Decoding(1 if policy.not_shared else sampler.check_every)
+    decoding = Decoding(sampler.check_every)
     out = Path(config.out)
     with SampleStore(out, wanted, config.resume) as store:
         for stale in ("results.json", "report.html"):

@@ -10,7 +10,7 @@ import inspect
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -32,15 +32,12 @@ from rl_lora.policy.default_choice import settled
 from rl_lora.policy.head import Head
 from rl_lora.policy.head_check import check_head
 from rl_lora.policy.hooks import recomputing
-from rl_lora.sampler.compiled import CompiledLayers, unavailable
 from rl_lora.system.memory import ready_memory
 from rl_lora.system.model_names import DEFAULT_MODEL, EMBEDDED_MODEL, HUB_MODEL
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 WIDE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Types of weights that may hold NaN and infinity."""
-WORTH_COMPILING = 1000
-"""Decoding steps. On two CPU cores one step gains 20 to 30 ms, and to compile takes about 10 s."""
 
 
 class Policy:
@@ -78,8 +75,6 @@ class Policy:
         """Of the keys and values of all layers; known where prompts are shared."""
         self.not_shared: str | None = None
         """Why prompts are not shared by their completions, or None where they are."""
-        self.compiled: CompiledLayers | None = None
-        """What decoding steps run in place of the layers; None: the layers."""
         self.not_shared = self._self_check()
 
     @classmethod
@@ -108,16 +103,9 @@ class Policy:
         return cls(model, tokenizer, name=name, stop_tokens=stop_tokens, template_kwargs=template_kwargs)
 
     @classmethod
-    def from_config(cls, config: ModelConfig, device: torch.device | str, *, decoding_steps: int = 0) -> Policy:
-        """`load` what a configuration says. `decoding_steps`: how many are to come, about; many are worth compiling."""
-        device = torch.device(device)
-        wanted = config.compile
-        if wanted is None:  # on a GPU nobody has seen it yet
-            wanted = device.type == "cpu" and decoding_steps >= WORTH_COMPILING
-        reason = unavailable(device) if wanted else None
-        if reason and config.compile:
-            raise ValueError(f"model.compile is true, but {reason}; install it, or leave model.compile out")
-        policy = cls.load(
+    def from_config(cls, config: ModelConfig, device: torch.device | str) -> Policy:
+        """`load` what a configuration says of the base; `compile` is a sampler's (`sampler/compiled.py`)."""
+        return cls.load(
             config.name,
             dtype=config.dtype,
             device=device,
@@ -125,9 +113,6 @@ class Policy:
             stop_tokens=config.stop_tokens,
             template_kwargs=config.template_kwargs,
         )
-        if wanted and not reason:
-            policy.compiled = CompiledLayers(policy)
-        return policy
 
     def remarks(self, adapter: Adapter) -> list[str]:
         """What a user should know of the base and of what an adapter leaves alone in it, a line each."""
@@ -158,7 +143,7 @@ class Policy:
         """
         kwargs: dict[str, Any] = {} if layout is None else {"layout": layout}
         setting = partial(self.setting, adapters, layout)
-        with setting(), recomputing(recompute, setting), self._stepping(adapters, layout):
+        with setting(), recomputing(recompute, setting):
             output = self.backbone(
                 input_ids=tokens,
                 position_ids=positions,
@@ -167,11 +152,6 @@ class Policy:
                 **kwargs,
             )
         return output.last_hidden_state.to(self.dtype)  # Mamba keeps float32 beside weights of bfloat16
-
-    def _stepping(self, adapters: Sequence[str | None], layout: Layout | None) -> AbstractContextManager[None]:
-        if self.compiled is None or not isinstance(layout, Decode):
-            return nullcontext()
-        return self.compiled.stepping(layout, adapters)
 
     @contextmanager
     def setting(self, adapters: Sequence[str | None], layout: Layout | None) -> Iterator[None]:

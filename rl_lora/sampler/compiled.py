@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,14 +27,14 @@ from rl_lora.attention.decode_layer import DecodeLayer
 from rl_lora.attention.kv_cache import Decode, Nodes
 from rl_lora.kernels.native_code import followed
 from rl_lora.kernels.verify import difference
+from rl_lora.lora.adapter import Adapter
 from rl_lora.lora.layers import LoRALinear
 from rl_lora.policy.hooks import Forward, forwards, layers_of
+from rl_lora.policy.policy import Policy
 from rl_lora.sampler.program import Program, Tape
 
-if TYPE_CHECKING:
-    from rl_lora.lora.adapter import Adapter
-    from rl_lora.policy.policy import Policy
-
+WORTH_COMPILING = 1000
+"""Decoding steps. On two CPU cores one step gains 20 to 30 ms, and to compile takes about 10 s."""
 ROWS, PROMPTS, PROMPT, OWN = 67, 11, 41, 20
 """Of the step that layers are followed in: rows, prompts, tokens of a prompt and of a row. No model has a dimension of
 67, so what has it is known to be one of rows."""
@@ -58,6 +58,24 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
+def should_compile(wanted: bool | None, device: torch.device | str, decoding_steps: int = 0) -> bool:
+    """Whether a sampler should compile the layers of its policy.
+
+    wanted: `model.compile`; None compiles where it pays and can be done. decoding_steps: about how many are to come.
+
+    Raises:
+        ValueError: it is wanted, but nothing can be compiled for the device.
+    """
+    device = torch.device(device)
+    compiles = wanted
+    if compiles is None:  # on a GPU it has not been measured yet
+        compiles = device.type == "cpu" and decoding_steps >= WORTH_COMPILING
+    reason = unavailable(device) if compiles else None
+    if reason and wanted:
+        raise ValueError(f"model.compile is true, but {reason}; install it, or leave model.compile out")
+    return compiles and reason is None
+
+
 class CompiledLayers:
     """The layers of a policy in decoding steps."""
 
@@ -66,7 +84,6 @@ class CompiledLayers:
         self.programs: dict[str, Program] = {}
         """By the tape of what they do."""
         self.failed: str | None = None
-        self._preparing = False
         self._calls: weakref.WeakKeyDictionary[Any, dict[tuple[bool, ...], dict[nn.Module, Call]]] = (
             weakref.WeakKeyDictionary()
         )
@@ -74,7 +91,7 @@ class CompiledLayers:
     @contextmanager
     def stepping(self, decode: Decode, adapters: Sequence[str | None]) -> Iterator[None]:
         """Inside, the layers run compiled where this step of `decode`, which has begun, allows it."""
-        calls = None if self._preparing else self._calls_for(decode, adapters)
+        calls = self._calls_for(decode, adapters)
         if calls is None:
             yield
             return
@@ -91,15 +108,12 @@ class CompiledLayers:
             adapter.cast(self.policy.dtype)  # programs read it as it is now
         of_adapter = self._calls.setdefault(self if adapter is None else adapter, {})
         if single not in of_adapter:
-            self._preparing = True
             try:
                 of_adapter[single] = self._prepare(decode, adapter, single)
             except Exception as error:  # whatever a foreign model, or a compiler, may raise: the layers are right
                 self.failed = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
                 warnings.warn(f"decoding goes on without compiled layers: {self.failed}", stacklevel=2)
                 return None
-            finally:
-                self._preparing = False
         return of_adapter[single]
 
     def _prepare(self, like: Decode, adapter: Adapter | None, single: tuple[bool, ...]) -> dict[nn.Module, Call]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor
 from rl_lora.attention.kv_cache import Decode, Nodes
 from rl_lora.attention.prefixes import Trunk, find_trunks, trunk_of
 from rl_lora.policy.policy import Policy
+from rl_lora.sampler.compiled import CompiledLayers
 from rl_lora.sampler.cuda_graph import Recorder, Replay
 from rl_lora.sampler.protocol import Completion, Follow, Later, Request
 from rl_lora.sampler.rows import Drawing, Finish, Job, Next, Row
@@ -44,7 +46,8 @@ class NativeSampler:
             Counted when a request comes in: later turns may outgrow it. Models that cannot share prompts are bound by
             `max_rows` alone.
         check_every: tokens between looks at which rows have finished: by default 8 on a GPU, which each look makes
-            wait, else 1.
+            wait, else 1. Models that cannot share prompts are looked at after each token.
+        compiled: what decoding steps run in place of the policy's layers; None: the layers.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class NativeSampler:
         *,
         max_cache_gib: float | None = None,
         check_every: int | None = None,
+        compiled: CompiledLayers | None = None,
     ):
         if check_every is None:
             check_every = 8 if policy.device.type == "cuda" else 1
@@ -61,7 +65,8 @@ class NativeSampler:
             if value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}")
         self.policy, self.max_rows, self.max_cache_gib = policy, max_rows, max_cache_gib
-        self.check_every = check_every
+        self.check_every = 1 if policy.not_shared else check_every
+        self.compiled = compiled
         self.recorder = Recorder.for_device(policy.device)
 
     @torch.inference_mode()
@@ -124,6 +129,7 @@ class _Run:
 
     def __init__(self, sampler: NativeSampler, jobs: Sequence[Job], finish: Finish, on_token: Callable[[int], None]):
         self.policy, self.finish, self.on_token = sampler.policy, finish, on_token
+        self.compiled = sampler.compiled
         self.check_every, self.max_rows, self.max_bytes = (
             sampler.check_every,
             sampler.max_rows,
@@ -172,7 +178,8 @@ class _Run:
         """The device's part of a step: (R,) -> (R, d)."""
         positions = self.decode.begin().clamp_max(self.policy.context_length - 1)  # rows that stand still run past it
         adapters = [row.adapter for row in self.rows]
-        hidden = self.policy.hidden(tokens[:, None], adapters, self.decode, positions, self.decode)
+        with nullcontext() if self.compiled is None else self.compiled.stepping(self.decode, adapters):
+            hidden = self.policy.hidden(tokens[:, None], adapters, self.decode, positions, self.decode)
         self.decode.advance_device()
         return hidden[:, 0]
 

@@ -57,6 +57,11 @@ turn of a conversation. Its completion comes under the same i and k."""
 class Sampler(Protocol):
     """Whatever turns requests into completions: the native engine here, a server elsewhere."""
 
+    @property
+    def check_every(self) -> int:
+        """Tokens of a row that one call of `on_token` counts, at most."""
+        ...
+
     def generate(
         self,
         requests: Sequence[Request],

@@ -34,7 +34,8 @@ from rl_lora.rollout.given import with_given
 from rl_lora.rollout.held_out import evaluate_adapters, held_out
 from rl_lora.rollout.shaping import shaped
 from rl_lora.rollout.worker import RolloutWorker
-from rl_lora.sampler.native import NativeSampler
+from rl_lora.sampler.compiled import should_compile
+from rl_lora.sampler.factory import make_sampler
 from rl_lora.settings.dotted import flatten
 from rl_lora.system.distributed import no_accelerator
 from rl_lora.system.files import FileError, check_writable, write_text, writing
@@ -170,19 +171,15 @@ class Trainer:
         with self.report.stage(f"loading {config.model.name}"):
             samples = config.learner.objective != "likelihood"
             decoding_steps = config.steps * config.rollout.max_tokens if samples else 0
-            self.policy = Policy.from_config(config.model, self.accelerator.device, decoding_steps=decoding_steps)
+            compiles = should_compile(config.model.compile, self.accelerator.device, decoding_steps)
+            self.policy = Policy.from_config(config.model, self.accelerator.device)
         self.task["model"] = model_record(self.policy)
         set_seed(config.seed, device_specific=True)  # nothing here draws from these; environments and rewards may
         self.learner = Learner(
             self.policy, config.learner, temperature=config.rollout.temperature, accelerator=self.accelerator
         )
         self.step = self._start_or_resume()
-        sampler = NativeSampler(
-            self.policy,
-            config.rollout.max_rows,
-            max_cache_gib=config.rollout.max_cache_gib,
-            check_every=config.rollout.check_every,
-        )
+        sampler = make_sampler(self.policy, config.rollout, compile=compiles)
         make_eval_env, self.eval_seeds = held_out(config.env, config.eval.env_kwargs, config.eval.episodes)
         limits: dict[str, Any] = {
             "context_length": self.policy.context_length,

@@ -30,7 +30,8 @@ from rl_lora.policy.loading import load_tokenizer, resolve_model
 from rl_lora.policy.policy import Policy
 from rl_lora.rollout.held_out import evaluate_adapters, held_out
 from rl_lora.rollout.worker import RolloutWorker
-from rl_lora.sampler.native import NativeSampler
+from rl_lora.sampler.compiled import should_compile
+from rl_lora.sampler.factory import make_sampler
 from rl_lora.scripts.command import main as command
 from rl_lora.system.terminal import Terminal
 
@@ -108,10 +109,11 @@ def evaluated(config: CompareConfig, adapter: str) -> list[Sample]:
     }
     make_env, seeds = held_out(EnvConfig("rl_lora/Math-v0", kwargs), None, config.limit)
     references = {problem.seed: problem.reference for problem in problems_of(make_env, seeds)}
+    compiles = should_compile(config.model.compile, "cpu")
     policy = Policy.from_config(config.model, "cpu")
     name = load_adapter(adapter, policy.bank, "compared").name if adapter else None
-    limits = EpisodeConfig(max_tokens=config.max_tokens)
-    sampler = NativeSampler(policy, config.max_rows)
+    limits = EpisodeConfig(max_tokens=config.max_tokens, max_rows=config.max_rows)
+    sampler = make_sampler(policy, limits, compile=compiles)
     worker = RolloutWorker(make_env, sampler, policy.chat, limits, context_length=policy.context_length)
     (evaluation,) = evaluate_adapters(worker, seeds, [name])
     worker.close()

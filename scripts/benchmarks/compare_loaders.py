@@ -21,15 +21,16 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import rl_lora.envs  # noqa: F401  registers the environments
-from rl_lora.config import EnvConfig, ModelConfig
+from rl_lora.config import EnvConfig, EpisodeConfig, ModelConfig
 from rl_lora.evaluation.candidates import adapter_in
 from rl_lora.lora.peft_io import load_adapter
 from rl_lora.policy.default_model import without_progress_bars
 from rl_lora.policy.loading import resolve_model
 from rl_lora.policy.policy import Policy
 from rl_lora.rollout.held_out import held_out
-from rl_lora.sampler.native import NativeSampler
-from rl_lora.sampler.protocol import Request
+from rl_lora.sampler.compiled import should_compile
+from rl_lora.sampler.factory import make_sampler
+from rl_lora.sampler.protocol import Request, Sampler
 from rl_lora.scripts.benchmarks.peer_process import Peers
 from rl_lora.scripts.command import main as command
 
@@ -65,16 +66,18 @@ def run(config: LoadersConfig) -> dict[str, int]:
         adapter_in(Path(config.adapter)),
         resolve_model(config.model.name),
     )
+    compiles = should_compile(config.model.compile, "cpu")
     policy = Policy.from_config(config.model, "cpu")
+    sampler = make_sampler(policy, EpisodeConfig(max_rows=64), compile=compiles)
     make_env, seeds = held_out(config.env, None, config.limit)
     env = make_env()
     questions = [str(env.reset(seed=seed)[0]) for seed in seeds]
     prompts = [policy.chat.start(question) for question in questions]
     stop_ids = sorted(policy.chat.stop_ids)
     name = load_adapter(folder, policy.bank, "adapter").name
-    ours, bare = (sampled(policy, prompts, adapter, config.max_tokens) for adapter in (name, None))
+    ours, bare = (sampled(sampler, prompts, adapter, config.max_tokens) for adapter in (name, None))
     dtype = policy.dtype
-    del policy
+    del policy, sampler
     loaders: dict[str, Callable[[], Replies]] = {
         "PEFT, PeftModel.from_pretrained": lambda: peft_replies(base, folder, dtype, prompts, stop_ids, config),
         "transformers, load_adapter and pipeline": lambda: pipeline_replies(base, folder, dtype, questions, config),
@@ -95,10 +98,10 @@ def run(config: LoadersConfig) -> dict[str, int]:
     return counts
 
 
-def sampled(policy: Policy, prompts: Sequence[list[int]], adapter: str | None, max_tokens: int) -> Replies:
+def sampled(sampler: Sampler, prompts: Sequence[list[int]], adapter: str | None, max_tokens: int) -> Replies:
     """Our own greedy replies."""
     wanted = [Request(tuple(ids), max_tokens=max_tokens, temperature=0, adapter=adapter) for ids in prompts]
-    return [list(completions[0].token_ids) for completions in NativeSampler(policy, 64).generate(wanted)]
+    return [list(completions[0].token_ids) for completions in sampler.generate(wanted)]
 
 
 def peft_replies(

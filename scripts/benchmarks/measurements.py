@@ -22,7 +22,8 @@ from rl_lora.policy import loading
 from rl_lora.policy.policy import Policy, compute_dtype
 from rl_lora.rollout.environments import environment
 from rl_lora.rollout.worker import RolloutWorker
-from rl_lora.sampler.native import NativeSampler
+from rl_lora.sampler.compiled import should_compile
+from rl_lora.sampler.factory import make_sampler
 from rl_lora.sampler.protocol import Request
 from rl_lora.scripts.benchmarks.peer_process import Figures
 from rl_lora.scripts.benchmarks.peers import Meter
@@ -78,11 +79,12 @@ class Bench:
     def __init__(self, model: ModelConfig, *, random: str | None = None, rank: int = 1, seed: int = 0):
         self.rank, self.seed = rank, seed
         device = torch.device("cpu" if no_accelerator() else torch.accelerator.current_accelerator() or "cpu")
+        compiles = should_compile(model.compile, device)
         self.policy = Policy.from_config(model, device) if random is None else random_policy(random, model, device)
         self.meter = Meter()
-        self.worker = RolloutWorker(
-            environment(EnvConfig()), NativeSampler(self.policy), self.policy.chat, RolloutConfig()
-        )
+        limits = RolloutConfig()
+        self.sampler = make_sampler(self.policy, limits, compile=compiles)
+        self.worker = RolloutWorker(environment(EnvConfig()), self.sampler, self.policy.chat, limits)
         sites = self.policy.bank.sites.values()
         active = self.policy.bank.active_experts
         self.n_linear = sum(s.in_features * s.out_features * (active if s.experts else 1) for s in sites)
@@ -142,7 +144,7 @@ class Bench:
         stop_ids, self.policy.chat.stop_ids = self.policy.chat.stop_ids, frozenset()
         try:
             self.meter.start()
-            completions = NativeSampler(self.policy).generate(requests)
+            completions = self.sampler.generate(requests)
             measured = self.meter.stop()
         finally:
             self.policy.chat.stop_ids = stop_ids

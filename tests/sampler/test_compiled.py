@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from rl_lora.config import ModelConfig
+from rl_lora.config import EpisodeConfig
 from rl_lora.kernels.frozen_linear import MOST_ROWS
 from rl_lora.policy.policy import Policy
-from rl_lora.sampler.compiled import CompiledLayers, unavailable
+from rl_lora.sampler.compiled import CompiledLayers, should_compile, unavailable
+from rl_lora.sampler.factory import make_sampler
 from rl_lora.sampler.native import NativeSampler
 from rl_lora.sampler.program import Program, Tape
 from rl_lora.sampler.protocol import Completion, Request
 from tests.oracles import tiny_policy
-from tests.tiny import randomize, tiny_folder, token_ids
+from tests.tiny import randomize, token_ids
 
 pytestmark = pytest.mark.skipif(unavailable(torch.device("cpu")) is not None, reason="there is no C++ compiler")
 
@@ -40,7 +40,7 @@ def requests(n_prompts: int, n: int, adapter: str | None, begin: int = 0, seed: 
 
 
 class Counted:
-    """How often a policy's programs ran, or stepped aside."""
+    """Compiled layers of a policy, and how often their programs ran, or stepped aside."""
 
     def __init__(self, policy: Policy, monkeypatch: pytest.MonkeyPatch):
         self.ran, self.stepped_aside = 0, 0
@@ -53,19 +53,15 @@ class Counted:
             return result
 
         monkeypatch.setattr(Program, "holds", counted)
-        policy.compiled = CompiledLayers(policy)
+        self.layers = CompiledLayers(policy)
 
 
-def both(policy: Policy, asked: list[Request], **options: Any) -> tuple[list[Completion], list[Completion]]:
+def both(layers: CompiledLayers, asked: list[Request], **options: Any) -> tuple[list[Completion], list[Completion]]:
     """Completions with and without compiled layers."""
-    layers = policy.compiled
-    assert layers is not None
-    sides = []
-    for policy.compiled in (layers, None):
-        sides.append([c for of in NativeSampler(policy, **options).generate(asked) for c in of])
-    policy.compiled = layers
+    samplers = [NativeSampler(layers.policy, **options, compiled=compiled) for compiled in (layers, None)]
+    found, expected = ([c for of in sampler.generate(asked) for c in of] for sampler in samplers)
     assert layers.failed is None
-    return sides[0], sides[1]
+    return found, expected
 
 
 def assert_alike(found: list[Completion], expected: list[Completion], tolerance: float = 1e-4) -> None:
@@ -78,11 +74,11 @@ def assert_alike(found: list[Completion], expected: list[Completion], tolerance:
 def test_compiled_steps_draw_what_the_layers_draw(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = tiny_policy(arch, ["a"])
     counted = Counted(policy, monkeypatch)
+    layers = counted.layers
     # One program for each kind of layer does for all of these: rows come and leave, buffers grow, prompts differ.
-    assert_alike(*both(policy, requests(7, 5, "a")))
+    assert_alike(*both(layers, requests(7, 5, "a")))
     kinds = {"llama": 1, "gemma3": 2, "gpt2": 1}[arch]
-    assert policy.compiled is not None
-    assert len(policy.compiled.programs) == kinds
+    assert len(layers.programs) == kinds
     assert counted.ran > 20
     for asked, options in (
         (requests(3, 2, "a", seed=1), {}),
@@ -92,32 +88,33 @@ def test_compiled_steps_draw_what_the_layers_draw(arch: str, monkeypatch: pytest
         ([replace(request, temperature=0.0) for request in requests(6, 3, "a", seed=5)], {"check_every": 4}),
     ):
         counted.ran = 0
-        assert_alike(*both(policy, asked, **options))
+        assert_alike(*both(layers, asked, **options))
         assert counted.ran
-        assert len(policy.compiled.programs) == kinds
+        assert len(layers.programs) == kinds
     # Another adapter of the same form runs the same programs on its own weights.
     randomize(policy.bank.add("b", rank=2), seed=7)
     randomize(policy.bank.add("c", rank=2), seed=8)
-    found, expected = both(policy, requests(4, 3, "b"))
+    found, expected = both(layers, requests(4, 3, "b"))
     assert_alike(found, expected)
-    assert_alike(*both(policy, requests(4, 3, "c")))
-    assert [c.logprobs for c in found] != [c.logprobs for c in both(policy, requests(4, 3, "c"))[0]]
-    assert len(policy.compiled.programs) == 2 * kinds  # "a" is of another rank
+    assert_alike(*both(layers, requests(4, 3, "c")))
+    assert [c.logprobs for c in found] != [c.logprobs for c in both(layers, requests(4, 3, "c"))[0]]
+    assert len(layers.programs) == 2 * kinds  # "a" is of another rank
 
 
 def test_long_common_beginnings_mixed_batches_and_the_bare_base(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = tiny_policy("llama", ["a", "b"])
     counted = Counted(policy, monkeypatch)
-    assert_alike(*both(policy, requests(5, 3, None, begin=70)))
+    layers = counted.layers
+    assert_alike(*both(layers, requests(5, 3, None, begin=70)))
     assert counted.ran
     counted.ran = 0
     others = [replace(r, prompt_ids=r.prompt_ids[::-1][-70:] + r.prompt_ids) for r in requests(4, 2, None, begin=70)]
-    assert_alike(*both(policy, [*requests(4, 2, None, begin=70), *others]))
+    assert_alike(*both(layers, [*requests(4, 2, None, begin=70), *others]))
     assert counted.ran
     counted.ran = 0
-    assert_alike(*both(policy, [*requests(3, 2, "a"), *requests(3, 2, "b")]))
+    assert_alike(*both(layers, [*requests(3, 2, "a"), *requests(3, 2, "b")]))
     assert not counted.ran  # two adapters in a batch, and then
-    assert_alike(*both(policy, requests(1, 5, "a")))
+    assert_alike(*both(layers, requests(1, 5, "a")))
     assert not counted.ran  # a single prompt: both are left to the layers
 
 
@@ -126,8 +123,9 @@ def test_more_rows_than_products_are_packed_for(monkeypatch: pytest.MonkeyPatch)
     if not policy.bank.may_pack:
         pytest.skip("weights are not packed here")
     counted = Counted(policy, monkeypatch)
+    layers = counted.layers
     asked = [replace(request, max_tokens=3) for request in requests(40, 14, "a")]
-    assert_alike(*both(policy, asked, max_rows=40 * 14))
+    assert_alike(*both(layers, asked, max_rows=40 * 14))
     assert MOST_ROWS < 40 * 14
     assert counted.stepped_aside
 
@@ -135,16 +133,16 @@ def test_more_rows_than_products_are_packed_for(monkeypatch: pytest.MonkeyPatch)
 def test_weights_that_change_are_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = tiny_policy("llama", ["a"], dtype=torch.bfloat16)
     counted = Counted(policy, monkeypatch)
+    layers = counted.layers
     asked = [replace(request, temperature=0.0) for request in requests(4, 3, "a")]
-    first, _ = both(policy, asked)
+    first, _ = both(layers, asked)
     adapter = policy.bank["a"]
     with torch.no_grad():
         adapter.flat.mul_(-3)
     adapter.version += 1
-    second, expected = both(policy, asked)
-    assert policy.compiled is not None
+    second, expected = both(layers, asked)
     assert counted.ran
-    assert len(policy.compiled.programs) == 1
+    assert len(layers.programs) == 1
     assert [c.token_ids for c in first] != [c.token_ids for c in second]
     agree = [len(shared(a.token_ids, b.token_ids)) / len(b.token_ids) for a, b in zip(second, expected, strict=True)]
     assert sum(agree) / len(agree) > 0.8  # bfloat16 decides close calls otherwise
@@ -165,19 +163,19 @@ def assert_close_at_first(found: list[Completion], expected: list[Completion]) -
 def test_what_cannot_be_followed_is_decoded_all_the_same() -> None:
     policy = tiny_policy("mixtral", ["a"])
     plain = [c for of in NativeSampler(policy).generate(requests(3, 2, "a")) for c in of]
-    policy.compiled = CompiledLayers(policy)
+    layers = CompiledLayers(policy)
+    sampler = NativeSampler(policy, compiled=layers)
     with pytest.warns(UserWarning, match="without compiled layers"):
-        found = [c for of in NativeSampler(policy).generate(requests(3, 2, "a")) for c in of]
-    assert policy.compiled.failed
+        found = [c for of in sampler.generate(requests(3, 2, "a")) for c in of]
+    assert layers.failed
     assert found == plain
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # it is said once
-        NativeSampler(policy).generate(requests(3, 2, "a"))
+        sampler.generate(requests(3, 2, "a"))
 
 
 def test_a_program_that_computes_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = tiny_policy("llama", ["a"])
-    policy.compiled = CompiledLayers(policy)
     of = Program.of.__func__  # type: ignore[attr-defined]
 
     def wrong(cls: Any, *args: Any) -> Any:
@@ -188,7 +186,7 @@ def test_a_program_that_computes_something_else_is_not_used(monkeypatch: pytest.
 
     monkeypatch.setattr(Program, "of", classmethod(wrong))
     with pytest.warns(UserWarning, match="layer 0 computes differs by"):
-        NativeSampler(policy).generate(requests(3, 2, "a"))
+        NativeSampler(policy, compiled=CompiledLayers(policy)).generate(requests(3, 2, "a"))
 
 
 def test_a_tape_tells_operations_and_their_arguments_apart() -> None:
@@ -217,32 +215,32 @@ def test_what_was_decoded_before_changes_nothing() -> None:
     asked = requests(5, 3, "a")
     completions = []
     for before in ([requests(3, 2, "a", seed=1), requests(9, 1, "a", seed=2)], []):
-        policy.compiled = CompiledLayers(policy)
+        layers = CompiledLayers(policy)
         for others in (*before, asked):
-            found = NativeSampler(policy).generate(others)
-        assert policy.compiled.programs
+            found = NativeSampler(policy, compiled=layers).generate(others)
+        assert layers.programs
         completions.append(found)
     assert completions[0] == completions[1]
 
 
 def test_a_tensor_that_may_be_another_in_each_step_is_no_constant() -> None:
     policy = tiny_policy("llama", ["a"])
-    policy.compiled = CompiledLayers(policy)
-    layer = policy.compiled.layers[1]
+    layers = CompiledLayers(policy)
+    layer = layers.layers[1]
     noise, forward = torch.zeros(48), layer.forward
     layer.forward = lambda *args, **kwargs: forward(*args, **kwargs) + noise
     with pytest.warns(UserWarning, match="layer 1 reads a tensor .48,. that may be another in each step"):
-        NativeSampler(policy).generate(requests(3, 2, "a"))
+        NativeSampler(policy, compiled=layers).generate(requests(3, 2, "a"))
 
 
 @pytest.mark.parametrize(
-    ("compile_", "steps", "compiled"), [(None, 999, False), (None, 1000, True), (True, 0, True), (False, 1000, False)]
+    ("wanted", "steps", "compiles"), [(None, 999, False), (None, 1000, True), (True, 0, True), (False, 1000, False)]
 )
-def test_many_decoding_steps_are_worth_compiling(
-    tmp_path: Path, compile_: bool | None, steps: int, compiled: bool
-) -> None:
-    config = ModelConfig(name=str(tiny_folder(tmp_path, "llama")), dtype="float32", compile=compile_)
-    assert (Policy.from_config(config, "cpu", decoding_steps=steps).compiled is not None) == compiled
+def test_many_decoding_steps_are_worth_compiling(wanted: bool | None, steps: int, compiles: bool) -> None:
+    assert should_compile(wanted, "cpu", steps) == compiles
+    sampler = make_sampler(tiny_policy("llama"), EpisodeConfig(), compile=compiles)
+    assert isinstance(sampler, NativeSampler)
+    assert (sampler.compiled is not None) == compiles
 
 
 def test_without_a_compiler() -> None:
@@ -250,5 +248,6 @@ def test_without_a_compiler() -> None:
 
     with config.patch({"cpp.cxx": ("no-such-compiler",)}):
         assert "C++ compiler" in str(unavailable(torch.device("cpu")))
+        assert not should_compile(None, "cpu", 1000)
         with pytest.raises(ValueError, match=r"model\.compile is true, but no C\+\+ compiler"):
-            Policy.from_config(ModelConfig(name="never looked at", compile=True), "cpu")
+            should_compile(True, "cpu")
