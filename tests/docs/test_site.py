@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 import rl_lora
+import rl_lora.envs
+import rl_lora.rewards
 from rl_lora.config import EvaluateConfig, TrainConfig
 from rl_lora.settings.dotted import flatten
 from tests.docs.pages import ROOT
