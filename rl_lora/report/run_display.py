@@ -35,8 +35,8 @@ from rl_lora.metrics.summary import Evaluation, change
 from rl_lora.policy.policy import Policy
 from rl_lora.report.html import lines, write
 from rl_lora.report.next_command import next_command
+from rl_lora.report.run_samples import rewind_samples
 from rl_lora.report.training_page import training_page
-from rl_lora.report.training_samples import rewind_samples
 from rl_lora.rollout.contract import TaskError
 from rl_lora.rollout.given import in_python
 from rl_lora.system import files

@@ -30,7 +30,7 @@ from rl_lora.report.html import (
     render,
     signed,
 )
-from rl_lora.report.training_samples import read_samples, stored_steps
+from rl_lora.report.run_samples import read_samples, stored_steps
 from rl_lora.system.files import read_yaml
 
 HELD_OUT, SAMPLED, LEARNED, FURTHER = range(4)

@@ -26,7 +26,7 @@ from rl_lora.metrics.records import MetricsFile, Record, Stopwatch, summarize_gr
 from rl_lora.metrics.summary import Evaluation
 from rl_lora.policy.policy import Policy
 from rl_lora.report.run_display import RunReport
-from rl_lora.report.training_samples import write_samples
+from rl_lora.report.run_samples import write_samples
 from rl_lora.rollout.curriculum import SEED_STRIDE, curriculum_of
 from rl_lora.rollout.demonstrations import Demonstrations
 from rl_lora.rollout.environments import environment

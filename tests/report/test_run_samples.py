@@ -6,7 +6,7 @@ import itertools
 import random
 from pathlib import Path
 
-from rl_lora.report.training_samples import read_samples, rewind_samples, stored_steps, write_samples
+from rl_lora.report.run_samples import read_samples, rewind_samples, stored_steps, write_samples
 from rl_lora.types import Episode, Group, Stop, Turn
 
 
