@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from rl_lora.report.html import write
+from rl_lora.system.files import write_text
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 Open = Callable[..., Any]
@@ -44,7 +44,7 @@ def open_page(chromium: Any, tmp_path: Path) -> Iterator[Open]:
             wrong.append(request.url)
 
     def open_page(html: str, dark: bool = False) -> Any:
-        write(html, tmp_path / "page.html")
+        write_text(tmp_path / "page.html", html)
         page = chromium.new_page(
             viewport={"width": 1280, "height": 800}, color_scheme="dark" if dark else "light", reduced_motion="reduce"
         )

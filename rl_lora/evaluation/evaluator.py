@@ -31,8 +31,8 @@ from rl_lora.metrics.samples import content_hash, sample_of
 from rl_lora.metrics.summary import compared, pairs, row
 from rl_lora.policy.default_choice import settled
 from rl_lora.policy.policy import Policy
+from rl_lora.report.evaluation_page import evaluation_page
 from rl_lora.report.evaluation_table import show
-from rl_lora.report.html import evaluation_page, write
 from rl_lora.rollout.given import with_given
 from rl_lora.rollout.held_out import held_out
 from rl_lora.rollout.problems import check_problems
@@ -176,7 +176,7 @@ def _evaluate(config: EvaluationSettings, paths: Sequence[str], console: Termina
             "rows_per_pass": decoding.rows,
         }
         files.write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
-    write(evaluation_page(results, itertools.chain(*rows)), out / "report.html")
+    files.write_text(out / "report.html", evaluation_page(results, itertools.chain(*rows)))
     show(console, results)
     for warning in results["warnings"]:
         console.print(warning, style="yellow")

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rl_lora.metrics.records import Record
+from rl_lora.report.formats import formatted, p_value
 from rl_lora.system.terminal import Terminal, in_line
 
 Column = Callable[[Record], str]
@@ -66,7 +67,7 @@ def _versus(name: str) -> Column:
 
 
 def _p(name: str) -> Column:
-    return lambda row: "–" if row[name] is None else p_text(row[name]["p"])
+    return lambda row: "–" if row[name] is None else p_value(row[name]["p"])
 
 
 def _at(kind: str, k: int) -> Column:
@@ -78,12 +79,4 @@ def _at(kind: str, k: int) -> Column:
 
 
 def _number(name: str, form: str) -> Column:
-    return lambda row: _text(row[name], form)
-
-
-def p_text(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def _text(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
+    return lambda row: formatted(row[name], form)

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rl_lora.report.html import evaluation_page, lines, write
+from rl_lora.report.evaluation_page import evaluation_page
 from rl_lora.report.training_page import training_page
-from rl_lora.system.files import FileError, read_json
+from rl_lora.system.files import FileError, read_json, read_json_lines, write_text
 from rl_lora.system.terminal import say
 
 
@@ -36,12 +36,12 @@ def write_report(folder: Path, page: Path | None = None) -> None:
     if evaluation.is_file():
         results = read_json(evaluation, "evaluate again")
         if not isinstance(results, dict) or results.get("kind") != "evaluation":
-            raise ValueError(f"{evaluation} is not of an evaluation, or of an older one: evaluate again")
-        html = evaluation_page(results, samples_by_row(results, lines(folder / "samples.jsonl")))
+            raise ValueError(f"{evaluation} holds no evaluation, or one of an older version: evaluate again")
+        html = evaluation_page(results, samples_by_row(results, read_json_lines(folder / "samples.jsonl")))
     else:
         html = training_page(folder)
     try:
-        write(html, page)
+        write_text(page, html)
     except FileError as error:
         raise FileError(f"{error}; --out FILE writes the page elsewhere") from error
     say(page)

@@ -1,6 +1,6 @@
-"""samples/: episodes as they were sampled in training, a file a step, within a bound on their size.
+"""The episodes that a run keeps, a file a step: samples/ holds sampled ones, within a bound, evals/ held-out ones.
 
-Held-out episodes are in evals/. Left out: what was learned from them, which metrics.jsonl has by step.
+Left out: what was learned from them, which metrics.jsonl has by step.
 """
 
 from __future__ import annotations
@@ -10,12 +10,10 @@ from itertools import pairwise
 from pathlib import Path
 
 from rl_lora.metrics.samples import Sample, sample_of
-from rl_lora.report.html import lines
 from rl_lora.system import files
 from rl_lora.system import finite_json as json
 from rl_lora.types import Group
 
-FOLDER = "samples"
 MIB = 1 << 20
 
 
@@ -32,38 +30,63 @@ def write_samples(run_dir: Path, step: int, groups: Sequence[Group], n: int, max
         if chosen and len(chosen) + len(group.episodes) > n:
             break
         chosen += [sample_of(episode, k, step=step) for k, episode in enumerate(group.episodes)]
-    path = _path(run_dir, step)
-    with files.writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_text(path, "".join(json.dumps(sample) + "\n" for sample in chosen))
+    _write(_sampled(run_dir, step), chosen)
     _thin(run_dir, int(max_mib * MIB))
 
 
 def stored_steps(run_dir: Path) -> list[int]:
-    """The steps whose episodes are there, in their order."""
-    return sorted(int(path.stem.removeprefix("step-")) for path in (run_dir / FOLDER).glob("step-*.jsonl"))
+    """The steps whose sampled episodes are there, in their order."""
+    return _steps(run_dir / "samples")
 
 
 def read_samples(run_dir: Path, step: int) -> list[Sample]:
-    """The episodes of a step that were kept."""
-    return list(lines(_path(run_dir, step)))
+    """The sampled episodes of a step that were kept."""
+    return list(files.read_json_lines(_sampled(run_dir, step)))
 
 
-def rewind_samples(run_dir: Path, step: int) -> None:
-    """Forget the episodes after `step`: a resumed run samples them again."""
-    for later in (s for s in stored_steps(run_dir) if s > step):
-        _path(run_dir, later).unlink()
+def write_held_out(run_dir: Path, step: int, samples: Sequence[Sample]) -> None:
+    """Write the held-out episodes of an evaluation as evals/step-N.jsonl."""
+    _write(_held_out(run_dir, step), samples)
 
 
-def _path(run_dir: Path, step: int) -> Path:
-    return run_dir / FOLDER / f"step-{step:06d}.jsonl"
+def read_held_out(run_dir: Path, step: int) -> list[Sample]:
+    """The held-out episodes of an evaluation; none where there was no such evaluation."""
+    return list(files.read_json_lines(_held_out(run_dir, step)))
+
+
+def rewind_episodes(run_dir: Path, step: int, evaluated: bool = True) -> None:
+    """Delete the episodes after `step`: a resumed run plays them again; without `evaluated`, its held-out ones too."""
+    stale = [_sampled(run_dir, later) for later in stored_steps(run_dir) if later > step]
+    first = step + (evaluated and step > 0)
+    stale += [_held_out(run_dir, later) for later in _steps(run_dir / "evals") if later >= first]
+    for path in stale:
+        with files.writing(path):
+            path.unlink()
+
+
+def _sampled(run_dir: Path, step: int) -> Path:
+    return run_dir / "samples" / f"step-{step:06d}.jsonl"
+
+
+def _held_out(run_dir: Path, step: int) -> Path:
+    return run_dir / "evals" / f"step-{step:06d}.jsonl"
+
+
+def _steps(folder: Path) -> list[int]:
+    return sorted(int(path.stem.removeprefix("step-")) for path in folder.glob("step-*.jsonl"))
+
+
+def _write(path: Path, samples: Sequence[Sample]) -> None:
+    with files.writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_text(path, "".join(json.dumps(sample) + "\n" for sample in samples))
 
 
 def _thin(run_dir: Path, max_bytes: int) -> None:
     steps = stored_steps(run_dir)
-    sizes = {step: _path(run_dir, step).stat().st_size for step in steps}
+    sizes = {step: _sampled(run_dir, step).stat().st_size for step in steps}
     while sum(sizes.values()) > max_bytes and len(steps) > 2:
         gaps = [after - before for (before, _), (_, after) in pairwise(pairwise(steps))]
         removed = steps.pop(1 + gaps.index(min(gaps)))  # the oldest of those that are missed least
-        _path(run_dir, removed).unlink()
+        _sampled(run_dir, removed).unlink()
         del sizes[removed]

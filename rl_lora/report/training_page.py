@@ -1,6 +1,6 @@
 """The page of a training run, finished or not: its records as charts, held-out problems before and after.
 
-Everything is read from the run's folder; `page.py` makes the page of it.
+Everything is read from the run's folder.
 """
 
 from __future__ import annotations
@@ -16,22 +16,11 @@ from rl_lora.metrics.collapse import run_warnings
 from rl_lora.metrics.records import MetricsFile, Record
 from rl_lora.metrics.samples import Sample
 from rl_lora.metrics.summary import change
-from rl_lora.report.html import (
-    Chart,
-    browser,
-    duration,
-    facts,
-    figure,
-    flat,
-    lines,
-    p_value,
-    point,
-    points,
-    render,
-    signed,
-)
-from rl_lora.report.run_samples import read_samples, stored_steps
+from rl_lora.report.formats import duration, p_equation, points, signed
+from rl_lora.report.html import Chart, headline_figure, known_facts, point, render, sample_browser, setting_texts
+from rl_lora.report.run_samples import read_held_out, read_samples, stored_steps
 from rl_lora.system.files import read_yaml
+from rl_lora.system.terminal import counted
 
 HELD_OUT, SAMPLED, LEARNED, FURTHER = range(4)
 """Numbers of page.css's colours: what is held out, what was sampled in training, what the learner did; and the first of
@@ -52,8 +41,8 @@ MAX_SAMPLED_CHARS = 4_000_000
 """Text of training samples on a page; of more, fewer steps are shown."""
 
 
-class Drawn(NamedTuple):
-    """A chart of a training run: the unit, and behind each line `train/` or `eval/` and a field of `metrics.jsonl`."""
+class ChartSpec(NamedTuple):
+    """A chart of a training run. `lines`: the name of each, and `train/` or `eval/` with a field of metrics.jsonl."""
 
     title: str
     unit: str
@@ -63,13 +52,13 @@ class Drawn(NamedTuple):
 
 CHARTS = {
     "Outcome": [
-        Drawn(
+        ChartSpec(
             "Accuracy",
             "percent",
             {"held out": "eval/accuracy", "sampled in training": "train/accuracy"},
             "Share of episodes that the environment calls solved; held out with 95 % intervals.",
         ),
-        Drawn(
+        ChartSpec(
             "Reward",
             "number",
             {"held out": "eval/reward", "sampled in training": "train/reward"},
@@ -77,33 +66,38 @@ CHARTS = {
         ),
     ],
     "Learning": [
-        Drawn(
+        ChartSpec(
             "Sampler against learner",
             "number",
             {"sampler_learner_kl": "train/sampler_learner_kl"},
             "Mean |log p_learner - log p_sampler| before a weight moves: near zero, or something is wrong.",
         ),
-        Drawn("Entropy", "number", {"entropy": "train/entropy"}, "Nats a token, of the groups that were learned from."),
-        Drawn(
+        ChartSpec("Entropy", "number", {"entropy": "train/entropy"}, "Nats a token of the groups learned from."),
+        ChartSpec(
             "Groups without signal",
             "percent",
             {"all rewards equal": "train/groups_without_signal", "all solved": "train/groups_solved"},
             "Groups whose rewards are all the same teach nothing.",
         ),
-        Drawn("Gradient norm", "number", {"gradient": "train/grad_norm"}, "Before clipping."),
-        Drawn("Step norm", "number", {"step": "train/step_norm"}, "How far a step moved A and B."),
-        Drawn("Adapter norms", "number", {"A": "train/A_norm", "B": "train/B_norm"}, "Of all layers."),
-        Drawn("Clipped", "percent", {"clipped": "train/clip_fraction"}, "Tokens whose ratio was clipped."),
-        Drawn("Loss", "number", {"loss": "train/loss"}, "Mean over the tokens that were learned from."),
+        ChartSpec("Gradient norm", "number", {"gradient": "train/grad_norm"}, "Norm of the gradient before clipping."),
+        ChartSpec("Step norm", "number", {"step": "train/step_norm"}, "Norm of a step's change of A and B."),
+        ChartSpec(
+            "Adapter norms",
+            "number",
+            {"A": "train/A_norm", "B": "train/B_norm"},
+            "Norms over all layers.",
+        ),
+        ChartSpec("Clipped", "percent", {"clipped": "train/clip_fraction"}, "Share of tokens whose ratio was clipped."),
+        ChartSpec("Loss", "number", {"loss": "train/loss"}, "Mean over the tokens learned from."),
     ],
     "Episodes": [
-        Drawn(
+        ChartSpec(
             "Length",
             "number",
             {"mean": "train/tokens_per_episode", "longest": "train/tokens_per_episode_max"},
             "Tokens of a sampled episode.",
         ),
-        Drawn(
+        ChartSpec(
             "Cut off, unscorable",
             "percent",
             {"cut off": "train/truncated", "cut off, held out": "eval/truncated", "unscorable": "train/unscorable"},
@@ -111,7 +105,7 @@ CHARTS = {
         ),
     ],
     "Time": [
-        Drawn(
+        ChartSpec(
             "Seconds",
             "number",
             {
@@ -120,9 +114,9 @@ CHARTS = {
                 "evaluating": "eval/seconds/evaluate",
                 "waiting for rewards": "train/seconds/reward",
             },
-            "Of each stage of a step, and of each evaluation.",
+            "Seconds of each stage of a step, and of each evaluation.",
         ),
-        Drawn(
+        ChartSpec(
             "Tokens per second",
             "number",
             {"sampled": "train/rollout_tokens_per_second", "learned from": "train/learn_tokens_per_second"},
@@ -147,17 +141,17 @@ def training_page(run_dir: str | Path) -> str:
     step, steps = max(record["step"] for record in train + evals), config.get("steps")
     running = steps is not None and step < steps
     parts = sorted({name for record in train for name in record if name.startswith("parts/")})
-    drawn = CHARTS | {"Outcome": [*CHARTS["Outcome"], *_parts(parts)]}
-    charts = {title: [_chart(d, train, evals) for d in section] for title, section in drawn.items()}
+    specs = CHARTS | {"Outcome": [*CHARTS["Outcome"], *_parts(parts)]}
+    charts = {title: [_chart(spec, train, evals) for spec in section] for title, section in specs.items()}
     ends = {f"step {record['step']}": record for record in (evals[0], evals[-1])} if evals else {}
     names = list(ends)
-    held = {name: list(lines(run_dir / "evals" / f"step-{ends[name]['step']:06d}.jsonl")) for name in names}
+    held = {name: read_held_out(run_dir, ends[name]["step"]) for name in names}
     before, after = (held[names[0]], held[names[-1]]) if len(names) > 1 else ([], [])
     seconds = sum(value for r in train + evals for name, value in r.items() if name.startswith("seconds/"))
     return render(
         kind="Training run, not finished" if running else "Training run",
         title=run_dir.resolve().name,
-        lede=facts(
+        facts=known_facts(
             ("task", (config.get("env") or {}).get("id")),
             ("model", (config.get("model") or {}).get("name")),
             ("steps", f"{step} of {steps}" if running else step),
@@ -173,7 +167,7 @@ def training_page(run_dir: str | Path) -> str:
         ],
         table=None,
         matrix=None,
-        browser=browser(
+        browser=sample_browser(
             (sample | {"adapter": name} for name in names for sample in held[name]),
             names,
             names[::-1] if len(names) > 1 else [],
@@ -181,23 +175,24 @@ def training_page(run_dir: str | Path) -> str:
         ),
         sampled=_sampled(run_dir),
         changed=_changed(config),
-        config=flat(config),
+        config=setting_texts(config),
     )
 
 
-def _parts(names: Sequence[str]) -> list[Drawn]:
+def _parts(names: Sequence[str]) -> list[ChartSpec]:
     if len(names) < 2:  # the reward itself
         return []
     fields = {name.removeprefix("parts/"): f"train/{name}" for name in names}
-    return [Drawn("Parts of the reward", "number", fields, "As sampled, before they are weighed.")]
+    return [ChartSpec("Parts of the reward", "number", fields, "Means of sampled episodes, before they are weighed.")]
 
 
 def _settings(config: dict[str, Any]) -> list[tuple[str, Any]]:
     """The settings that a reader asks for first."""
     learner, rollout, adapter = (config.get(name) or {} for name in ("learner", "rollout", "adapter"))
     problems, episodes = rollout.get("prompts_per_step"), rollout.get("group_size")
+    a_step = f"{counted(problems, 'problem')} x {counted(episodes, 'episode')}" if problems and episodes else None
     return [
-        ("a step", f"{problems} problems x {episodes} episodes" if problems and episodes else None),
+        ("a step", a_step),
         ("rank", adapter.get("rank")),
         ("objective", learner.get("objective")),
         ("learning rate", f"{learner['learning_rate']:g}" if "learning_rate" in learner else None),
@@ -207,10 +202,10 @@ def _settings(config: dict[str, Any]) -> list[tuple[str, Any]]:
 
 def _changed(config: dict[str, Any]) -> list[tuple[str, str]]:
     """The settings that are not the defaults, where the run was played apart."""
-    defaults = dict(flat(json.loads(json.dumps(dataclasses.asdict(TrainConfig())))))
+    defaults = dict(setting_texts(json.loads(json.dumps(dataclasses.asdict(TrainConfig())))))
     return [
         (name, value)
-        for name, value in flat(config)
+        for name, value in setting_texts(config)
         if name not in ("run_dir", "resume") and defaults.get(name) != value
     ]
 
@@ -225,7 +220,7 @@ def _difference(before: Sequence[Sample], after: Sequence[Sample]) -> list[dict[
         {
             "label": "difference, paired by problem",
             "value": f"{signed(gain['difference'])} points",
-            "detail": ", ".join(filter(None, [interval, p_value(gain["p"])])),
+            "detail": ", ".join(filter(None, [interval, p_equation(gain["p"])])),
         }
     ]
 
@@ -237,19 +232,19 @@ def _sampled(run_dir: Path) -> list[dict[str, Any]]:
     size = {step: sum(len(text) for s in samples for text in s["completions"]) for step, samples in by_step.items()}
     while len(steps) > 2 and sum(size[step] for step in steps) > MAX_SAMPLED_CHARS:
         steps = sorted({*steps[::-2], steps[0]})
-    return [{"step": step, "problems": browser(by_step[step], ["policy"])["problems"]} for step in steps]
+    return [{"step": step, "problems": sample_browser(by_step[step], ["policy"])["problems"]} for step in steps]
 
 
-def _chart(drawn: Drawn, train: Sequence[Record], evals: Sequence[Record]) -> Chart:
+def _chart(spec: ChartSpec, train: Sequence[Record], evals: Sequence[Record]) -> Chart:
     """Lines without any number are left out, and those of what never happened."""
     series: list[dict[str, Any]] = []
-    for name, path in drawn.lines.items():
+    for name, path in spec.lines.items():
         kind, _, field = path.partition("/")
         points = [point(record["step"], record, field) for record in (train if kind == "train" else evals)]
         known = [value for _, value, *_ in points if value is not None]
         if any(known) or (known and field not in ("clip_fraction", "unscorable")):
             series.append({"name": name, "points": points, "color": _color(path, [line["color"] for line in series])})
-    chart = {"title": drawn.title, "note": drawn.note, "unit": drawn.unit}
+    chart = {"title": spec.title, "note": spec.note, "unit": spec.unit}
     return chart | {"kind": "line", "x": "step", "series": series, "reference": None}
 
 
@@ -278,8 +273,8 @@ def _headline(train: Sequence[Record], evals: Sequence[Record]) -> list[dict[str
     if known:
         ends = {record["step"]: record for record in (known[0], known[-1])}
         return [
-            figure(f"held-out {measure}, {f'step {step}' if step else 'before training'}", record, measure)
+            headline_figure(f"held-out {measure}, {f'step {step}' if step else 'before training'}", record, measure)
             for step, record in ends.items()
         ]
     known = [record for record in train if record.get("reward") is not None]
-    return [figure(f"sampled reward, step {r['step']}", r, "reward") for r in (known[0], known[-1])] if known else []
+    return [headline_figure(f"sampled reward, step {r['step']}", r, "reward") for r in known[:1] + known[-1:]]

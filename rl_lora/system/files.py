@@ -163,6 +163,16 @@ def read_json(path: Path, what_to_do: str) -> Any:
         raise ValueError(f"{path} is damaged ({error}); {what_to_do}") from error
 
 
+def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a .jsonl file, but for lines that are damaged or being written; none where there is no file."""
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            with suppress(json.JSONDecodeError):
+                yield json.loads(line)
+
+
 def read_yaml(path: Path, what_to_do: str) -> dict[str, Any]:
     """A mapping. Raises ValueError for a file that holds none, with its name and what to do."""
     try:

@@ -1,6 +1,6 @@
 """The one loop: sample groups, learn from them, look at held-out problems, keep a checkpoint.
 
-What happens inside a stage is in its own room; what is shown and written is in `report.py`.
+What happens inside a stage is in its own room; what is shown and written is in the room `report/`.
 """
 
 from __future__ import annotations
@@ -21,16 +21,20 @@ from accelerate.utils import ProjectConfiguration, gather_object, set_seed
 from rl_lora.config import TrainConfig, advantage_of
 from rl_lora.learner.advantages import advantages, shuffle_rewards
 from rl_lora.learner.learner import Learner
-from rl_lora.lora.peft_io import load_adapter, save_adapter
+from rl_lora.lora.adapter import Adapter
+from rl_lora.lora.peft_io import load_adapter, lora_dropout, save_adapter
+from rl_lora.metrics.collapse import reply_warning
 from rl_lora.metrics.records import MetricsFile, Record, Stopwatch, summarize_groups, summarize_updates, with_speed
 from rl_lora.metrics.summary import Evaluation
 from rl_lora.policy.policy import Policy
-from rl_lora.report.run_display import RunReport
-from rl_lora.report.run_samples import write_samples
+from rl_lora.report.next_command import next_command
+from rl_lora.report.run_display import ModelFacts, RunDisplay
+from rl_lora.report.run_samples import read_held_out, rewind_episodes, write_held_out, write_samples
+from rl_lora.report.run_summary import finished_at, read_summary, write_results
 from rl_lora.rollout.curriculum import SEED_STRIDE, curriculum_of
 from rl_lora.rollout.demonstrations import Demonstrations
 from rl_lora.rollout.environments import environment
-from rl_lora.rollout.given import with_given
+from rl_lora.rollout.given import in_python, with_given
 from rl_lora.rollout.held_out import evaluate_adapters, held_out
 from rl_lora.rollout.shaping import shaped
 from rl_lora.rollout.worker import RolloutWorker
@@ -78,10 +82,10 @@ def train(config: TrainConfig, *, reward: Any = None, data: Any = None, eval_dat
     """
     config = with_base(replace(config, env=with_given(config.env, reward, data, eval_data)))
     run_dir = Path(config.run_dir)
-    report = RunReport(run_dir, visible=is_first_process())
-    if config.resume and report.finished_at(config.steps):
+    display = RunDisplay(is_first_process())
+    if config.resume and is_finished(config, display):
         preflight(config, [])
-        report.show()
+        display.summary(run_dir, read_summary(run_dir))
         return run_dir
     with ExitStack() as stack:
         begun = holds_run(run_dir)
@@ -95,6 +99,15 @@ def train(config: TrainConfig, *, reward: Any = None, data: Any = None, eval_dat
                 check_run_dir(config)  # a run may have come and gone
         Trainer(config).run()
     return run_dir
+
+
+def is_finished(config: TrainConfig, display: RunDisplay) -> bool:
+    """Whether the run is there to its last step; a damaged summary counts as none, and is written anew."""
+    try:
+        return finished_at(Path(config.run_dir), config.steps)
+    except ValueError as error:
+        display.say(str(error))
+        return False
 
 
 def training_problems(config: TrainConfig) -> Iterator[int]:
@@ -141,6 +154,21 @@ def tracker_kwargs(name: str) -> dict[str, dict[str, Any]]:
     return {tracker: {word: name} for tracker, word in words.items()}
 
 
+def model_facts(policy: Policy, adapter: Adapter, dropout: float) -> ModelFacts:
+    """The model of a run, as its header names it."""
+    return ModelFacts(
+        name=policy.name,
+        n_frozen=sum(parameter.numel() for parameter in policy.model.parameters()),
+        dtype=str(policy.dtype).removeprefix("torch."),
+        device=str(policy.device),
+        n_trained=adapter.n_parameters,
+        rank=adapter.rank,
+        remarks=policy.remarks(adapter),
+        not_shared=policy.not_shared,
+        dropout=dropout,
+    )
+
+
 class Trainer:
     """Everything a run holds. `config` has passed `preflight`."""
 
@@ -158,7 +186,7 @@ class Trainer:
             )
         self.metrics = MetricsFile(self.run_dir / "metrics.jsonl")
         self.checkpoints = Checkpoints(self.run_dir / "checkpoints", config.checkpoint.keep)
-        self.report = RunReport(self.run_dir, visible=self.accelerator.is_main_process)
+        self.display = RunDisplay(self.accelerator.is_main_process)
 
         self.curriculum = curriculum_of(config)
         self.finished: Finished | None = None
@@ -168,7 +196,7 @@ class Trainer:
         """What is wrong with checkpoints that are newer than the one that is gone on from."""
         self.evaluated = False
         """Whether the step that is gone on from has been evaluated, if that was due."""
-        with self.report.stage(f"loading {config.model.name}"):
+        with self.display.stage(f"loading {config.model.name}"):
             samples = config.learner.objective != "likelihood"
             decoding_steps = config.steps * config.rollout.max_tokens if samples else 0
             compiles = should_compile(config.model.compile, self.accelerator.device, decoding_steps)
@@ -185,7 +213,7 @@ class Trainer:
             "context_length": self.policy.context_length,
             "versions": lambda name: self.policy.bank[name].version,
         }
-        said = {**limits, "on_failure": self.report.failed}
+        said = {**limits, "on_failure": self.display.failed}
         self.eval_worker = RolloutWorker(make_eval_env, sampler, self.policy.chat, config.rollout, **said)
         self.worker: RolloutWorker | Demonstrations
         if self.learner.given:
@@ -200,7 +228,7 @@ class Trainer:
         """Train to `config.steps`, and say what came of it."""
         self._open()
         try:
-            with self.report.progress(self.config.steps, self.step):
+            with self.display.progress(self.config.steps, self.step):
                 self._run()
         except FileError:
             raise
@@ -228,7 +256,7 @@ class Trainer:
                 record |= dict.fromkeys(("reward", "reward_std", "groups_without_signal", "groups_solved"))
             with later() as hold:
                 with seconds("learn"):
-                    updates = self.learner.step(groups, self.report.learning, lambda: self._moving(hold))
+                    updates = self.learner.step(groups, self.display.learning, lambda: self._moving(hold))
                 self.step += 1
                 self.log(with_speed(record | summarize_updates(updates), seconds.seconds), everything)
                 self._stands(evaluated=not self.evaluation_due)
@@ -252,7 +280,7 @@ class Trainer:
             return
         if self.finished.step > (latest.step if latest else 0):
             folder = self._save(self.finished).folder
-            self.report.console.print(f"step {self.finished.step} is kept in {folder}")
+            self.display.console.print(f"step {self.finished.step} is kept in {folder}")
 
     def rollout(self) -> tuple[list[Group], list[Group]]:
         """This process's share of the step's groups, and all that were sampled: those that were replaced too.
@@ -285,7 +313,7 @@ class Trainer:
             n=self.config.rollout.group_size,
             random_seed=(self.config.seed, self.step),
             temperature=self.config.rollout.temperature,
-            on_token=self.report.sampling,
+            on_token=self.display.sampling,
         )
         groups = [shaped(group, self.config.rollout) for group in groups]
         return shuffle_rewards(groups, deal) if self.config.shuffle_rewards else groups
@@ -302,7 +330,7 @@ class Trainer:
                 [ADAPTER],
                 temperature=self.config.eval.temperature,
                 random_seed=self.config.seed,
-                on_token=self.report.evaluating,
+                on_token=self.display.evaluating,
             )
             place = {seed: i for i, seed in enumerate(self.eval_seeds)}
             problems = sorted(gather_object(list(share.problems)), key=lambda episodes: place[episodes[0].seed])
@@ -314,7 +342,10 @@ class Trainer:
                 self.scores[self.step] = evaluation.score
             if self.accelerator.is_main_process:
                 self.metrics.append("eval", self.step, record)
-                self.report.evaluation(self.step, evaluation)
+                samples = evaluation.samples()
+                write_held_out(self.run_dir, self.step, samples)
+                warning = reply_warning(samples, read_held_out(self.run_dir, 0)) if self.step else None
+                self.display.evaluation(self.step, record, warning)
             self._track(record, "eval")
             self._stands(evaluated=True)
 
@@ -355,11 +386,11 @@ class Trainer:
         """One step's record: to metrics.jsonl, the trackers and the terminal."""
         if self.accelerator.is_main_process:
             self.metrics.append("train", self.step, record)
-            self.report.step(self.step, record)
+            self.display.step(self.step, record)
             every = self.config.log.samples_every
             if every and (self.step % every == 0 or self.step == 1):
                 what = "demonstrations of" if self.learner.given else "sampled in"
-                self.report.samples(self.step, groups, what)
+                self.display.samples(self.step, groups, what)
             write_samples(
                 self.run_dir, self.step, groups, self.config.log.samples_per_step, self.config.log.samples_mib
             )
@@ -401,10 +432,13 @@ class Trainer:
             clear_left_overs(self.run_dir)
             self.checkpoints.tidy()
             write_text(record, dump(dataclasses.asdict(self.config)))
-            self.report.say(*(f"{damage}: passed over for the newest that is whole" for damage in self.damaged))
-            self.report.say(self.metrics.rewind(self.step if self.step else -1, self.evaluated))
-            self.report.rewind(self.step, self.evaluated)
-            self.report.header(self.config, self.policy, self.policy.bank[ADAPTER], self.step, self.world)
+            self.display.say(*(f"{damage}: passed over for the newest that is whole" for damage in self.damaged))
+            self.display.say(self.metrics.rewind(self.step if self.step else -1, self.evaluated))
+            rewind_episodes(self.run_dir, self.step, self.evaluated)
+            start = None if self.step else self.config.adapter.init_from
+            dropout = 0.0 if start is None else lora_dropout(Path(start))
+            facts = model_facts(self.policy, self.policy.bank[ADAPTER], dropout)
+            self.display.header(self.config, facts, self.step, self.world)
         flat = {k: v if isinstance(v, int | float | str) else str(v) for k, v in flatten(self.config).items()}
         kwargs = tracker_kwargs(self.run_dir.resolve().name)
         if self.step:
@@ -417,8 +451,15 @@ class Trainer:
         """Save the adapter, and say where everything is."""
         if self.accelerator.is_main_process:
             save_adapter(self.policy.bank[ADAPTER], self.run_dir / "adapter", self.policy.name, overwrite=True)
-            self.report.finish(self.config, self.metrics, self.checkpoints)
-            self.report.show()
+            best, adapter = self.checkpoints.best(), self.run_dir / "adapter"
+            write_results(
+                self.run_dir,
+                self.config.steps,
+                adapter=adapter,
+                best=(best.folder, best.state["score"]) if best else None,
+                next_command=in_python(self.config.env, str(adapter)) or next_command(self.config, str(adapter)),
+            )
+            self.display.summary(self.run_dir, read_summary(self.run_dir))
         self.worker.close()
         self.eval_worker.close()
         with writing(self.run_dir / "trackers"):

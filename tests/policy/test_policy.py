@@ -30,11 +30,10 @@ from transformers import (
 from rl_lora.attention import interface
 from rl_lora.attention.decode_layer import DecodeLayer
 from rl_lora.attention.kv_cache import Decode
-from rl_lora.config import LearnerConfig, TrainConfig
+from rl_lora.config import LearnerConfig
 from rl_lora.learner.learner import Learner
 from rl_lora.policy import policy as policy_module
 from rl_lora.policy.policy import Dtype, Policy, compute_dtype, context_length, seconds_of_product
-from rl_lora.report.run_display import RunReport
 from rl_lora.sampler.native import NativeSampler
 from rl_lora.sampler.protocol import Request
 from rl_lora.system import memory
@@ -229,14 +228,11 @@ def test_the_base_is_frozen_in_evaluation_mode_and_keeps_its_own_attention() -> 
     assert model.config._attn_implementation == own
 
 
-def test_the_header_of_a_run_says_what_of_a_multimodal_model_is_left_alone(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_layers_of_a_multimodal_model_that_are_left_alone_are_remarked_on() -> None:
     for model, said in ((tiny_multimodal(), True), (tiny_model("llama"), False)):
         policy = Policy(model, tiny_tokenizer(True))
-        RunReport(tmp_path).header(TrainConfig(), policy, policy.bank.add("a"), 0, 1)
-        line = "adapts the language model; 15 linear layers of vision_tower are left alone\n"
-        assert (line in capsys.readouterr().out) == said
+        line = "adapts the language model; 15 linear layers of vision_tower are left alone"
+        assert (line in policy.remarks(policy.bank.add("a"))) == said
 
 
 def test_context_length_is_what_the_positions_reach() -> None:

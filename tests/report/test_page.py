@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from rl_lora.report.evaluation_page import evaluation_page
 from rl_lora.report.folder_page import write_report
-from rl_lora.report.html import evaluation_page
 from tests.conftest import Open
 
 HOSTILE = (

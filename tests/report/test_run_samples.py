@@ -6,7 +6,14 @@ import itertools
 import random
 from pathlib import Path
 
-from rl_lora.report.run_samples import read_samples, rewind_samples, stored_steps, write_samples
+from rl_lora.report.run_samples import (
+    read_held_out,
+    read_samples,
+    rewind_episodes,
+    stored_steps,
+    write_held_out,
+    write_samples,
+)
 from rl_lora.types import Episode, Group, Stop, Turn
 
 
@@ -48,10 +55,13 @@ def test_the_folder_stays_within_its_bound_and_the_steps_left_are_spread_evenly(
 def test_a_resumed_run_forgets_what_it_samples_again(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         write_samples(tmp_path, step, groups(1, 2), 2, 1.0)
-    rewind_samples(tmp_path, 2)
-    assert stored_steps(tmp_path) == [1, 2]
-    rewind_samples(tmp_path, 0)
-    assert stored_steps(tmp_path) == []
+        write_held_out(tmp_path, step, [{"seed": step}])
+    rewind_episodes(tmp_path, 3, evaluated=False)
+    assert (stored_steps(tmp_path), read_held_out(tmp_path, 3)) == ([1, 2, 3], [])
+    rewind_episodes(tmp_path, 2)
+    assert (stored_steps(tmp_path), read_held_out(tmp_path, 2)) == ([1, 2], [{"seed": 2}])
+    rewind_episodes(tmp_path, 0)
+    assert (stored_steps(tmp_path), read_held_out(tmp_path, 1)) == ([], [])
 
 
 def test_a_step_in_which_nothing_could_be_scored_is_kept_as_empty(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from rl_lora.config import TrainConfig
 from rl_lora.report import evaluation_table
-from rl_lora.report.run_display import RunReport
+from rl_lora.report.run_display import ModelFacts, RunDisplay
 from rl_lora.scripts.command import run
 from rl_lora.system.terminal import UNSEEN, Terminal, in_line, visible
 from tests import ROOT
@@ -50,17 +50,13 @@ def shown_by(show: Callable[[Terminal], object], **options: Any) -> str:
     return file.buffer.getvalue().decode(file.encoding)
 
 
-def report(run_dir: Path, file: Any) -> RunReport:
-    result = RunReport(run_dir)
-    result.console = Terminal(file=file, width=200)
-    return result
+def printed(show: Callable[[RunDisplay], object]) -> str:
+    def shown(terminal: Terminal) -> None:
+        display = RunDisplay()
+        display.console = terminal
+        show(display)
 
-
-def printed(tmp_path: Path, show: Callable[[RunReport], object]) -> str:
-    file = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline="")
-    show(report(tmp_path, file))
-    file.flush()
-    return file.buffer.getvalue().decode()
+    return shown_by(shown)
 
 
 def harmless(text: str) -> bool:
@@ -104,23 +100,18 @@ def test_a_terminal_of_another_encoding_is_sent_what_it_can_show(text: str) -> N
 @given(texts, texts)
 @settings(max_examples=25, deadline=None)
 def test_the_table_of_samples_the_headers_and_the_progress_are_harmless(prompt: str, reply: str) -> None:
-    def show(report: RunReport) -> None:
+    def show(display: RunDisplay) -> None:
         episodes = [
             SimpleNamespace(observations=[prompt], turns=[SimpleNamespace(text=reply)], reward=r) for r in (0, 1)
         ]
-        report.samples(1, [SimpleNamespace(episodes=episodes)])  # type: ignore[list-item]
+        display.samples(1, [SimpleNamespace(episodes=episodes)])  # type: ignore[list-item]
         config = TrainConfig()
         config.env.id = prompt
-        model = SimpleNamespace(parameters=lambda: [])
-        policy: Any = SimpleNamespace(model=model, name=reply, dtype="torch.x", device="cpu", not_shared=prompt)
-        policy.remarks = lambda adapter: [prompt]
-        adapter: Any = SimpleNamespace(n_parameters=1, rank=1, modules=[])
-        report.header(config, policy, adapter, 1, 1)
-        with report.stage(prompt), report.progress(3, 1):
-            report.sampling(5)
+        display.header(config, ModelFacts(reply, 1, "float32", "cpu", 1, 1, [prompt], prompt), 1, 1)
+        with display.stage(prompt), display.progress(3, 1):
+            display.sampling(5)
 
-    shown = printed(Path("runs"), show)
-    assert harmless(shown)
+    assert harmless(printed(show))
 
 
 @given(texts)
