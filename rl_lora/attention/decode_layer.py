@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rl_lora.attention.shared_prefix import Sharing, Source, additive, attend
+from rl_lora.attention.shared_prefix import Sharing, Source, additive, attend_to_sources
 from rl_lora.kernels import decode_attention
 from rl_lora.kernels.attention_options import AttentionOptions
 
@@ -97,11 +97,11 @@ class DecodeLayer:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
         """query: (R, H, n, D); key, value: the rows' own, (R, H_kv, W, D). Returns (R, H, n, D)."""
         keys, values = [*(s.key for s in self.shared), key], [*(s.value for s in self.shared), value]
-        if decode_attention.usable(query, keys, values):
+        if decode_attention.supports(query, keys, values):
             nodes, lengths = [s.sharing.owner for s in self.shared], [s.lengths for s in self.shared]
-            return decode_attention.attend(query, keys, values, nodes, lengths, self.at, options)
+            return decode_attention.decode_attention(query, keys, values, nodes, lengths, self.at, options)
         sources = [Source(shared.key, shared.value, shared.sharing) for shared in self.shared]
-        return attend(query, [*sources, Source(key, value)], self.mask(options.window), options)
+        return attend_to_sources(query, [*sources, Source(key, value)], self.mask(options.window), options)
 
     def mask(self, window: int | None) -> Tensor:
         """float32 (R, 1, n, keys): what each new token may attend to."""

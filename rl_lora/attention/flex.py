@@ -1,4 +1,4 @@
-"""Attention on a tree of spans, fused by torch's `flex_attention`: for GPUs, and used where it is proven right.
+"""Attention on a tree of spans, fused by torch's `flex_attention`: for GPUs, and used where it is verified.
 
 Spans lie in the order of a walk through the tree, so an ancestor's descendants are its neighbours, and two numbers a
 token say it all: key k is seen by query q if k <= q < end[k], where `end` is where the descendants of k's span end.
@@ -8,21 +8,22 @@ Left out: attention sinks, and trees that go on from keys and values that are th
 from __future__ import annotations
 
 import functools
-import warnings
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from rl_lora.attention.padded import padded_attention
 from rl_lora.attention.tree import Tree
 from rl_lora.kernels.attention_options import AttentionOptions
-from rl_lora.kernels.verify import difference
+from rl_lora.kernels.verify import FastPath, compare
 from rl_lora.system.cache_folder import place_compiler_cache
 
-Attention = Callable[[Tree, Tensor, Tensor, Tensor, AttentionOptions], Tensor]
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.05}  # float32 products may be TF32 on a GPU
 """Largest mean difference from our own attention and its gradients, in standard deviations."""
@@ -31,12 +32,12 @@ BLOCK = 128
 """Tokens of a side of the blocks that are computed or left out."""
 
 
-def serves(tree: Tree, query: Tensor, options: AttentionOptions) -> bool:
+def supports(tree: Tree, query: Tensor, options: AttentionOptions) -> bool:
     """Whether there is anything to gain, and it can be expressed."""
     return query.device.type == "cuda" and tree.past is None and options.sinks is None and tree.end is not None
 
 
-def attend(tree: Tree, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
+def fused_attention(tree: Tree, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
     """query: (1, H, N, D); key, value: (1, H_kv, N, D). Returns (1, H, N, D)."""
     attention = _compiled() if query.device.type == "cuda" else flex_attention
     out = attention(
@@ -120,30 +121,20 @@ def _first(some: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
     return counts, order
 
 
-_proofs: dict[Any, bool] = {}
+_fast_paths: defaultdict[Any, FastPath] = defaultdict(
+    lambda: FastPath("attention is not fused by torch's flex_attention")
+)
 
 
-def proven(query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions, own: Attention) -> bool:
-    """Whether, on tensors of this kind, attention and gradients are those of `own`; tried once, said if not."""
+def verified(query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> bool:
+    """Whether, on tensors of this kind, attention and gradients are those of `padded.py`."""
     differentiated = torch.is_grad_enabled() and query.requires_grad
     shapes = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
-    kind = (query.device, query.dtype, *shapes, options, differentiated)
-    if kind not in _proofs:
-        try:
-            # Whoever counts or drops what this pass keeps for its backward pass does not mean what a proof keeps.
-            with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
-                _prove(query, key, value, options, own, differentiated)
-            _proofs[kind] = True
-        except Exception as error:  # whatever a compiler may raise: our own attention is right
-            _proofs[kind] = False
-            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-            warnings.warn(f"attention is not fused by torch's flex_attention: {reason}", stacklevel=2)
-    return _proofs[kind]
+    path = _fast_paths[query.device, query.dtype, *shapes, options, differentiated]
+    return path.verify(lambda: _compare(query, key, value, options, differentiated))
 
 
-def _prove(
-    query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions, own: Attention, differentiated: bool
-) -> None:
+def _compare(query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions, differentiated: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     for lengths in ((40, 100, 30, 200, 90, 7), (300, 150, 1, 129, 80, 64)):
         parents = (-1, 0, 1, 1, 0, -1)
@@ -155,12 +146,17 @@ def _prove(
         ]
         grad = given.pop()
         results = []
-        for attention in (attend, own):
+        for attention in (fused_attention, padded_attention):
             q, k, v = inputs = [x.detach().requires_grad_(differentiated) for x in given]
-            with torch.inference_mode(False), torch.set_grad_enabled(differentiated):
+            # Whoever counts or drops what a pass keeps for its backward pass does not mean what is kept here.
+            with (
+                torch.inference_mode(False),
+                torch.set_grad_enabled(differentiated),
+                saved_tensors_hooks(lambda x: x, lambda x: x),
+            ):
                 out = attention(tree, q, k, v, options)
                 gradients = torch.autograd.grad(out, inputs, grad) if differentiated else ()
             results.append((out, *gradients))
         for what, fused, plain in zip(("output", "dq", "dk", "dv"), *results, strict=False):
-            if not (gap := difference(fused.detach(), plain.detach())) <= TOLERANCE.get(query.dtype, 0.05):
-                raise ValueError(f"its {what} differs from our own by {gap:.2g} of its spread")
+            tolerance = TOLERANCE.get(query.dtype, 0.05)
+            compare(f"its {what} differs from our own", fused.detach(), plain.detach(), tolerance)

@@ -12,9 +12,10 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from rl_lora.attention import cpu, flex, padded
+from rl_lora.attention import cpu, flex
 from rl_lora.attention.decode_layer import DecodeLayer
 from rl_lora.attention.kv_cache import Decode
+from rl_lora.attention.padded import padded_attention
 from rl_lora.attention.tree import Tree
 from rl_lora.kernels.attention_options import AttentionOptions
 
@@ -69,11 +70,11 @@ def attend_on_tree(
 ) -> Tensor:
     """query: (1, H, N, D); key, value: (1, H_kv, N, D). Returns (1, H, N, D), by the fastest that may be used."""
     tree.windows.add(options.window)
-    if flex.serves(tree, query, options) and flex.proven(query, key, value, options, padded.own):
-        return flex.attend(tree, query, key, value, options)
-    if cpu.serves(tree, query, key, value):
-        return cpu.attend(tree, query, key, value, options)
-    return padded.own(tree, query, key, value, options, layer)
+    if flex.supports(tree, query, options) and flex.verified(query, key, value, options):
+        return flex.fused_attention(tree, query, key, value, options)
+    if cpu.supports(tree, query, key, value):
+        return cpu.native_attention(tree, query, key, value, options)
+    return padded_attention(tree, query, key, value, options, layer)
 
 
 AttentionInterface.register(IMPLEMENTATION, shared_prefix_attention)

@@ -1,5 +1,5 @@
 """Attention on a tree of spans, forward and backward, by torch's plain operations: spans are padded by depth, and
-computed in chunks. It serves every tree, dtype and device; the others are proven by it."""
+computed in chunks. It serves every tree, dtype and device; the others are compared with it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rl_lora.attention.shared_prefix import Source, attend_backward
-from rl_lora.attention.shared_prefix import attend as attend_to_sources
+from rl_lora.attention.shared_prefix import Source, attend_to_sources, attend_to_sources_backward
 from rl_lora.attention.tree import Chunk, Tree
 from rl_lora.kernels.attention_options import AttentionOptions
 
 
-def own(tree: Tree, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions, layer: int = 0) -> Tensor:
-    """Our own; `layer` says which keys and values of a tree's past are meant."""
-    return _Own.apply(query, key, value, tree, layer, options)
+def padded_attention(
+    tree: Tree, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions, layer: int = 0
+) -> Tensor:
+    """query: (1, H, N, D); key, value: (1, H_kv, N, D). Returns (1, H, N, D).
+
+    layer: which keys and values of the tree's past are meant.
+    """
+    return _PaddedAttention.apply(query, key, value, tree, layer, options)
 
 
 class Padded:
@@ -52,7 +56,7 @@ class Padded:
         return rows.view(1, -1, self.heads, rows.shape[-1]).transpose(1, 2)
 
 
-class _Own(torch.autograd.Function):
+class _PaddedAttention(torch.autograd.Function):
     """Keeps queries, keys and values only; gathers tokens into padded spans, never scatters."""
 
     @staticmethod
@@ -84,7 +88,7 @@ class _Own(torch.autograd.Function):
         for chunk, of_chunk, sources in _pieces(tree, 0, q, k, v):
             mask = tree.mask(chunk, options.window)
             dout = _part(g, chunk).flatten(0, 1)
-            dq_chunk, of_sources = attend_backward(of_chunk, sources, mask, _of_chunk(options, chunk), dout)
+            dq_chunk, of_sources = attend_to_sources_backward(of_chunk, sources, mask, _of_chunk(options, chunk), dout)
             _part(dq, chunk).copy_(_heads_apart(dq_chunk, chunk))
             for (a, nodes, n_keys, _), (dkey, dvalue) in zip(chunk.sources, of_sources, strict=True):
                 dk.parts[a][:, nodes, 0, :n_keys] += dkey.view(kv_heads, -1, *dkey.shape[2:])

@@ -97,7 +97,7 @@ class Source:
         return x if self.sharing is None else self.sharing.apart(x)
 
 
-def attend(query: Tensor, sources: Sequence[Source], mask: Tensor, options: AttentionOptions) -> Tensor:
+def attend_to_sources(query: Tensor, sources: Sequence[Source], mask: Tensor, options: AttentionOptions) -> Tensor:
     """query: (B, H, Q, D). mask: float32, broadcast to (B, 1, Q, all keys), 0 or -inf. Returns (B, H, Q, D).
 
     Query heads outnumber key-value heads; those of one key-value head are rows of one product.
@@ -107,10 +107,10 @@ def attend(query: Tensor, sources: Sequence[Source], mask: Tensor, options: Atte
     return _weighted(p, sources, lambda source: source.value).reshape(*query.shape[:3], -1)
 
 
-def attend_backward(
+def attend_to_sources_backward(
     query: Tensor, sources: Sequence[Source], mask: Tensor, options: AttentionOptions, grad: Tensor
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """Gradients of `attend`: with respect to the query, and to each source's key and value.
+    """Gradients of `attend_to_sources`: with respect to the query, and to each source's key and value.
 
     The probabilities are computed anew, so that a forward pass keeps nothing of size Q x keys.
     """
@@ -174,5 +174,5 @@ def _probabilities(
 
 
 def additive(allowed: Tensor) -> Tensor:
-    """bool (B, Q, K) -> float32 (B, 1, Q, K), as `attend` wants its mask."""
+    """bool (B, Q, K) -> float32 (B, 1, Q, K), as `attend_to_sources` wants its mask."""
     return torch.zeros(allowed.shape, device=allowed.device).masked_fill_(~allowed, -torch.inf)[:, None]

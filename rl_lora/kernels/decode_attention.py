@@ -19,6 +19,7 @@ from torch import Tensor
 from rl_lora.kernels import native_code
 from rl_lora.kernels.attention_options import AttentionOptions
 from rl_lora.kernels.native_code import OPERATIONS, dense, is_followed
+from rl_lora.kernels.verify import FastPath, compare_all
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 WIDEST = 256
@@ -32,11 +33,12 @@ def library(width: int) -> ctypes.CDLL | None:
     if found is not None:
         found.attend_all.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_double]
         found.attend_all.restype = None
-    return found if found is not None and _right(found, width) else None
+    path = FastPath("attention of decoding steps is left to torch")
+    return found if found is not None and path.verify(lambda: _compare(found, width)) else None
 
 
-def usable(query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> bool:
-    """Whether `attend` may be called with these: in float32, on a CPU, without gradients, heads of one width."""
+def supports(query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> bool:
+    """Whether `decode_attention` may be called with these: float32, on a CPU, no gradients, heads of one width."""
     if torch.is_grad_enabled():
         return False
     _, H, _, D = query.shape
@@ -48,7 +50,7 @@ def usable(query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> b
     return library(D) is not None
 
 
-def attend(
+def decode_attention(
     query: Tensor,
     keys: Sequence[Tensor],
     values: Sequence[Tensor],
@@ -115,8 +117,8 @@ torch.library.register_fake(
 )
 
 
-def _right(found: ctypes.CDLL, D: int) -> bool:
-    """Compared with float64: two sources and a row's own, all that a model may ask for."""
+def _compare(found: ctypes.CDLL, D: int) -> None:
+    """With float64: two sources and a row's own, all that a model may ask for."""
     g = torch.Generator().manual_seed(0)
     R, H, n = 3, 14, 2
     sizes = (2, 5), (3, 19), (R, 40)  # nodes, tokens
@@ -127,26 +129,30 @@ def _right(found: ctypes.CDLL, D: int) -> bool:
     )
     at, query = torch.tensor([[0, 1], [36, 37], [4, 5]]), torch.randn(R, n, H, D, generator=g).transpose(1, 2)
     sinks = torch.randn(R, H, generator=g)
-    for window, softcap, sink in ((None, None, None), (4, 2.0, sinks)):
-        out = _call(found, query, keys, values, nodes, lengths, at, 0.3, window, softcap, sink)
+    tolerance = 1e-5 * (D / 64) ** 0.5 + 1e-5
+    for window, softcap, of_heads in ((None, None, None), (4, 2.0, sinks)):
+        out = _call(found, query, keys, values, nodes, lengths, at, 0.3, window, softcap, of_heads)
         for row in range(R):
-            shared = [
-                [x[i[row], :, : m[row]] for x, i, m in zip(xs[:-1], nodes, lengths, strict=True)]
-                for xs in (keys, values)
-            ]
-            for token in range(n):
-                own = int(at[row, token]) + 1
-                k, v = (
-                    torch.cat([*part, xs[-1][row, :, :own]], 1)[:, -(window or 0) :].double().repeat_interleave(7, 0)
-                    for part, xs in zip(shared, (keys, values), strict=True)
+            k, v = (
+                torch.cat(
+                    [*(x[i[row], :, : m[row]] for x, i, m in zip(xs, nodes, lengths, strict=False)), xs[-1][row]], 1
                 )
-                scores = 0.3 * (k @ query[row, :, token, :, None].double())[..., 0]  # (H, keys)
-                if softcap is not None:
-                    scores = softcap * torch.tanh(scores / softcap)
-                if sink is not None:
-                    scores = torch.cat([scores, sink[row, :, None].double()], -1)
-                p = torch.softmax(scores, -1)[:, : k.shape[1]]
-                error = (out[row, :, token].double() - (p[:, None] @ v)[:, 0]).abs().max()
-                if not error <= 1e-5 * (D / 64) ** 0.5 + 1e-5:
-                    return False
-    return True
+                for xs in (keys, values)
+            )
+            options = AttentionOptions(0.3, window, softcap, None if of_heads is None else of_heads[row])
+            for token in range(n):
+                seen = slice(None, k.shape[1] - sizes[-1][1] + int(at[row, token]) + 1)
+                exact = _dense_attention(query[row, :, token], k[:, seen], v[:, seen], options)
+                compare_all("in C++ it differs from float64", out[row, :, token], exact, tolerance)
+
+
+def _dense_attention(query: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
+    """float64 (H, D). query: (H, D); k, v: (H_kv, tokens, D), which end with the query's own token."""
+    k, v = (x[:, -(options.window or 0) :].double().repeat_interleave(len(query) // len(x), 0) for x in (k, v))
+    scores = options.scaling * (k @ query[:, :, None].double())[..., 0]  # (H, keys)
+    if options.softcap is not None:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
+    if options.sinks is not None:
+        scores = torch.cat([scores, options.sinks[:, None].double()], -1)
+    p = torch.softmax(scores, -1)[:, : k.shape[1]]
+    return (p[:, None] @ v)[:, 0]

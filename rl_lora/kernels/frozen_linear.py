@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from rl_lora.kernels import packed_gemm
 from rl_lora.kernels.native_code import OPERATIONS, is_followed
+from rl_lora.kernels.verify import FastPath, compare_all
 from rl_lora.system.memory import free_bytes
 
 ROWS = 128
@@ -96,12 +98,10 @@ def may_pack(model: nn.Module) -> bool:
 def _operators(dtype: torch.dtype) -> Operators | None:
     """The first that computes what it should on this machine."""
     for candidate in {torch.float32: (_ours, _mkl), torch.bfloat16: (_onednn,)}.get(dtype, ()):
-        try:
-            operators = candidate()
-            if operators is not None and _right(operators, dtype):
-                return operators
-        except (AttributeError, RuntimeError):  # no such operator, or library
-            pass
+        path = FastPath("weights are packed in another way, or not at all", absent=(AttributeError, RuntimeError))
+        operators = path.attempt(candidate)
+        if operators is not None and path.verify(partial(_compare, operators, dtype)):
+            return operators
     return None
 
 
@@ -137,8 +137,8 @@ def _written(result: Tensor, out: Tensor | None) -> Tensor:
     return result if out is None else out.copy_(result)
 
 
-def _right(operators: Operators, dtype: torch.dtype) -> bool:
-    """Compared with float64, for few rows and many, with sizes that are no multiples of anything."""
+def _compare(operators: Operators, dtype: torch.dtype) -> None:
+    """With float64, for few rows and many, with sizes that are no multiples of anything."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for n_out, n_in, held in ((192, 576, dtype), (203, 1637, torch.bfloat16)):
@@ -148,7 +148,6 @@ def _right(operators: Operators, dtype: torch.dtype) -> bool:
             for n in (operators.least_rows, 67, ROWS, MOST_ROWS):
                 x = torch.randn(n, n_in, generator=generator).to(dtype)
                 exact = F.linear(x.double(), weight.double(), bias.double())
-                error = (operators.multiply(x, packed, weight, bias, None).double() - exact).abs().max()
-                if not error <= 16 * torch.finfo(dtype).eps * exact.abs().max():
-                    return False
-    return True
+                tolerance = 16 * torch.finfo(dtype).eps * float(exact.abs().max())
+                product = operators.multiply(x, packed, weight, bias, None)
+                compare_all(f"a product of {n} rows differs from that in float64", product, exact, tolerance)

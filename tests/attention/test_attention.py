@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from rl_lora.attention import flex, kv_cache, padded
+from rl_lora.attention import flex, kv_cache
 from rl_lora.attention import tree as tree_module
 from rl_lora.attention.interface import attend_on_tree
 from rl_lora.attention.kv_cache import Decode, Nodes
+from rl_lora.attention.padded import padded_attention
 from rl_lora.attention.prefixes import common_prefix, find_trunks, trunk_of
 from rl_lora.attention.shared_prefix import Sharing
 from rl_lora.attention.tree import Tree, ends
@@ -154,23 +155,25 @@ UNFUSED = "ignore:flex_attention called without torch.compile"
 @pytest.mark.parametrize("options", OPTIONS[:3])
 @pytest.mark.parametrize("seed", range(3))
 def test_fused_attention_is_our_own(seed, options):
-    """Its forward pass, which runs on a CPU too; on a GPU `flex.proven` compares the gradients as well."""
+    """Its forward pass, which runs on a CPU too; on a GPU `flex.verified` compares the gradients as well."""
     tree = Tree(walk(np.random.default_rng(seed), 9))
     g = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(1, h, tree.n_tokens, 16, generator=g) for h in (4, 2, 2))
-    torch.testing.assert_close(flex.attend(tree, q, k, v, options), padded.own(tree, q, k, v, options))
+    torch.testing.assert_close(flex.fused_attention(tree, q, k, v, options), padded_attention(tree, q, k, v, options))
 
 
 @pytest.mark.filterwarnings(UNFUSED)
-def test_fused_attention_is_used_only_where_it_is_proven():
-    q, k = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 1, 16)
-    flex._proofs.clear()
-    assert flex.proven(q, k, k, AttentionOptions(0.25), padded.own)
-    flex._proofs.clear()
-    with pytest.warns(UserWarning, match="its output differs from our own"):
-        assert not flex.proven(q, k, k, AttentionOptions(0.25), lambda *args: 1.2 * padded.own(*args))
-    assert not flex.proven(q, k, k, AttentionOptions(0.25), padded.own), "the verdict is kept"
-    flex._proofs.clear()
+def test_fused_attention_is_used_only_where_it_is_verified(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, options = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 1, 16), AttentionOptions(0.25)
+    flex._fast_paths.clear()
+    assert flex.verified(q, k, k, options)
+    flex._fast_paths.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(flex, "padded_attention", lambda *args: 1.2 * padded_attention(*args))
+        with pytest.warns(UserWarning, match="its output differs from our own"):
+            assert not flex.verified(q, k, k, options)
+    assert not flex.verified(q, k, k, options), "the verdict is kept"
+    flex._fast_paths.clear()
 
 
 def test_bfloat16_is_float64_within_its_rounding():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rl_lora.attention import cpu, padded
+from rl_lora.attention import cpu
 from rl_lora.attention.interface import attend_on_tree
+from rl_lora.attention.padded import padded_attention
 from rl_lora.attention.tree import Tree
 from rl_lora.kernels import native_code, tree_attention
 from rl_lora.kernels.attention_options import AttentionOptions
@@ -52,7 +54,7 @@ def attend(tree: Tree, given: list[Tensor], options: AttentionOptions) -> list[T
     """What comes out, and gradients of queries, keys and values."""
     q, k, v, grad = given
     q, k, v = inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-    assert cpu.serves(tree, q, k, v)
+    assert cpu.supports(tree, q, k, v)
     out = attend_on_tree(tree, 0, q, k, v, options)
     return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
 
@@ -154,7 +156,7 @@ def test_what_all_scores_have_in_common_changes_nothing(offset: float) -> None:
     given[0][..., 0], given[1][..., 0] = 1, offset
     exact = attend_exactly(tree, given, options)
     q, k, v = inputs = [x.detach().requires_grad_() for x in given[:3]]
-    out = padded.own(tree, q, k, v, options)
+    out = padded_attention(tree, q, k, v, options)
     by_torch = [out.detach(), *torch.autograd.grad(out, inputs, given[3])]
     for x, y, z in zip(attend(tree, given, options), by_torch, exact, strict=True):
         error, usual = ((found - z).abs().max() for found in (x, y))
@@ -194,24 +196,24 @@ def test_vectors_of_other_processors(flag: str, monkeypatch: pytest.MonkeyPatch)
         tree_attention.library.cache_clear()
 
 
-def test_what_it_does_not_serve_is_left_to_torch() -> None:
+def test_what_it_does_not_support_is_left_to_torch() -> None:
     tree = long_walk(0)
     q, k, v, _ = random(tree, 0)
-    serves = cpu.serves
-    assert serves(tree, q, k, v)
+    supports = cpu.supports
+    assert supports(tree, q, k, v)
     for other in (torch.float64, torch.bfloat16, torch.device("meta")):
-        assert not serves(tree, q.to(other), k.to(other), v.to(other))
+        assert not supports(tree, q.to(other), k.to(other), v.to(other))
     no_walk = Tree([(0, 2, -1), (2, 2, -1), (4, 1, 0)])
-    assert not serves(no_walk, *random(no_walk, 0)[:3])
-    assert not serves(tree, q[:, :5], k, v)
-    assert not serves(tree, q, k, v[:, :1])
-    assert not serves(tree, q, k[:, :, 1:], v[:, :, 1:])
-    assert not serves(tree, q, k[..., :16], v)
-    assert not serves(tree, *(torch.cat([x, x], 0) for x in (q, k, v)))
-    assert not serves(tree, *(torch.cat([x, x], 2) for x in (q, k, v)))
+    assert not supports(no_walk, *random(no_walk, 0)[:3])
+    assert not supports(tree, q[:, :5], k, v)
+    assert not supports(tree, q, k, v[:, :1])
+    assert not supports(tree, q, k[:, :, 1:], v[:, :, 1:])
+    assert not supports(tree, q, k[..., :16], v)
+    assert not supports(tree, *(torch.cat([x, x], 0) for x in (q, k, v)))
+    assert not supports(tree, *(torch.cat([x, x], 2) for x in (q, k, v)))
     q, k, v = (x[..., :12] for x in (q, k, v))
-    assert not serves(tree, q, k, v)
-    assert torch.equal(attend_on_tree(tree, 0, q, k, v, OPTIONS[1]), padded.own(tree, q, k, v, OPTIONS[1]))
+    assert not supports(tree, q, k, v)
+    assert torch.equal(attend_on_tree(tree, 0, q, k, v, OPTIONS[1]), padded_attention(tree, q, k, v, OPTIONS[1]))
 
 
 def test_without_the_code_it_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,6 +246,11 @@ def test_code_that_computes_something_else_is_not_used(
         for version, is_right in ((text, True), (text.replace(right, wrong), False)):
             tree_attention.SOURCE.write_text(version)
             tree_attention.library.cache_clear()
-            assert (tree_attention.library() is not None) == is_right
+            with (
+                nullcontext()
+                if is_right
+                else pytest.warns(UserWarning, match="left to torch: in C\\+\\+ its .* differs")
+            ):
+                assert (tree_attention.library() is not None) == is_right
     finally:
         tree_attention.library.cache_clear()

@@ -57,7 +57,7 @@ class Step:
 
     def is_ours(self) -> bool:
         sources = [*((x.key, x.value) for x in self.layer.shared), self.own]
-        return decode_attention.usable(self.query, [x[0] for x in sources], [x[1] for x in sources])
+        return decode_attention.supports(self.query, [x[0] for x in sources], [x[1] for x in sources])
 
     def attend(self, options: AttentionOptions) -> Tensor:
         return self.layer.attend(0, self.query, *self.own, options)
@@ -204,18 +204,18 @@ def test_what_is_shared_does_not_matter() -> None:
 def test_other_numbers_other_widths_and_gradients_are_torchs() -> None:
     step = Step.random(0, 1, 16)
     keys, values = [step.own[0]], [step.own[1]]
-    assert not decode_attention.usable(step.query, keys, values)  # gradients are on
+    assert not decode_attention.supports(step.query, keys, values)  # gradients are on
     wide = [torch.cat([x, x], -1) for x in values]
     one_head = [x[:, :1] for x in keys]
     with torch.inference_mode():
         for other in (torch.float64, torch.bfloat16, torch.device("meta")):
-            assert not decode_attention.usable(step.query.to(other), keys, values)
-            assert not decode_attention.usable(step.query, [x.to(other) for x in keys], values)
-        assert not decode_attention.usable(step.query, keys, wide)
-        assert not decode_attention.usable(step.query, [*keys, *one_head], [*values, *values])
-        assert not decode_attention.usable(step.query[:, :5], keys, values)
+            assert not decode_attention.supports(step.query.to(other), keys, values)
+            assert not decode_attention.supports(step.query, [x.to(other) for x in keys], values)
+        assert not decode_attention.supports(step.query, keys, wide)
+        assert not decode_attention.supports(step.query, [*keys, *one_head], [*values, *values])
+        assert not decode_attention.supports(step.query[:, :5], keys, values)
         broad = torch.randn(2, 2, 1, 2 * decode_attention.WIDEST)
-        assert not decode_attention.usable(broad, [broad], [broad])
+        assert not decode_attention.supports(broad, [broad], [broad])
 
 
 @pytest.mark.parametrize("way", ["ours", "torch"], indirect=True)
