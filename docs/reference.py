@@ -87,7 +87,8 @@ def option_lines(config: Any, other: Any = None) -> Iterator[str]:
         for name, option in options_of(config):
             if name.rpartition(".")[0] == section and (name not in there or there[name].default != option.default):
                 yield f"```{{option}} --{name} {metavar(option.hint)}"
-                yield f"{escaped(texts.get(name, ''))} Default: `{as_typed(option.default) or ' '}`."
+                bounds = f" {option.bounds.capitalize()}." if option.bounds else ""
+                yield f"{escaped(texts.get(name, ''))}{bounds} Default: `{as_typed(option.default) or ' '}`."
                 yield "```\n"
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from math import inf
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Le, Lt, Unit
 
 from rl_lora.system.model_names import DEFAULT_MODEL
 
@@ -57,9 +60,9 @@ class ModelConfig:
 class AdapterConfig:
     """The adapter that is trained."""
 
-    rank: int = 1
+    rank: Annotated[int, Ge(1)] = 1
     """r of W' = W + (alpha / r) B A. Experts of an MoE model get rank / active experts."""
-    alpha: float = 32.0
+    alpha: Annotated[float, Gt(0), Lt(inf)] = 32.0
     """Scale of the update. The best learning rate does not depend on rank as long as this stays."""
     targets: str | list[str] = "all-linear"
     """Layers to adapt: all linear ones but the head, or names (ends of their paths) such as [q_proj, v_proj]. Of a
@@ -88,25 +91,25 @@ class EnvConfig:
 class EpisodeConfig:
     """How episodes are played, in training and in evaluation."""
 
-    max_tokens: int = 16
+    max_tokens: Annotated[int, Ge(1)] = 16
     """Limit of one reply; longer ones are cut off and counted as truncated."""
     system_prompt: str | None = None
     """First message of every conversation."""
-    max_turns: int = 16
+    max_turns: Annotated[int, Ge(1)] = 16
     """Replies of an episode, at most."""
-    max_rows: int = 256
+    max_rows: Annotated[int, Ge(1)] = 256
     """Completions that are decoded at a time: less takes less memory."""
-    max_cache_gib: float | None = None
+    max_cache_gib: Annotated[float, Ge(0), Unit("GiB")] | None = None
     """GiB of keys and values of the completions under way and of their prompts; fewer are decoded at a time where they
     would take more. By default half of the memory that is free."""
-    check_every: int | None = None
+    check_every: Annotated[int, Ge(1)] | None = None
     """Tokens between looks at which completions have ended. By default 8 on a GPU, which has to wait for a look, and 1
     elsewhere."""
-    max_failed: float = 0.1
+    max_failed: Annotated[float, Ge(0), Le(1)] = 0.1
     """Share of the episodes of the last ten steps that may fail: the environment or the reward function raises, or
     returns what it may not, or the prompt does not fit the model. They are left out and counted, never scored 0. Beyond
     that share (and more than 32) the run stops; also where all fail, and at 0 with the first one."""
-    reward_threads: int = 32
+    reward_threads: Annotated[int, Ge(1)] = 32
     """Calls of reward functions, or of an environment's reset and step, that run at a time while sampling goes on,
     where they wait for something, such as a judge on a network; 1: one after another, in the main thread."""
     wait_for_steps: bool = False
@@ -120,29 +123,29 @@ class EpisodeConfig:
 class RolloutConfig(EpisodeConfig):
     """How episodes are sampled."""
 
-    prompts_per_step: int = 16
+    prompts_per_step: Annotated[int, Ge(1)] = 16
     """Groups a step: different problems."""
-    group_size: int = 8
+    group_size: Annotated[int, Ge(1)] = 8
     """Episodes of one problem. The group's mean reward is the baseline."""
-    max_replaced: int = 0
+    max_replaced: Annotated[int, Ge(0)] = 0
     """Groups a step, at most, that are replaced by groups of other problems because their rewards are all the same,
     which teaches nothing (dynamic sampling: DAPO, arXiv:2503.14476). A replacement may be replaced in turn."""
     curriculum: Literal["none", "success_rate"] = "none"
     """none: the problems in their order. success_rate: more of those that succeed about half of the time, for an
     environment with a finite list of problems; see `rl_lora/rollout/curriculum.py`."""
-    curriculum_explore: float = 0.5
+    curriculum_explore: Annotated[float, Ge(0), Le(1)] = 0.5
     """success_rate: this share of a step's problems, at least, are those not played for longest, untried ones first."""
-    curriculum_half_life: float = 20.0
+    curriculum_half_life: Annotated[float, Gt(0)] = 20.0
     """success_rate: steps after which what came of a problem counts half."""
-    overlong_tokens: int = 0
+    overlong_tokens: Annotated[int, Ge(0)] = 0
     """A reply that comes so near to max_tokens, in tokens, is punished: from 0 at that distance down to -1 at the limit
     (soft over-long punishment: DAPO, arXiv:2503.14476); 0: none. The reward part `overlong`."""
-    overlong_weight: float = 1.0
+    overlong_weight: Annotated[float, Ge(0), Lt(inf)] = 1.0
     """Of that punishment in the reward; 0 only reports it."""
-    brevity_weight: float | None = None
+    brevity_weight: Annotated[float, Ge(0), Lt(inf)] | None = None
     """Weight of the reward part `brevity`: 0.5 for the shortest episode of a group down to -0.5 for the longest, never
     above 0 for an unsolved one (Kimi k1.5, arXiv:2501.12599). 0 only reports it; null: none."""
-    temperature: float = 1.0
+    temperature: Annotated[float, Gt(0), "a policy gradient needs samples"] = 1.0
     """Of sampling, and of the log-probabilities that are learned."""
 
 
@@ -156,27 +159,27 @@ class LearnerConfig:
     advantage: Literal["mean", "standardized", "none"] | None = None
     """Reward minus the group's mean, that divided by the group's deviation, or the bare reward. By default what the
     objective's paper takes: mean for reinforce, standardized for grpo; none for likelihood, where all are 1."""
-    learning_rate: float = 3e-4
+    learning_rate: Annotated[float, Gt(0), Lt(inf)] = 3e-4
     """Constant, without warm-up; for A and B alike. 3e-4 suits the embedded model (hidden size 576); models of 1B and
     more want 1e-5 to 1e-4: about ten times what full fine-tuning would take."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Annotated[float, Ge(0), Lt(1)], Annotated[float, Ge(0), Lt(1)]] = (0.9, 0.95)
     """Of AdamW."""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, Ge(0)] = 0.0
     """Of AdamW, on A and B."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Annotated[float, Ge(0)] = 1.0
     """The gradient of an adapter is scaled down to this norm; 0 leaves it."""
-    updates_per_step: int = 1
+    updates_per_step: Annotated[int, Ge(1)] = 1
     """Optimizer steps on the episodes of one step, each on its own share of the groups."""
-    clip_low: float = 0.2
+    clip_low: Annotated[float, Ge(0), Le(1)] = 0.2
     """grpo: the ratio is clipped at 1 - clip_low ..."""
-    clip_high: float = 0.2
+    clip_high: Annotated[float, Ge(0)] = 0.2
     """... and at 1 + clip_high."""
-    tokens_per_microbatch: int = 4096
+    tokens_per_microbatch: Annotated[int, Ge(1)] = 4096
     """Positions of one forward and backward pass: less takes less memory, and changes nothing else."""
-    max_activation_gib: float | None = None
+    max_activation_gib: Annotated[float, Ge(0), Unit("GiB")] | None = None
     """GiB that the layers may keep from a forward pass for its backward pass; where it would be more, as many layers as
     it takes are computed again (at 0 all: a third more time). By default half of the memory that is free."""
-    max_sampler_learner_kl: float = 0.5
+    max_sampler_learner_kl: Annotated[float, Gt(0)] = 0.5
     """The run stops when mean |log p_learner - log p_sampler| passes this: sampler and learner disagree about what the
     policy is, and what would be learned is noise."""
 
@@ -185,11 +188,11 @@ class LearnerConfig:
 class EvalConfig:
     """Held-out evaluation before, during and after training."""
 
-    every: int = 5
+    every: Annotated[int, Ge(0)] = 5
     """Steps between evaluations; 0 evaluates before and after only."""
-    episodes: int = 256
+    episodes: Annotated[int, Ge(0)] = 256
     """Held-out problems, the same ones every time; 0 evaluates nothing."""
-    temperature: float = 0.0
+    temperature: Annotated[float, Ge(0)] = 0.0
     """0 is greedy."""
     env_kwargs: dict[str, Any] | None = None
     """Arguments of the environment that differ in evaluation. Where the environment takes a split, {split: eval} is
@@ -200,9 +203,9 @@ class EvalConfig:
 class CheckpointConfig:
     """Checkpoints: adapter, optimizer, random states, step, config; written atomically."""
 
-    every: int = 5
+    every: Annotated[int, Ge(1)] = 5
     """Steps between checkpoints."""
-    keep: int = 2
+    keep: Annotated[int, Ge(1)] = 2
     """The newest ones that are kept; the best one by held-out accuracy (or reward) is kept beside them."""
 
 
@@ -212,11 +215,11 @@ class LogConfig:
 
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Any of accelerate's: tensorboard, wandb, mlflow, comet_ml, aim, clearml, trackio, ..."""
-    samples_every: int = 5
+    samples_every: Annotated[int, Ge(0)] = 5
     """Steps between tables of sampled completions on the terminal; 0 shows none."""
-    samples_per_step: int = 32
+    samples_per_step: Annotated[int, Ge(0)] = 32
     """Sampled episodes of each step that are written to samples/ and shown in report.html, in whole groups; 0: none."""
-    samples_mib: float = 100.0
+    samples_mib: Annotated[float, Ge(0), Unit("MiB")] = 100.0
     """MiB that samples/ may take. Beyond it, steps between others are removed, so that those left are spread evenly."""
 
 
@@ -226,9 +229,9 @@ class TrainConfig:
 
     run_dir: str = "runs/arithmetic"
     """Where everything of this run is written."""
-    steps: int = 20
+    steps: Annotated[int, Ge(1)] = 20
     """Rollouts, each followed by learner.updates_per_step optimizer steps."""
-    seed: int = 0
+    seed: Annotated[int, Ge(0), Le(2999)] = 0
     """Of the adapter, the training problems and the sampling. The same seed gives the same run."""
     resume: bool = False
     """Continue the run in run_dir from its last checkpoint; a finished run only shows its summary again."""
@@ -295,35 +298,35 @@ class EvaluateConfig:
     env_kwargs: dict[str, Any] | None = None
     """Arguments of the environment that differ in evaluation. Where it takes a split, {split: eval} is added. By
     default the run's."""
-    max_tokens: int | None = None
+    max_tokens: Annotated[int, Ge(1)] | None = None
     """Limit of one reply; longer ones are cut off and counted as truncated. By default the run's, or 16."""
     system_prompt: str | None = None
     """First message of every conversation; an empty text: none. By default the run's."""
-    max_turns: int | None = None
+    max_turns: Annotated[int, Ge(1)] | None = None
     """Replies of an episode, at most. By default the run's, or 16."""
-    max_rows: int = 256
+    max_rows: Annotated[int, Ge(1)] = 256
     """Completions that are decoded at a time: less takes less memory."""
-    max_cache_gib: float | None = None
+    max_cache_gib: Annotated[float, Ge(0), Unit("GiB")] | None = None
     """GiB of keys and values of the completions under way and of their prompts. By default half of the free memory."""
-    check_every: int | None = None
+    check_every: Annotated[int, Ge(1)] | None = None
     """Tokens between looks at which completions have ended. By default 8 on a GPU and 1 elsewhere."""
-    max_failed: float = 0.1
+    max_failed: Annotated[float, Ge(0), Le(1)] = 0.1
     """Share of the last episodes that may fail before the evaluation stops: see `EpisodeConfig`."""
-    reward_threads: int = 32
+    reward_threads: Annotated[int, Ge(1)] = 32
     """Calls of a reward function that run at the same time, at most: see `EpisodeConfig`."""
     wait_for_steps: bool = False
     """Let decoding wait for the steps of environments of several turns: see `EpisodeConfig`."""
-    limit: int | None = 256
+    limit: Annotated[int, Ge(1)] | None = 256
     """Held-out problems, the first ones; null: all that the environment has."""
-    n: int = 1
+    n: Annotated[int, Ge(1)] = 1
     """Samples of each problem and adapter."""
-    temperature: float = 0.0
+    temperature: Annotated[float, Ge(0), Lt(inf)] = 0.0
     """0 is greedy."""
     k: list[int] = field(default_factory=list)
     """pass@k and maj@k to compute, such as 1,4,16, none above n. By default 1, 2, 4, ... and n."""
     against: str | None = None
     """A row, as the table names it, that all others are compared with, beside the base."""
-    seed: int = 0
+    seed: Annotated[int, Ge(0)] = 0
     """Of sampling, and of the permutations of the tests."""
     out: str = "evaluation"
     """Folder for results.json, samples.jsonl and report.html. Samples that it holds and that are asked for again are
@@ -344,12 +347,12 @@ class EvaluationSettings(EpisodeConfig):
     model: ModelConfig = field(default_factory=ModelConfig)
     env: EnvConfig = field(default_factory=EnvConfig)
     env_kwargs: dict[str, Any] | None = None
-    limit: int | None = 256
-    n: int = 1
-    temperature: float = 0.0
+    limit: Annotated[int, Ge(1)] | None = 256
+    n: Annotated[int, Ge(1)] = 1
+    temperature: Annotated[float, Ge(0), Lt(inf)] = 0.0
     k: list[int] = field(default_factory=list)
     against: str | None = None
-    seed: int = 0
+    seed: Annotated[int, Ge(0)] = 0
     out: str = "evaluation"
     resume: bool = True
 

@@ -88,12 +88,14 @@ def listed(schema: Schema, texts: dict[str, str], names: Collection[str]) -> Ite
 
 
 def entry(schema: Schema, texts: dict[str, str], name: str, is_short: bool = False) -> list[str]:
-    """An option, its kind of value, its text and its default."""
+    """An option, its kind of value, its text, its bounds and its default."""
     text, option = texts.get(name, ""), schema.options[name]
     if is_short:
         text = shortened(text)
+    told = [option.bounds] if option.bounds else []
     if option.default is not None or "y default" not in texts.get(name, ""):  # else the text says it
-        text += f" (default: {as_typed(option.default)})"
+        told.append(f"default: {as_typed(option.default)}")
+    text += f" ({'; '.join(told)})" if told else ""
     return columns(f"--{name} {metavar(option.hint)}", text)
 
 

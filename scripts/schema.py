@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, get_origin, get_type_hints
 
 from rl_lora.scripts.values import members
+from rl_lora.settings.bounds import bounds_of
 
 OWN = {
     "help": "This help. --help all: every option. --help NAME: a group of options, or those with NAME in their names.",
@@ -35,10 +36,13 @@ class Usage:
 
 @dataclass(frozen=True)
 class Option:
-    """The type and the default of one field of a config."""
+    """One field of a config."""
 
     hint: Any
+    """Its type, without the bounds."""
     default: Any
+    bounds: str = ""
+    """In words: "at least 1"."""
 
 
 @dataclass(frozen=True)
@@ -100,10 +104,11 @@ def schema_of(config: Any) -> Schema:
 
 def options_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Option]]:
     """Dotted names of all fields that are no dataclasses themselves, with their types and values."""
-    hints = get_type_hints(type(config))
+    hints, annotated = get_type_hints(type(config)), get_type_hints(type(config), include_extras=True)
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), prefix + field.name
         if dataclasses.is_dataclass(value):
             yield from options_of(value, f"{name}.")
         else:
-            yield name, Option(hints[field.name], value)
+            bounds = bounds_of(annotated[field.name])
+            yield name, Option(hints[field.name], value, bounds.words if bounds else "")

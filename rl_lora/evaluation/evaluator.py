@@ -7,7 +7,6 @@ figures are `evaluation.py`'s, the file of samples `samples.py`'s, and the table
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -39,6 +38,7 @@ from rl_lora.rollout.problems import check_problems
 from rl_lora.rollout.worker import MakeEnv, Plays, RolloutWorker
 from rl_lora.sampler.compiled import should_compile
 from rl_lora.sampler.factory import make_sampler
+from rl_lora.settings.bounds import out_of_bounds
 from rl_lora.system import files
 from rl_lora.system import finite_json as json
 from rl_lora.system.distributed import no_accelerator
@@ -192,20 +192,9 @@ def _evaluate(config: EvaluationSettings, paths: Sequence[str], console: Termina
 
 def validate(config: EvaluationSettings) -> None:
     """Raises ValueError with every number that cannot be meant."""
-    least = {"n": 1, "max_tokens": 1, "max_turns": 1, "max_rows": 1, "reward_threads": 1, "seed": 0, "temperature": 0}
-    optional = {"limit": 1, "max_cache_gib": 0, "check_every": 1}
-    least |= {name: low for name, low in optional.items() if getattr(config, name) is not None}
-    wrong = [
-        f"{name} must be >= {low}, got {getattr(config, name)}"
-        for name, low in least.items()
-        if not getattr(config, name) >= low
-    ]
+    wrong = out_of_bounds(config)
     if config.n > 1 and config.temperature == 0:
         wrong.append(f"n must be 1 at temperature 0, got {config.n}: greedy samples are all the same")
-    if not 0 <= config.max_failed <= 1:
-        wrong.append(f"max_failed must be in [0, 1], got {config.max_failed}")
-    if not math.isfinite(config.temperature):
-        wrong.append(f"temperature must be finite, got {config.temperature}")
     if bad := [k for k in config.k if not 1 <= k <= config.n]:
         wrong.append(f"k must be from 1 to n={config.n}, the samples of a problem, got {', '.join(map(str, bad))}")
     if (Path(config.out) / "config.yaml").is_file():

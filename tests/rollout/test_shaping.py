@@ -119,10 +119,10 @@ def test_accuracy_is_reported_apart_from_a_shaped_reward(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"overlong_tokens": 17}, r"overlong_tokens must be >= 0 and <= rollout.max_tokens=16, got 17"),
+        ({"overlong_tokens": 17}, r"overlong_tokens must be <= rollout.max_tokens=16, got 17"),
         ({"overlong_tokens": -1}, r"overlong_tokens must be >= 0"),
-        ({"overlong_weight": -1.0}, r"overlong_weight must be >= 0, got -1.0"),
-        ({"brevity_weight": -0.5}, r"brevity_weight must be >= 0, got -0.5"),
+        ({"overlong_weight": -1.0}, r"overlong_weight must be >= 0 and finite, got -1.0"),
+        ({"brevity_weight": -0.5}, r"brevity_weight must be >= 0 and finite, got -0.5"),
     ],
 )
 def test_what_cannot_be_is_refused(changes: dict[str, Any], message: str) -> None:
