@@ -135,3 +135,12 @@ def test_yaml_is_settings(block: Block, place: Path) -> None:
     config = parse(TrainConfig, ["--config", "block.yaml"])
     assert yaml.safe_load(block.text)
     resolve(config.env.kwargs["reward"])
+
+
+def test_the_page_of_the_run_folder_names_every_file_and_every_field(start: Path) -> None:
+    page = (ROOT / "docs" / "run-folder.md").read_text(encoding="utf-8")
+    files = {f"{path.name}/" if path.is_dir() else path.name for path in (start / "runs" / "demo").glob("[!.]*")}
+    assert {name for name in files if f"`{name}`" not in page} == set()
+    lines = (start / "runs" / "demo" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    fields = {name for line in lines for name in json.loads(line) if not name.startswith(("seconds/", "parts/"))}
+    assert {name for name in fields if f"`{name}`" not in page} == set()
