@@ -170,6 +170,11 @@ def load_causal_lm(
     return model.eval()
 
 
+def context_length(config: PreTrainedConfig) -> int:
+    """Tokens that a model's positions reach; practically unlimited where its config names no limit."""
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
+
+
 def _is_causal_lm(config: PreTrainedConfig) -> bool:
     """Whether the library has a causal LM for this type, and the checkpoint was saved from one."""
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or getattr(config, "is_encoder_decoder", False):

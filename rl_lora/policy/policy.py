@@ -5,14 +5,12 @@ Left out: sampling (`native_sampler.py`), the loss (`learner.py`), and any secon
 
 from __future__ import annotations
 
-import functools
 import inspect
 import itertools
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,10 +30,10 @@ from rl_lora.policy.default_choice import settled
 from rl_lora.policy.head import Head
 from rl_lora.policy.head_check import check_head
 from rl_lora.policy.hooks import recomputing
+from rl_lora.system.dtype import Dtype, compute_dtype
 from rl_lora.system.memory import ready_memory
 from rl_lora.system.model_names import DEFAULT_MODEL, EMBEDDED_MODEL, HUB_MODEL
 
-Dtype = Literal["auto", "float32", "bfloat16"]
 WIDE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Types of weights that may hold NaN and infinity."""
 
@@ -69,7 +67,7 @@ class Policy:
         self._cache_name = "cache_params" if "cache_params" in parameters else "past_key_values"  # as Mamba calls it
         self.device = self.bank.device
         self.dtype = self.head.weight.dtype
-        self.context_length = context_length(model.config)
+        self.context_length = loading.context_length(model.config)
         """Tokens that a prompt and its completion may have together."""
         self.cache_bytes_per_token = 0
         """Of the keys and values of all layers; known where prompts are shared."""
@@ -280,63 +278,9 @@ def check_finite(model: PreTrainedModel) -> None:
         )
 
 
-def context_length(config: PreTrainedConfig) -> int:
-    """Tokens that a model's positions reach; practically unlimited where its config names no limit."""
-    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
-
-
 def has_window(config: PreTrainedConfig) -> bool:
     """Whether some layers see a part of the context only."""
     text = config.get_text_config()
     if (layer_types := getattr(text, "layer_types", None)) is not None:
         return bool({"sliding_attention", "chunked_attention"} & set(layer_types))
     return bool(getattr(text, "sliding_window", None)) and getattr(text, "use_sliding_window", True) is not False
-
-
-def compute_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
-    """The dtype of the base and of the activations; adapters are float32 always.
-
-    A CPU that has instructions for bfloat16 is timed: on some of them float32 is nearly twice as fast all the same.
-    """
-    if dtype != "auto":
-        return getattr(torch, dtype)
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    if device.type == "cpu" and _multiplies_bfloat16():
-        of = seconds_of_product()
-        return torch.bfloat16 if of[torch.bfloat16] < of[torch.float32] else torch.float32
-    return torch.float32
-
-
-def _multiplies_bfloat16() -> bool:
-    """Whether this CPU has instructions for it."""
-    native = [getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile")]
-    return any(supported() for supported in native if supported)
-
-
-@functools.cache
-def seconds_of_product() -> dict[torch.dtype, float]:
-    """A product of a decoding step's rows on this CPU in either dtype, the best of some; 0.1 s to find out.
-
-    Processors are far from a tie: bfloat16 takes 0.4 of the time where the instructions do twice the work, 1.5 to 1.9
-    where they are split into several; the fastest products suffer most from what else runs on a core.
-
-    What other processes take counts little: it is one thread's own time, as several would wait for one that does not
-    run, and in turns, on matrices that stay in a core's cache.
-    """
-    sides = {
-        dtype: (torch.ones(128, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype))
-        for dtype in (torch.bfloat16, torch.float32)
-    }
-    seconds: dict[torch.dtype, list[float]] = {dtype: [] for dtype in sides}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for _ in range(48):
-            for dtype, (x, weight) in sides.items():
-                start = time.thread_time()
-                torch.nn.functional.linear(x, weight)
-                seconds[dtype].append(time.thread_time() - start)
-    finally:
-        torch.set_num_threads(threads)
-    return {dtype: min(times) for dtype, times in seconds.items()}

@@ -15,7 +15,6 @@ from rl_lora.lora.bank import AdapterBank
 from rl_lora.lora.peft_io import check_adapter
 from rl_lora.policy import loading
 from rl_lora.policy.chat import Chat
-from rl_lora.policy.policy import context_length
 from rl_lora.rollout.contract import close
 from rl_lora.rollout.demonstrations import Demonstrations
 from rl_lora.rollout.environments import environment
@@ -67,7 +66,7 @@ def check_model(config: ModelConfig, targets: str | list[str] = "all-linear") ->
     if targets != "all-linear" and not config.trust_remote_code:
         with torch.device("meta"):
             AdapterBank(AutoModelForCausalLM.from_config(model_config)).match(targets)
-    return chat, context_length(model_config)
+    return chat, loading.context_length(model_config)
 
 
 def check_plain(config: TrainConfig) -> None:

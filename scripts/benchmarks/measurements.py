@@ -19,7 +19,7 @@ from rl_lora.config import EnvConfig, LearnerConfig, ModelConfig, RolloutConfig
 from rl_lora.learner.learner import Learner
 from rl_lora.learner.packing import pack
 from rl_lora.policy import loading
-from rl_lora.policy.policy import Policy, compute_dtype
+from rl_lora.policy.policy import Policy
 from rl_lora.rollout.environments import environment
 from rl_lora.rollout.worker import RolloutWorker
 from rl_lora.sampler.compiled import should_compile
@@ -28,6 +28,7 @@ from rl_lora.sampler.protocol import Request
 from rl_lora.scripts.benchmarks.peer_process import Figures
 from rl_lora.scripts.benchmarks.peers import Meter
 from rl_lora.system.distributed import no_accelerator
+from rl_lora.system.dtype import compute_dtype
 from rl_lora.types import Episode, Group, Stop, Turn
 
 MATRIX = {"cpu": 2048, "cuda": 8192}

@@ -16,7 +16,16 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, GPT2Config, LlamaConfig, T5Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    GPT2Config,
+    LlamaConfig,
+    MambaConfig,
+    T5Config,
+)
 
 from rl_lora.lora.peft_io import save_adapter
 from rl_lora.policy import default_model
@@ -24,6 +33,7 @@ from rl_lora.policy.loading import (
     DEFAULT_MODEL,
     EMBEDDED_MODEL,
     check_model,
+    context_length,
     load_causal_lm,
     load_config,
     load_tokenizer,
@@ -405,3 +415,9 @@ def test_hub_errors_say_what_to_do(kind: type[Exception], advice: str, monkeypat
     monkeypatch.setattr(AutoConfig, "from_pretrained", refuse)
     with pytest.raises(ValueError, match=f"'owner/name'.*{advice}"):
         check_model("owner/name")
+
+
+def test_context_length_is_what_the_positions_reach() -> None:
+    assert context_length(tiny_model("llama").config) == 512
+    assert context_length(tiny_model("gpt2").config) == 512
+    assert context_length(MambaConfig()) > 1 << 20

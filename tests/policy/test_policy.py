@@ -6,10 +6,7 @@ A model whose attention is its own (Mamba, Bloom) is trained and sampled without
 from __future__ import annotations
 
 import functools
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,11 +29,10 @@ from rl_lora.attention.decode_layer import DecodeLayer
 from rl_lora.attention.kv_cache import Decode
 from rl_lora.config import LearnerConfig
 from rl_lora.learner.learner import Learner
-from rl_lora.policy import policy as policy_module
-from rl_lora.policy.policy import Dtype, Policy, compute_dtype, context_length, seconds_of_product
+from rl_lora.policy.policy import Policy
 from rl_lora.sampler.native import NativeSampler
 from rl_lora.sampler.protocol import Request
-from rl_lora.system import memory
+from rl_lora.system.dtype import Dtype
 from tests.oracles import Oracle, as_turn, episode, gradient, group, relative_error
 from tests.tiny import (
     ARCHITECTURES,
@@ -235,46 +231,6 @@ def test_the_layers_of_a_multimodal_model_that_are_left_alone_are_remarked_on() 
         assert (line in policy.remarks(policy.bank.add("a"))) == said
 
 
-def test_context_length_is_what_the_positions_reach() -> None:
-    assert context_length(tiny_model("llama").config) == 512
-    assert context_length(tiny_model("gpt2").config) == 512
-    assert context_length(STRANGE["mamba"]) > 1 << 20
-
-
-@pytest.mark.parametrize(
-    "avx512, amx, cost, expected",
-    [
-        (True, False, 0.4, torch.bfloat16),
-        (False, True, 0.1, torch.bfloat16),
-        (True, False, 0.9, torch.bfloat16),
-        (True, False, 1.1, torch.float32),
-        (True, False, 1.7, torch.float32),
-        (False, False, 0.4, torch.float32),
-    ],
-)
-def test_the_compute_dtype_is_bfloat16_where_the_cpu_multiplies_it_fast(
-    monkeypatch: pytest.MonkeyPatch, avx512: bool, amx: bool, cost: float, expected: torch.dtype
-) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512, raising=False)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
-    monkeypatch.setattr(policy_module, "seconds_of_product", lambda: {torch.bfloat16: cost, torch.float32: 1.0})
-    cpu = torch.device("cpu")
-    assert compute_dtype("auto", cpu) == expected
-    assert compute_dtype("float32", cpu) == torch.float32
-    assert compute_dtype("bfloat16", cpu) == torch.bfloat16
-    assert compute_dtype("auto", torch.device("meta")) == torch.float32
-
-
-def test_products_are_timed() -> None:
-    assert 1e-6 < seconds_of_product()[torch.float32] < 1, "67 million multiplications and additions"
-
-
-def test_the_compute_dtype_on_cuda_is_bfloat16_unless_it_is_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    for native in (True, False):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
-        assert compute_dtype("auto", torch.device("cuda")) == (torch.bfloat16 if native else torch.float32)
-
-
 @pytest.mark.parametrize("arch", ["llama", "gemma3", "gpt_oss"])
 def test_in_bfloat16_prompts_are_shared_and_sampler_and_learner_agree_to_rounding(arch: str) -> None:
     policy = policy_of(tiny_model(arch, dtype=torch.bfloat16))
@@ -297,42 +253,3 @@ def test_a_policy_is_loaded_from_a_folder_in_the_dtype_asked_for(tmp_path: Path)
         policy = Policy.load(folder, dtype=dtype, stop_tokens=["\n"])
         assert policy.dtype == getattr(torch, dtype)
         assert len(policy.chat.stop_ids) == 2
-
-
-@pytest.mark.skipif(
-    not memory.LARGE_PAGES.exists() or "[madvise]" not in memory.LARGE_PAGES.read_text(),
-    reason="the kernel does not give large pages to who asks for them",
-)
-@pytest.mark.parametrize(("given", "large"), [(None, True), ("0", False)])
-def test_large_tensors_lie_in_large_pages(given: str | None, large: bool) -> None:
-    """In a process of its own, since torch looks once; what the environment says already, stays."""
-    script = """
-from rl_lora.system.memory import ready_memory
-ready_memory()
-import torch
-x = torch.ones(1 << 26)
-print([line.split()[1] for line in open("/proc/self/smaps_rollup") if line.startswith("AnonHugePages")][0])
-"""
-    env = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
-    env |= {} if given is None else {"THP_MEM_ALLOC_ENABLE": given}
-    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
-    assert (int(done.stdout) > 0) == large
-
-
-def test_free_memory_counts_what_is_kept() -> None:
-    """What a tensor has freed is free, whether the system has it back or not; in a process of its own, whose heap holds
-    little else."""
-    script = """
-import ctypes, torch
-from rl_lora.system.memory import kept_bytes, ready_memory
-kept = ready_memory() and hasattr(ctypes.CDLL(None), "mallinfo2")
-before = kept_bytes()
-x = torch.ones(1 << 30, dtype=torch.uint8)
-during = kept_bytes()
-del x
-print(int(kept), (during - before) >> 20, (kept_bytes() - before) >> 20)
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    kept, during, after = map(int, done.stdout.split())
-    assert during < 64
-    assert after > 512 if kept else after == 0
