@@ -37,6 +37,8 @@ ADAPTER = "adapter_config.json"
 TOKENIZERS = ("*token*", "vocab*", "merges*", "*.model", "*.spm", "*bpe*", "*.vocab")
 """Files that a tokenizer is read from, one of them at least."""
 SAVE_TOKENIZER = "; put the files of its base model's there (tokenizer.json), or save it with tokenizer.save_pretrained"
+WIDE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Types of weights that may hold NaN and infinity."""
 CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
@@ -173,6 +175,21 @@ def load_causal_lm(
 def context_length(config: PreTrainedConfig) -> int:
     """Tokens that a model's positions reach; practically unlimited where its config names no limit."""
     return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
+
+
+def check_finite(model: PreTrainedModel) -> None:
+    """Raises ValueError if there are weights that are NaN or infinite, and names them."""
+    wrong = []
+    for name, weight in model.named_parameters():
+        if weight.dtype in WIDE and weight.numel() and not torch.stack(weight.detach().aminmax()).isfinite().all():
+            n = int(weight.isfinite().logical_not().sum())
+            wrong.append(f"{name} ({n:,} of {weight.numel():,})")
+    if wrong:
+        raise ValueError(
+            f"weights of {model.config._name_or_path or type(model).__name__} are NaN or infinite: "
+            f"{', '.join(wrong[:5])}{f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''}; the file is damaged, or "
+            "the training that wrote it diverged: get it anew"
+        )
 
 
 def _is_causal_lm(config: PreTrainedConfig) -> bool:

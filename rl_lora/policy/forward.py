@@ -1,0 +1,108 @@
+"""The forward pass: tokens, each with its adapter or none, to hidden states. Everything else is made of it."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from rl_lora.attention.interface import Layout, shared_prefix_attention_of
+from rl_lora.attention.kv_cache import Nodes, Recorder
+from rl_lora.attention.tree import Tree
+from rl_lora.lora.bank import AdapterBank
+from rl_lora.policy.head import Head
+from rl_lora.policy.hooks import recomputing
+from rl_lora.policy.loading import context_length
+
+
+class AdaptedModel:
+    """A frozen causal language model, its output head, and its bank of adapters.
+
+    Args:
+        model: any `transformers` causal LM. It is frozen, and put into evaluation mode: no dropout, so that the sampler
+            and the learner compute the same function.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model.eval()
+        self.bank = AdapterBank(model)
+        self.head = Head.of(model, may_pack=self.bank.may_pack)
+        self.backbone = model.base_model
+        parameters = inspect.signature(self.backbone.forward).parameters
+        self._cache_name = "cache_params" if "cache_params" in parameters else "past_key_values"  # as Mamba calls it
+        self.device = self.bank.device
+        self.dtype = self.head.weight.dtype
+        self.context_length = context_length(model.config)
+        """Tokens that a prompt and its completion may have together."""
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        adapters: Sequence[str | None],
+        layout: Layout | None = None,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
+        recompute: Sequence[nn.Module] = (),
+    ) -> Tensor:
+        """Last hidden states, (B, L, d), of tokens int64 (B, L).
+
+        adapters: of each token of a tree (L), or of each row (B); None is the bare base.
+        layout: which tokens see which. Without one the model's own causal attention runs: rows are single sequences,
+        padded on the right.
+        positions: int64 (B, L); by default those of the model's own.
+        cache: keys and values of earlier tokens, which those of these are added to.
+        recompute: layers that a backward pass computes again (`hooks.recomputing`).
+        """
+        kwargs: dict[str, Any] = {} if layout is None else {"layout": layout}
+        setting = partial(self.setting, adapters, layout)
+        with setting(), recomputing(recompute, setting):
+            output = self.backbone(
+                input_ids=tokens,
+                position_ids=positions,
+                use_cache=cache is not None,
+                **{self._cache_name: cache},
+                **kwargs,
+            )
+        return output.last_hidden_state.to(self.dtype)  # Mamba keeps float32 beside weights of bfloat16
+
+    @contextmanager
+    def setting(self, adapters: Sequence[str | None], layout: Layout | None) -> Iterator[None]:
+        """Inside, the model's layers apply these adapters, and attend as the layout says."""
+        attention = nullcontext() if layout is None else shared_prefix_attention_of(self.model)
+        with self.bank.route(adapters), attention:
+            yield
+
+    def prefill(
+        self,
+        prompts: Sequence[tuple[str | None, tuple[int, ...]]],
+        past: Nodes | None = None,
+        past_of_prompt: Sequence[int] = (),
+    ) -> tuple[Nodes, Tensor]:
+        """Keys and values of prompts, each with its adapter, and the hidden states behind their last tokens, (P, d).
+
+        With `past`, a prompt begins with the tokens of that node of it, and only the rest is computed.
+        """
+        adapters, ids = zip(*prompts, strict=True)
+        if past is not None:
+            ids = tuple(x[past.lengths[node] :] for x, node in zip(ids, past_of_prompt, strict=True))
+        lengths = np.array([len(x) for x in ids])
+        spans = [(int(stop - n), int(n), -1) for stop, n in zip(lengths.cumsum(), lengths, strict=True)]
+        tree = Tree(spans, self.device, past, past_of_prompt)
+        tokens = torch.tensor([list(itertools.chain(*ids))], device=self.device)
+        recorder = Recorder()
+        of_tokens = [adapter for adapter, n in zip(adapters, lengths, strict=True) for _ in range(n)]
+        hidden = self.hidden(tokens, of_tokens, tree, tree.positions, recorder)
+        keys, values = ([tree.nodes(x) for x in xs] for xs in (recorder.keys, recorder.values))
+        return Nodes(keys, values, lengths), hidden[0, tree.last()]
+
+    def cache(self) -> Cache:
+        """An empty one of the model's own, for `hidden` without a layout."""
+        return DynamicCache(config=self.model.config.get_text_config())
