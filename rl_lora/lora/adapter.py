@@ -105,9 +105,9 @@ class Adapter:
         if min(self.ranks.values()) < 1:
             raise ValueError(f"every rank must be >= 1, got {self.ranks}")
         self.alphas = {site.name: float((alphas or {}).get(site.name, alpha)) for site in sites}
-        for site_name, own in self.alphas.items():
-            if not 0 < own < math.inf:
-                raise ValueError(f"alpha of {site_name} must be > 0 and finite, got {own}")
+        for site_name, of_site in self.alphas.items():
+            if not 0 < of_site < math.inf:
+                raise ValueError(f"alpha of {site_name} must be > 0 and finite, got {of_site}")
         self._shapes_flat = [shape for site in sites for shape in self._shapes(site)]
         self.flat = nn.Parameter(torch.zeros(sum(map(math.prod, self._shapes_flat)), device=device))
         self.factors = self._factors()

@@ -21,7 +21,7 @@ from rl_lora.kernels.frozen_linear import may_pack
 from rl_lora.lora.adapter import Adapter, Site
 from rl_lora.lora.layers import LoRAExperts, LoRALinear
 from rl_lora.lora.routing import CurrentRouting, Routing, routing_of
-from rl_lora.lora.targets import find_sites, find_strange_experts, language_model, named
+from rl_lora.lora.targets import find_sites, find_unknown_experts, language_model, named
 
 ALL_LINEAR = "all-linear"
 
@@ -109,8 +109,8 @@ class AdapterBank:
         """
         text = [site for site in self.sites.values() if site.name.startswith(self.language)]
         if targets == ALL_LINEAR:
-            if strange := list(find_strange_experts(self.model)):
-                warnings.warn(f"experts of an unknown form stay without an adapter: {strange[0]} ...", stacklevel=2)
+            if unknown := list(find_unknown_experts(self.model)):
+                warnings.warn(f"experts of an unknown form stay without an adapter: {unknown[0]} ...", stacklevel=2)
             if refused := [site.name for site in text if site.peft == "refused"]:
                 leaves = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in refused))
                 warnings.warn(

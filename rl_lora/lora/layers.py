@@ -53,19 +53,19 @@ class LoRALinear(_Wrapper):
         return y2.view(*x.shape[:-1], y2.shape[-1])
 
     def _add_deltas(self, y2: Tensor, x2: Tensor, routing: Routing) -> None:
-        if routing.whole is not None:
-            if (factors := routing.whole.factors.get(self.name)) is not None:
+        if routing.only_adapter is not None:
+            if (factors := routing.only_adapter.factors.get(self.name)) is not None:
                 _add_delta(y2, x2, factors)
             return
-        adapters = [run.adapter for run in routing.runs]
+        adapters = [assignment.adapter for assignment in routing.assignments]
         if not torch.is_grad_enabled() and (stack := self.current.stack(self.name, adapters, x2.dtype)) is not None:
             z = (x2 @ stack.A.t()).masked_fill_(routing.others(stack.ranks, len(x2), x2.device), 0)
             y2.addmm_(z, stack.B)  # zeros add nothing, not even rounding
             return
-        for run in routing.runs:
-            if (factors := run.adapter.factors.get(self.name)) is None:
+        for assignment in routing.assignments:
+            if (factors := assignment.adapter.factors.get(self.name)) is None:
                 continue
-            where = routing.tokens(run.where, len(x2))
+            where = routing.tokens(assignment.where, len(x2))
             if isinstance(where, slice):
                 _add_delta(y2[where], x2[where], factors)
             else:
@@ -104,10 +104,10 @@ class LoRAExperts(_Wrapper):
         if routing is None:
             return self.base(hidden_states, top_k_index, top_k_weights)
         result = torch.zeros_like(hidden_states)
-        adapters = [run.adapter for run in routing.runs]
+        adapters = [assignment.adapter for assignment in routing.assignments]
         adapter_of = torch.full((len(hidden_states),), -1, device=hidden_states.device)  # (N,)
-        for i, run in enumerate(routing.runs):
-            adapter_of[routing.tokens(run.where, len(hidden_states))] = i
+        for i, assignment in enumerate(routing.assignments):
+            adapter_of[routing.tokens(assignment.where, len(hidden_states))] = i
         bare = torch.where(adapter_of < 0)[0]
         if len(bare):
             result.index_copy_(0, bare, self.base(hidden_states[bare], top_k_index[bare], top_k_weights[bare]))
@@ -146,10 +146,10 @@ class LoRAExperts(_Wrapper):
             y = x @ weight if bias is None else x @ weight + bias[expert]  # one addmm would round otherwise
         else:
             y = nn.functional.linear(x, weight, None if bias is None else bias[expert])
-        for i, of_run in enumerate(factors):
-            if of_run is None:
+        for i, of_adapter in enumerate(factors):
+            if of_adapter is None:
                 continue
-            A, B, scale = of_run[0][expert], of_run[1][expert], of_run[2]
+            A, B, scale = of_adapter[0][expert], of_adapter[1][expert], of_adapter[2]
             if len(factors) == 1:
                 y.addmm_(x @ A.t(), B.t(), alpha=scale)
             else:

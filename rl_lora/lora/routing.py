@@ -17,7 +17,7 @@ more than needed, in place of two or three operations for each adapter."""
 
 
 @dataclass(frozen=True)
-class Run:
+class Assignment:
     """The entries of a batch that carry one adapter: a slice where they are neighbours, else their indices."""
 
     adapter: Adapter
@@ -29,14 +29,14 @@ class Routing:
     """Which entries carry which adapter. `size` entries; a layer that sees n * size tokens gives each entry n."""
 
     size: int
-    runs: tuple[Run, ...]
+    assignments: tuple[Assignment, ...]
     _masks: dict[tuple[int, ...], Tensor] = field(default_factory=dict, compare=False)
 
     @property
-    def whole(self) -> Adapter | None:
+    def only_adapter(self) -> Adapter | None:
         """The adapter of all entries, if there is just one and no entry goes without: the fast path."""
-        if len(self.runs) == 1 and self.runs[0].where == slice(0, self.size):
-            return self.runs[0].adapter
+        if len(self.assignments) == 1 and self.assignments[0].where == slice(0, self.size):
+            return self.assignments[0].adapter
         return None
 
     def tokens(self, where: slice | Tensor, n_tokens: int) -> slice | Tensor:
@@ -48,12 +48,12 @@ class Routing:
         return (where[:, None] * n + torch.arange(n, device=where.device)).flatten()
 
     def others(self, ranks: tuple[int, ...], n_tokens: int, device: torch.device) -> Tensor:
-        """bool (n_tokens, sum of ranks): where a column is not of the token's own adapter. ranks: of each run."""
+        """bool (n_tokens, sum of ranks): where a column is not of the token's own adapter. ranks: by assignment."""
         if ranks not in self._masks:
             mask = torch.ones(self.size, sum(ranks), dtype=torch.bool, device=device)
             start = 0
-            for run, rank in zip(self.runs, ranks, strict=True):
-                mask[run.where, start : start + rank] = False
+            for assignment, rank in zip(self.assignments, ranks, strict=True):
+                mask[assignment.where, start : start + rank] = False
                 start += rank
             self._masks[ranks] = mask
         return self._masks[ranks].repeat_interleave(n_tokens // self.size, 0)
@@ -79,15 +79,15 @@ def routing_of(
             entries.setdefault(name, []).append(i)
     if not entries:
         return None
-    runs = []
+    assignments = []
     for name, indices in entries.items():
         first, last = indices[0], indices[-1]
         if last - first + 1 == len(indices):
             where: slice | Tensor = slice(first, last + 1)
         else:
             where = torch.tensor(indices, device=device)
-        runs.append(Run(adapter_of(name), where))
-    return Routing(len(names), tuple(runs))
+        assignments.append(Assignment(adapter_of(name), where))
+    return Routing(len(names), tuple(assignments))
 
 
 class CurrentRouting:

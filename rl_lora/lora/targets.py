@@ -52,7 +52,7 @@ def is_experts(module: nn.Module) -> bool:
     return hasattr(module, "has_gate") and isinstance(down, nn.Parameter) and down.dim() == 3
 
 
-def find_strange_experts(model: PreTrainedModel) -> Iterator[str]:
+def find_unknown_experts(model: PreTrainedModel) -> Iterator[str]:
     """Paths of 3-D weights that look like experts but do not follow the form above."""
     for path, module in model.named_modules():
         if not is_experts(module) and not isinstance(module, nn.Conv1d | LoRAExperts):
