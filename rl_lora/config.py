@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, Unit
 
+from rl_lora.algorithms.advantages import ADVANTAGES
+from rl_lora.algorithms.objectives import OBJECTIVES
 from rl_lora.system.model_names import DEFAULT_MODEL
 
 
@@ -153,12 +155,13 @@ class RolloutConfig(EpisodeConfig):
 class LearnerConfig:
     """How an adapter learns from groups."""
 
-    objective: Literal["reinforce", "grpo", "likelihood"] = "reinforce"
-    """reinforce: importance ratio times advantage, unclipped; grpo: the clipped ratio of GRPO and PPO; likelihood:
-    nothing is sampled, the environment's demonstrations are learned (`scripts/sft.py`)."""
-    advantage: Literal["mean", "standardized", "none"] | None = None
-    """Reward minus the group's mean, that divided by the group's deviation, or the bare reward. By default what the
-    objective's paper takes: mean for reinforce, standardized for grpo; none for likelihood, where all are 1."""
+    objective: Annotated[str, OBJECTIVES] = "reinforce"
+    """Function that a step maximises, or `module:name` of one of your own."""
+    objective_options: dict[str, Any] = field(default_factory=dict)
+    """Options of an objective beside the settings here, e.g. --learner.objective_options.beta 0.1."""
+    advantage: Annotated[str | None, ADVANTAGES] = None
+    """Function from the rewards of a group to the advantages of its episodes, or `module:name` of one of your own. By
+    default the one that belongs to the objective."""
     learning_rate: Annotated[float, Gt(0), Lt(inf)] = 3e-4
     """Constant, without warm-up; for A and B alike. 3e-4 suits the embedded model (hidden size 576); models of 1B and
     more want 1e-5 to 1e-4: about ten times what full fine-tuning would take."""
@@ -370,8 +373,3 @@ OF_RUN = {
     "model.template_kwargs": "model.template_kwargs",
 }
 """Options of an evaluation that a run answers, and where its config.yaml has them."""
-
-
-def advantage_of(learner: LearnerConfig) -> str:
-    """The name of the advantage estimator, the objective's default applied."""
-    return learner.advantage or {"reinforce": "mean", "grpo": "standardized", "likelihood": "none"}[learner.objective]

@@ -71,9 +71,9 @@ def completer(name: str, hint: Any) -> Any:
     if name == "env.id":
         return environment_ids
     kinds = [kind for k in members(hint) for kind in (get_args(k) if get_origin(k) in (list, tuple) else [k])]
-    if str in kinds:
-        return FilesCompleter()
     choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+    if str in kinds and not choices:
+        return FilesCompleter()
     choices += ["true", "false"] if bool in kinds else []
     choices += ["null"] if NONE in kinds and choices else []
     return lambda **kwargs: choices

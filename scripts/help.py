@@ -16,6 +16,7 @@ from docstring_parser import parse_from_object
 
 from rl_lora.scripts.schema import OWN, Schema, Usage, meant, nearest
 from rl_lora.scripts.values import NONE, is_list, members
+from rl_lora.settings.algorithm import registries
 from rl_lora.settings.dotted import as_typed
 
 VALUES = (
@@ -144,12 +145,15 @@ def word(kind: Any) -> str:
 
 
 def texts_of(config: Any, prefix: str = "") -> dict[str, str]:
-    """The docstrings of all fields by dotted names, inherited ones too."""
+    """The docstrings of all fields by dotted names, inherited ones too, with a line of each record that one names."""
     found: dict[str, str] = {}
     for kind in reversed(type(config).__mro__):
         if dataclasses.is_dataclass(kind):
             params = parse_from_object(kind).params
             found |= {prefix + p.arg_name: " ".join(p.description.split()) for p in params if p.description}
+    for name, registry in registries(type(config)).items():
+        records = (f"{record.name}: {record.help}" for record in registry.records.values())
+        found[prefix + name] = " ".join([found[prefix + name], *records])
     for field in dataclasses.fields(config):
         if dataclasses.is_dataclass(value := getattr(config, field.name)):
             found |= texts_of(value, f"{prefix}{field.name}.")

@@ -22,6 +22,7 @@ BESIDE = ("envs", "rewards", "scripts")
 ORDER: tuple[tuple[str, ...], ...] = (
     ("types",),
     ("system",),
+    ("algorithms",),
     ("config",),
     ("settings",),
     ("kernels", "metrics"),

@@ -6,9 +6,10 @@ import dataclasses
 import difflib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, get_origin, get_type_hints
+from typing import Any, Literal, get_origin, get_type_hints
 
 from rl_lora.scripts.values import members
+from rl_lora.settings.algorithm import registries
 from rl_lora.settings.bounds import bounds_of
 
 OWN = {
@@ -103,8 +104,11 @@ def schema_of(config: Any) -> Schema:
 
 
 def options_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Option]]:
-    """Dotted names of all fields that are no dataclasses themselves, with their types and values."""
+    """Dotted names of all fields that are no dataclasses themselves, with their types and values. Fields that name
+    records are choices of their names, or any other text."""
     hints, annotated = get_type_hints(type(config)), get_type_hints(type(config), include_extras=True)
+    for name, registry in registries(type(config)).items():
+        hints[name] = Literal[tuple(registry)] | hints[name]
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), prefix + field.name
         if dataclasses.is_dataclass(value):

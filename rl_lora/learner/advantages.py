@@ -1,45 +1,24 @@
-"""Rewards of a group -> one advantage an episode. A few lines an estimator, each with its source."""
+"""The advantages of a group's episodes, and the control in which they say nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 
+from rl_lora.algorithms.advantages import ADVANTAGES
 from rl_lora.types import Group
 
 
-def mean_baseline(rewards_G: np.ndarray) -> np.ndarray:
-    """A_i = R_i - mean(R): the group's mean as the baseline ("LoRA Without Regret", Schulman et al. 2025)."""
-    return rewards_G - rewards_G.mean()
-
-
-def standardized(rewards_G: np.ndarray) -> np.ndarray:
-    """A_i = (R_i - mean(R)) / std(R) (GRPO: DeepSeekMath, arXiv:2402.03300, section 4.1)."""
-    return (rewards_G - rewards_G.mean()) / (rewards_G.std() + 1e-6)
-
-
-def raw(rewards_G: np.ndarray) -> np.ndarray:
-    """A_i = R_i: no baseline (REINFORCE: Williams 1992)."""
-    return rewards_G
-
-
-ADVANTAGES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "mean": mean_baseline,
-    "standardized": standardized,
-    "none": raw,
-}
-
-
-def advantages(group: Group, estimator: str) -> np.ndarray | None:
+def advantages(group: Group, name: str) -> np.ndarray | None:
     """float64 (G,), or None where the group has no signal: every advantage would be zero.
 
     Equal rewards are compared, not subtracted: the rounding of a mean must not become a gradient.
     """
+    advantage = ADVANTAGES[name]
     rewards_G = np.array([episode.reward for episode in group.episodes], dtype=np.float64)
-    silent = not rewards_G.any() if estimator == "none" else (rewards_G == rewards_G[:1]).all()
-    return None if silent else ADVANTAGES[estimator](rewards_G)
+    silent = (rewards_G == rewards_G[:1]).all() if advantage.compares else not rewards_G.any()
+    return None if silent else np.asarray(advantage(rewards_G), dtype=np.float64)
 
 
 def shuffle_rewards(groups: list[Group], rng: np.random.Generator) -> list[Group]:

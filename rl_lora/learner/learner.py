@@ -1,9 +1,10 @@
 """Groups -> gradient -> one optimizer step for each adapter. The gradient is the only thing that processes exchange.
 
-    maximise  sum_t objective_t / n_tokens        over all completion tokens of the step, of all processes
+    maximise  sum_t weight_t objective_t / denominator        over all completion tokens of the step, of all processes
 
-The denominator is global, and counts the tokens of groups without signal too: dropping them, splitting into other
-micro-batches, or spreading over other numbers of processes, leaves the gradient as it is.
+Weights and denominator are the objective's aggregation: 1 and the number of tokens for a mean over tokens. The
+denominator is global, and counts groups without signal too: dropping them, splitting into other micro-batches, or
+spreading over other numbers of processes, leaves the gradient as it is.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from rl_lora.config import LearnerConfig, advantage_of
+from rl_lora.config import LearnerConfig
 from rl_lora.learner.advantages import advantages
 from rl_lora.learner.batch import Batch
-from rl_lora.learner.objectives import OBJECTIVES, Clip
 from rl_lora.learner.packing import pack
 from rl_lora.learner.recompute import Recompute
 from rl_lora.policy.policy import Policy
+from rl_lora.settings.algorithm import advantage_of, objective_of, objective_options
 from rl_lora.system.memory import budget
 from rl_lora.types import Group, StepStats
 
@@ -43,8 +44,7 @@ class Learner:
     ):
         self.policy, self.config, self.temperature, self.accelerator = policy, config, temperature, accelerator
         self.optimizers: dict[str, torch.optim.AdamW] = {}
-        self.given = config.objective == "likelihood"
-        """Whether the tokens to learn were given instead of sampled: then no sampler has to agree with the learner."""
+        self.objective, self.options = objective_of(config), objective_options(config)
         self.recompute = Recompute(policy, budget(config.max_activation_gib, policy.device))
 
     def optimizer(self, adapter: str) -> torch.optim.AdamW:
@@ -78,7 +78,7 @@ class Learner:
         steps: list[StepStats] = []
         for i in range(n):
             # Nothing has moved since the rollout.
-            on_policy = not self.given and all(stats.grad_norm is None for stats in steps)
+            on_policy = self.objective.needs_samples and all(stats.grad_norm is None for stats in steps)
             steps += self._update(groups[i::n], on_policy, on_tokens, before_update)
         return steps
 
@@ -90,8 +90,9 @@ class Learner:
         before_update: Callable[[], None] | None,
     ) -> list[StepStats]:
         names = sorted({group.adapter for group in groups if group.adapter is not None})
-        counts = self._sum([[_n_groups(groups, name), _n_tokens(groups, name)] for name in names])
-        denominators: dict[str | None, float] = {name: tokens for name, (_, tokens) in zip(names, counts, strict=True)}
+        share = self.objective.aggregation.share
+        counts = self._sum([[_n_groups(groups, name), _shares(groups, name, share)] for name in names])
+        denominators: dict[str | None, float] = {name: shares for name, (_, shares) in zip(names, counts, strict=True)}
         estimator = advantage_of(self.config)
         signal = [
             (group, advantages_G)
@@ -107,6 +108,7 @@ class Learner:
             signal,
             denominators=denominators,
             tokens_per_microbatch=self.config.tokens_per_microbatch,
+            aggregation=self.objective.aggregation,
             shared_prefix=self.policy.not_shared is None,
             device=self.policy.device,
         ):
@@ -135,10 +137,7 @@ class Learner:
         """
         recompute = self.recompute.layers(batch.tokens.numel(), next(iter(tallies)))
         logprobs, entropy = target_logprobs(self.policy, batch, self.temperature, recompute)
-        clip = Clip(self.config.clip_low, self.config.clip_high)
-        objective, clipped = OBJECTIVES[self.config.objective](
-            logprobs, batch.behaviour_logprobs, batch.advantages, clip
-        )
+        objective, clipped = self.objective(logprobs, batch.behaviour_logprobs, batch.advantages, **self.options)
         loss = -(objective * batch.weights)  # (N,)
         loss.sum().backward()
         entry = batch.index // (batch.tokens.numel() // len(batch.adapters))  # (N,): the entry of each target
@@ -197,7 +196,7 @@ class Learner:
             loss=tally.loss if tally.n else None,
             entropy=tally.mean(tally.entropy),
             sampler_learner_kl=tally.mean(tally.difference) if on_policy else None,
-            ratio_max=tally.ratio_max if tally.n and not self.given else None,
+            ratio_max=tally.ratio_max if tally.n and self.objective.needs_samples else None,
             clip_fraction=tally.mean(tally.clipped),
             grad_norm=grad_norm,
             step_norm=step_norm,
@@ -231,8 +230,9 @@ def _n_groups(groups: Sequence[Group], adapter: str) -> int:
     return sum(group.adapter == adapter for group in groups)
 
 
-def _n_tokens(groups: Sequence[Group], adapter: str) -> int:
-    return sum(episode.n_tokens for group in groups if group.adapter == adapter for episode in group.episodes)
+def _shares(groups: Sequence[Group], adapter: str, share: Callable[[int], float]) -> float:
+    """What the episodes add to the denominator."""
+    return sum(share(episode.n_tokens) for group in groups if group.adapter == adapter for episode in group.episodes)
 
 
 class _Tally:
@@ -243,8 +243,9 @@ class _Tally:
         self.max = torch.zeros(1, device=device)
         self.n = self.loss = self.difference = self.entropy = self.clipped = self.ratio_max = 0.0
 
-    def add(self, loss: Tensor, difference: Tensor, entropy: Tensor, clipped: Tensor, mine: Tensor) -> None:
-        columns = [torch.ones_like(entropy), loss.detach(), difference.abs(), entropy, clipped.float()]
+    def add(self, loss: Tensor, difference: Tensor, entropy: Tensor, clipped: Tensor | None, mine: Tensor) -> None:
+        cut = torch.zeros_like(entropy) if clipped is None else clipped.float()
+        columns = [torch.ones_like(entropy), loss.detach(), difference.abs(), entropy, cut]
         self.sums += torch.stack(columns, 1)[mine].sum(0)
         self.max = torch.maximum(self.max, torch.exp(difference[mine]).amax().nan_to_num() if mine.any() else self.max)
 

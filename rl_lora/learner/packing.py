@@ -14,6 +14,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from rl_lora.algorithms.objectives import TOKEN_MEAN, Aggregation
 from rl_lora.attention.prefixes import Trunk, common_prefix, find_trunks, trunk_of
 from rl_lora.attention.tree import Span, Tree
 from rl_lora.learner.batch import Batch
@@ -29,13 +30,15 @@ class Trajectory:
     spans: tuple[tuple[int, tuple[float, ...]], ...]
     """(start of a completion, its behaviour log-probabilities)"""
     advantage: float
+    weight: float = 1.0
+    """Of each of its tokens, before the division by the step's denominator."""
 
     @property
     def first_target(self) -> int:
         return self.spans[0][0]
 
 
-def trajectories(episode: Episode, advantage: float) -> Iterator[Trajectory]:
+def trajectories(episode: Episode, advantage: float, weight: float = 1.0) -> Iterator[Trajectory]:
     """An episode as the fewest token sequences that hold its turns."""
     ids: tuple[int, ...] = ()
     spans: list[tuple[int, tuple[float, ...]]] = []
@@ -43,12 +46,12 @@ def trajectories(episode: Episode, advantage: float) -> Iterator[Trajectory]:
         if not turn.completion_ids:
             continue
         if spans and turn.prompt_ids[: len(ids)] != ids:
-            yield Trajectory(ids, tuple(spans), advantage)
+            yield Trajectory(ids, tuple(spans), advantage, weight)
             spans = []
         spans.append((len(turn.prompt_ids), turn.logprobs))
         ids = turn.prompt_ids + turn.completion_ids
     if spans:
-        yield Trajectory(ids, tuple(spans), advantage)
+        yield Trajectory(ids, tuple(spans), advantage, weight)
 
 
 @dataclass(frozen=True)
@@ -68,13 +71,15 @@ class Row:
         return self.prefix + sum(len(member.ids) - 1 - self.prefix for member in self.members)
 
 
-def rows_of(group: Group, advantages_G: np.ndarray, budget: int, shared_prefix: bool) -> Iterator[Row]:
+def rows_of(
+    group: Group, advantages_G: np.ndarray, budget: int, shared_prefix: bool, aggregation: Aggregation = TOKEN_MEAN
+) -> Iterator[Row]:
     """Rows of at most `budget` tokens; a trajectory that is longer than that alone has a row of its own."""
     members = [
         trajectory
         for episode, advantage in zip(group.episodes, advantages_G, strict=True)
-        if advantage != 0.0
-        for trajectory in trajectories(episode, float(advantage))
+        if advantage != 0.0 and episode.n_tokens
+        for trajectory in trajectories(episode, float(advantage), aggregation.weight(episode.n_tokens))
     ]
     if not members:
         return
@@ -99,17 +104,19 @@ def pack(
     *,
     denominators: Mapping[str | None, float],
     tokens_per_microbatch: int,
+    aggregation: Aggregation = TOKEN_MEAN,
     shared_prefix: bool = True,
     device: torch.device | str = "cpu",
 ) -> list[Batch]:
     """Micro-batches of at most `tokens_per_microbatch` tokens, padding included.
 
-    groups: with one advantage an episode, (G,). denominators: by adapter, what each of its tokens is divided by.
+    groups: with one advantage an episode, (G,). The weight of a token is the aggregation's, divided by the
+    denominator of its adapter.
     """
     rows = [
         row
         for group, advantages_G in groups
-        for row in rows_of(group, advantages_G, tokens_per_microbatch, shared_prefix)
+        for row in rows_of(group, advantages_G, tokens_per_microbatch, shared_prefix, aggregation)
     ]
     lay = _tree if shared_prefix else _padded
     trunks = find_trunks((row.adapter, row.prompt) for row in rows) if shared_prefix else []
@@ -212,7 +219,7 @@ def _batch(
                 targets.extend(member.ids[start : start + n])
                 behaviour.extend(logprobs)
                 advantages.extend([member.advantage] * n)
-                weights.extend([1.0 / denominators[row.adapter]] * n)
+                weights.extend([member.weight / denominators[row.adapter]] * n)
     return Batch(
         tokens=torch.from_numpy(laid.tokens).to(device),
         tree=laid.tree,

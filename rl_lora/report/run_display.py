@@ -27,6 +27,7 @@ from rich.text import Text
 from rl_lora.config import TrainConfig
 from rl_lora.metrics.records import Record
 from rl_lora.report.formats import formatted
+from rl_lora.settings.algorithm import objective_of
 from rl_lora.system.terminal import Terminal, counted, in_line, visible
 from rl_lora.types import Group
 
@@ -141,7 +142,7 @@ class RunDisplay:
             self.console.print(what, "here nothing is dropped, and the adapter that is saved says 0")
         if config.shuffle_rewards:
             self.console.print("control: rewards are shuffled, there is nothing to learn", style="yellow")
-        legend = DEMONSTRATED_LEGEND if config.learner.objective == "likelihood" else SAMPLED_LEGEND
+        legend = SAMPLED_LEGEND if objective_of(config.learner).needs_samples else DEMONSTRATED_LEGEND
         self.console.print(legend, style="dim", soft_wrap=False)
         if step:
             self.console.print(f"going on from step {step}")

@@ -16,8 +16,10 @@ from rl_lora.types import Episode, Group, Stop, Turn
 
 
 class Demonstrations:
-    """Stands where a `RolloutWorker` stands in training, and answers as it does."""
+    """The demonstrations of an environment, as a source of groups."""
 
+    has_rewards = False
+    caption = "demonstrations of"
     reward_seconds = 0.0
 
     def __init__(

@@ -91,6 +91,9 @@ class RolloutWorker:
     Its methods raise TaskError where too many episodes fail, and where a seed does not lead to one problem.
     """
 
+    has_rewards = True
+    caption = "sampled in"
+
     def __init__(
         self,
         make_env: MakeEnv,

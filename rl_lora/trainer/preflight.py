@@ -21,6 +21,7 @@ from rl_lora.rollout.environments import environment
 from rl_lora.rollout.held_out import held_out
 from rl_lora.rollout.problems import check_problems
 from rl_lora.rollout.worker import MakeEnv
+from rl_lora.settings.algorithm import objective_of
 from rl_lora.settings.dotted import flatten
 from rl_lora.settings.validation import validate
 from rl_lora.trainer.checkpoint import check_whole
@@ -39,13 +40,13 @@ def preflight(config: TrainConfig, seeds: Iterable[int]) -> None:
         check_adapter(Path(config.adapter.init_from))
         check_whole(Path(config.adapter.init_from))
     chat, context = check_model(config.model, config.adapter.targets)
-    judged = config.learner.objective != "likelihood"
+    objective = objective_of(config.learner)
     seeds = whole(make_env, seeds)
-    if not judged:
+    if not objective.needs_samples:
         teacher = Demonstrations(make_env, chat, config.rollout, context_length=context)
         teacher.collect(seeds, adapters=[None])
         teacher.close()
-    check_problems(make_env, seeds, chat, config.rollout, context, judged=judged)
+    check_problems(make_env, seeds, chat, config.rollout, context, judged=objective.needs_rewards)
     check_problems(make_eval_env, eval_seeds and whole(make_eval_env, eval_seeds), chat, config.rollout, context)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, gather_object, set_seed
 
-from rl_lora.config import TrainConfig, advantage_of
+from rl_lora.config import TrainConfig
 from rl_lora.learner.advantages import advantages, shuffle_rewards
 from rl_lora.learner.learner import Learner
 from rl_lora.lora.adapter import Adapter
@@ -37,9 +37,11 @@ from rl_lora.rollout.environments import environment
 from rl_lora.rollout.given import in_python, with_given
 from rl_lora.rollout.held_out import evaluate_adapters, held_out
 from rl_lora.rollout.shaping import shaped
+from rl_lora.rollout.source import GroupSource
 from rl_lora.rollout.worker import RolloutWorker
 from rl_lora.sampler.compiled import should_compile
 from rl_lora.sampler.factory import make_sampler
+from rl_lora.settings.algorithm import advantage_of, objective_of
 from rl_lora.settings.dotted import flatten
 from rl_lora.system.distributed import no_accelerator
 from rl_lora.system.files import FileError, check_writable, write_text, writing
@@ -188,7 +190,7 @@ class Trainer:
         self.checkpoints = Checkpoints(self.run_dir / "checkpoints", config.checkpoint.keep)
         self.display = RunDisplay(self.accelerator.is_main_process)
 
-        self.curriculum = curriculum_of(config)
+        objective, self.curriculum = objective_of(config.learner), curriculum_of(config)
         self.finished: Finished | None = None
         """The step that the weights are of; None while they move."""
         self.task: dict[str, Any] = task_record(config)
@@ -197,8 +199,7 @@ class Trainer:
         self.evaluated = False
         """Whether the step that is gone on from has been evaluated, if that was due."""
         with self.display.stage(f"loading {config.model.name}"):
-            samples = config.learner.objective != "likelihood"
-            decoding_steps = config.steps * config.rollout.max_tokens if samples else 0
+            decoding_steps = config.steps * config.rollout.max_tokens if objective.needs_samples else 0
             compiles = should_compile(config.model.compile, self.accelerator.device, decoding_steps)
             self.policy = Policy.from_config(config.model, self.accelerator.device)
         self.task["model"] = model_record(self.policy)
@@ -215,11 +216,12 @@ class Trainer:
         }
         said = {**limits, "on_failure": self.display.failed}
         self.eval_worker = RolloutWorker(make_eval_env, sampler, self.policy.chat, config.rollout, **said)
-        self.worker: RolloutWorker | Demonstrations
-        if self.learner.given:
-            self.worker = Demonstrations(environment(config.env), self.policy.chat, config.rollout, **limits)
-        else:
-            self.worker = RolloutWorker(environment(config.env), sampler, self.policy.chat, config.rollout, **said)
+        make_env, chat = environment(config.env), self.policy.chat
+        self.source: GroupSource = (
+            RolloutWorker(make_env, sampler, chat, config.rollout, **said)
+            if objective.needs_samples
+            else Demonstrations(make_env, chat, config.rollout, **limits)
+        )
         best = self.checkpoints.best()
         self.scores = {best.step: best.state["score"]} if config.resume and best else {}
         """Held-out score after each step that was evaluated."""
@@ -243,16 +245,16 @@ class Trainer:
             self.checkpoint_if_due()
         while self.step < self.config.steps:
             seconds = Stopwatch()
-            waited = self.worker.reward_seconds
+            waited = self.source.reward_seconds
             with seconds("rollout"):
                 groups, sampled = self.rollout()
-            seconds.move("rollout", "reward", self.worker.reward_seconds - waited)
+            seconds.move("rollout", "reward", self.source.reward_seconds - waited)
             everything = gather_object(sampled)
             record = summarize_groups(everything)  # before any group is left out
             record["groups_replaced"] = sum(gather_object([len(sampled) - len(groups)]))
             if self.curriculum is not None:
                 record |= self.curriculum.observe(self.step, everything)
-            if self.learner.given:
+            if not self.source.has_rewards:
                 record |= dict.fromkeys(("reward", "reward_std", "groups_without_signal", "groups_solved"))
             with later() as hold:
                 with seconds("learn"):
@@ -307,7 +309,7 @@ class Trainer:
         return groups, sampled
 
     def _sample(self, seeds: list[int], deal: np.random.Generator) -> list[Group]:
-        groups = self.worker.collect(
+        groups = self.source.collect(
             seeds,
             adapters=[ADAPTER],
             n=self.config.rollout.group_size,
@@ -389,8 +391,7 @@ class Trainer:
             self.display.step(self.step, record)
             every = self.config.log.samples_every
             if every and (self.step % every == 0 or self.step == 1):
-                what = "demonstrations of" if self.learner.given else "sampled in"
-                self.display.samples(self.step, groups, what)
+                self.display.samples(self.step, groups, self.source.caption)
             write_samples(
                 self.run_dir, self.step, groups, self.config.log.samples_per_step, self.config.log.samples_mib
             )
@@ -460,7 +461,7 @@ class Trainer:
                 next_command=in_python(self.config.env, str(adapter)) or next_command(self.config, str(adapter)),
             )
             self.display.summary(self.run_dir, read_summary(self.run_dir))
-        self.worker.close()
+        self.source.close()
         self.eval_worker.close()
         with writing(self.run_dir / "trackers"):
             self.accelerator.end_training()
