@@ -60,8 +60,11 @@ def bounds_of(hint: Any) -> Bounds | None:
     if get_origin(hint) is not Annotated:
         return next((found for each in get_args(hint) if (found := bounds_of(each))), None)
     notes = hint.__metadata__
+    limits = {SIGNS[type(note)]: dataclasses.astuple(note)[0] for note in notes if type(note) in SIGNS}
+    if not limits:
+        return None
     return Bounds(
-        {SIGNS[type(note)]: dataclasses.astuple(note)[0] for note in notes if type(note) in SIGNS},
+        limits,
         is_whole=hint.__origin__ is int,
         unit=next((note.unit for note in notes if isinstance(note, Unit)), ""),
         reason=next((note for note in notes if isinstance(note, str)), ""),
