@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from rl_lora.envs.finite import FiniteEnv
@@ -13,6 +13,7 @@ from rl_lora.envs.records import read_records
 from rl_lora.envs.split import check_fraction, check_split, split_of
 from rl_lora.envs.text import Problem, check_placeholders, fill, placeholders
 from rl_lora.rewards import Judge, Messages, RewardSpec
+from rl_lora.types import shown_as_text
 
 ANSWER = "answer"
 
@@ -243,13 +244,6 @@ def _content(message: Any) -> str:
     ):
         content = "".join(part["text"] for part in content)
     return content if isinstance(content, str) else ""
-
-
-def shown_as_text(messages: Sequence[Mapping[str, Any]]) -> str:
-    """A conversation as one text: of a single message its content, else each under its role."""
-    if len(messages) == 1 and messages[0]["role"] == "user":
-        return str(messages[0]["content"])
-    return "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in messages)
 
 
 def as_text(value: Any) -> str:

@@ -70,12 +70,26 @@ class TextSpace(gym.spaces.Text):
         return f"TextSpace({self.max_length})"
 
 
-class TextEnv(gym.Env[str, str]):
+Observation = str | Messages
+"""What an environment says: a text, which is a user's message, or messages with roles."""
+
+
+class TextEnv(gym.Env[Any, str]):
     """An environment that speaks and listens in text, over one turn or many.
 
     A subclass writes `start(seed)` and `step(action)`. The seed decides the problem: `reset(seed=s)` gives the same
     problem in every copy of the environment, which is what makes a group of episodes. `reset()` draws a seed from
     `np_random`; `info["seed"]` says which, so that any problem can be played again.
+
+    An observation, of `start` and of `step` alike, is a text, which is a user's message; or messages with roles, which
+    the model's chat template renders, such as the result of a tool:
+
+        [{"role": "tool", "content": "4"}, {"role": "user", "content": "Go on."}]
+
+    Roles are system, developer, user, assistant and tool; not every template knows all of them. The last message is not
+    the assistant's. Other keys of a message, such as `name`, are the template's to read. What the model wrote stays as
+    it is, token by token: messages only stand behind it. A model without a chat template reads the contents, with an
+    empty line between two messages.
     """
 
     def __init__(self) -> None:
@@ -93,7 +107,7 @@ class TextEnv(gym.Env[str, str]):
         """The registered id, or the class where there is none; for messages."""
         return self.spec.id if self.spec else type(self).__name__
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Begin the episode of `seed`, or of a seed drawn from `np_random`. No options are known."""
         super().reset(seed=seed)
         problem_seed = int(self.np_random.integers(2**31)) if seed is None else seed
@@ -106,12 +120,12 @@ class TextEnv(gym.Env[str, str]):
         return observation, {"seed": problem_seed, **info}
 
     @abstractmethod
-    def start(self, seed: int) -> tuple[str, dict[str, Any]]:
+    def start(self, seed: int) -> tuple[Observation, dict[str, Any]]:
         """Set up the problem of `seed`, a function of `seed` alone; returns the first observation and info."""
         raise NotImplementedError
 
     @abstractmethod
-    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+    def step(self, action: str) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Take one reply; returns observation, reward, terminated, truncated, info.
 
         A step that waits, for a network or another process, does not hold up the other episodes: once steps have been

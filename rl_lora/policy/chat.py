@@ -14,6 +14,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from rl_lora.policy.template import REPLY, ChatTemplate
+from rl_lora.types import Messages
 
 
 class Chat:
@@ -96,15 +97,13 @@ class Chat:
                 stacklevel=4,
             )
 
-    def start(
-        self, observation: str, system_prompt: str | None = None, messages: Sequence[Mapping[str, str]] | None = None
-    ) -> list[int]:
+    def start(self, observation: str, system_prompt: str | None = None, messages: Messages | None = None) -> list[int]:
         """The prompt of the first turn: the observation, or `messages` in its place, where a problem is a conversation.
 
         Raises:
             ValueError: the chat template refuses it, or leaves something out; there are two system prompts.
         """
-        asked = messages if messages is not None else [{"role": "user", "content": observation}]
+        asked: Messages = messages if messages is not None else [{"role": "user", "content": observation}]
         if system_prompt and any(message["role"] == "system" for message in asked):
             raise ValueError(
                 "the problem has a system message of its own, and rollout.system_prompt would be a second one: leave "
@@ -115,17 +114,22 @@ class Chat:
             return self.tokenizer.encode("\n\n".join(message["content"] for message in messages))
         return self._encode(self._template.render(messages))
 
-    def extend(self, prompt_ids: Sequence[int], completion_ids: Sequence[int], observation: str) -> list[int]:
-        """The prompt of the next turn: everything so far, to the token, and the environment's next observation."""
+    def extend(
+        self, prompt_ids: Sequence[int], completion_ids: Sequence[int], observation: str | Messages
+    ) -> list[int]:
+        """The prompt of the next turn: everything so far, to the token, and the environment's next observation, a
+        user's message or messages with roles.
+
+        Raises:
+            ValueError: the chat template refuses it, or leaves something out.
+        """
+        new = [{"role": "user", "content": observation}] if isinstance(observation, str) else observation
         if self.has_template:
-            messages = [
-                {"role": "user", "content": "?"},
-                {"role": "assistant", "content": REPLY},
-                {"role": "user", "content": observation},
-            ]
-            behind = self._encode(self._template.render(messages).partition(REPLY)[2])
+            before = [{"role": "user", "content": "?"}, {"role": "assistant", "content": REPLY}]
+            behind = self._encode(self._template.render([*before, *new]).partition(REPLY)[2])
         else:
-            behind = self._encode(f"\n{observation}\n")
+            text = "\n\n".join(message["content"] for message in new)
+            behind = self._encode(f"\n{text}\n")
         if completion_ids and completion_ids[-1] in behind[: len(self._end) or 1]:
             behind = behind[behind.index(completion_ids[-1]) + 1 :]  # the model wrote the end of its turn itself
         return [*prompt_ids, *completion_ids, *behind]

@@ -17,6 +17,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from rl_lora.types import Messages
+
 QUESTION, REPLY, THOUGHT = "zqquestionzq", "zqreplyzq", "zqthoughtzq"
 """Stand for the messages while what is around them is rendered."""
 TAG = re.compile(
@@ -28,7 +30,6 @@ HEADER = re.compile("assistant|model|bot|answer|response|output|start|turn|eos|b
 """What the name of a tag that opens a reply, and no thought, has in it."""
 CLOSING = {"angle": "</{}>", "square": "[/{}]", "kimi": "◁/{}▷", "half": "<{}|>"}
 ALTERNATIVES = "choose another model, or pass what its template takes for that with --model.template_kwargs"
-Messages = Sequence[Mapping[str, str]]
 
 
 @dataclass(frozen=True)
@@ -209,6 +210,8 @@ def _leaves_out(role: str) -> str:
         )
     if role == "assistant":
         return "the model's chat template leaves replies out: it cannot hold a conversation of turns"
+    if role not in ("user", "system"):
+        return f"the model's chat template leaves {role} messages out: give their text as a user's, or {ALTERNATIVES}"
     return (
         "the model's chat template leaves the question out: it reads the user's message neither as a text nor as "
         f"a list of parts; {ALTERNATIVES}"

@@ -18,14 +18,13 @@ from typing import Any, SupportsFloat
 
 import gymnasium as gym
 
+from rl_lora.rollout.messages import check_messages, read_observation, shortened, shown
 from rl_lora.system.user_code import causes, own_frames
 from rl_lora.system.watchdog import watched
+from rl_lora.types import Messages
 
-Env = gym.Env[str, str]
-
-MAX_SHOWN = 200
-"""Characters of a value or a reply that a message shows."""
-
+Env = gym.Env[Any, str]
+"""Its observations are texts or messages, its actions texts."""
 
 MAX_MESSAGE = 2000
 """Characters of an exception's own message."""
@@ -49,11 +48,8 @@ class Start:
 
     observation: str
     info: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def messages(self) -> list[dict[str, str]] | None:
-        """The problem as a conversation, where it is one; the observation then shows it as a text."""
-        return self.info.get("messages")
+    messages: Messages | None = None
+    """The problem as a conversation, where it is one; the observation then shows it as a text."""
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -74,6 +70,8 @@ class Outcome:
     answer: str | None = None
     reward_parts: Mapping[str, float] = field(default_factory=dict)
     unscorable: str | None = None
+    messages: Messages | None = None
+    """The observation as messages, where it is given so; `observation` then shows them as a text."""
 
 
 def env_id(env: Env) -> str:
@@ -138,16 +136,16 @@ def waiting(env: Env, seed: int) -> AbstractContextManager[None]:
 
 
 def read_reset(result: Any) -> Start:
-    """The result of `reset` as a record. Raises ValueError unless it is (text, mapping)."""
+    """The result of `reset` as a record. Raises ValueError unless it is (text or messages, mapping)."""
     if not isinstance(result, tuple | list) or len(result) != 2:
         raise ValueError(f"reset() must return (observation, info), got {shown(result)}")
     observation, info = result
-    _check_text(observation)
+    text, messages = read_observation(observation)
     info = _mapping(info, "the info of reset()")
-    messages = info.get("messages")
-    if messages is not None and not _is_conversation(messages):
-        raise ValueError(f"info['messages'] must be a list of {{'role': text, 'content': text}}, got {shown(messages)}")
-    return Start(observation, info)
+    if (same := info.get("messages")) is not None:
+        check_messages(same, "info['messages']")
+        messages = same
+    return Start(text, info, messages)
 
 
 def read_step(result: Any) -> Outcome:
@@ -165,16 +163,17 @@ def read_step(result: Any) -> Outcome:
     success, answer, unscorable = (info.get(name) for name in ("is_success", "answer", "unscorable"))
     parts = _mapping(info.get("reward_parts", {}), "info['reward_parts']")
     ended = {name: truth(value, name) for name, value in (("terminated", terminated), ("truncated", truncated))}
-    if not (any(ended.values()) or unscorable):
-        _check_text(observation)  # of an episode that is over, nobody reads it
+    over = any(ended.values()) or unscorable  # then nobody reads the observation
+    text, messages = ("", None) if over else read_observation(observation)
     return Outcome(
-        observation if isinstance(observation, str) else "",
+        text,
         number(reward, "the reward"),
         **ended,
         success=None if success is None else truth(success, "info['is_success']"),
         answer=None if answer is None else str(answer),
         reward_parts={str(name): number(value, f"the reward part {name!r}") for name, value in parts.items()},
         unscorable=_reason(unscorable),
+        messages=messages,
     )
 
 
@@ -200,19 +199,6 @@ def truth(value: Any, what: str) -> bool:
     return bool(plain)
 
 
-def shown(value: Any) -> str:
-    """A value as a message shows it, shortened."""
-    try:
-        text = repr(value)
-    except Exception as error:
-        text = f"<{type(value).__name__}, whose repr() raises {type(error).__name__}>"
-    return shortened(text, MAX_SHOWN)
-
-
-def shortened(text: str, most: int = MAX_MESSAGE) -> str:
-    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
-
-
 def _text(error: BaseException) -> str:
     try:
         return str(error)
@@ -222,7 +208,7 @@ def _text(error: BaseException) -> str:
 
 def raised(error: BaseException, where: str, what: str, reply: str | None = None) -> TaskError:
     """What an environment or a reward function raised, with the user's own part of the traceback."""
-    text = shortened(_text(error))
+    text = shortened(_text(error), MAX_MESSAGE)
     said = f"{type(error).__name__}: {text}" if text else type(error).__name__
     named = isinstance(error, ValueError) and text.startswith(where)  # by the environment: of a reward function
     reason = text.removeprefix(where).lstrip(": ") if named else f"{what} raised {said}"
@@ -244,27 +230,6 @@ def _plain(value: Any) -> Any:
         return item()
     except Exception:  # more than one element
         return None
-
-
-def _check_text(observation: Any) -> None:
-    if not isinstance(observation, str):
-        kind = type(observation).__name__
-        raise ValueError(f"gives {kind} observations; a text environment gives str, got {shown(observation)}")
-    try:
-        observation.encode()
-    except UnicodeEncodeError as error:
-        part = observation[max(0, error.start - 20) : error.end + 20]
-        raise ValueError(f"gives a text that is no Unicode: half of a character in {part!r}") from None
-
-
-def _is_conversation(messages: Any) -> bool:
-    return (
-        isinstance(messages, list | tuple)
-        and bool(messages)
-        and all(
-            isinstance(m, Mapping) and all(isinstance(m.get(k), str) for k in ("role", "content")) for m in messages
-        )
-    )
 
 
 def _mapping(value: Any, what: str) -> Mapping[str, Any]:

@@ -1,7 +1,8 @@
 """Playing environments: G episodes of one seed form a `Group`.
 
-Any gymnasium environment whose observations and actions are text is played; the first message of an episode is what
-`reset(seed=...)` returns. From the info dictionary of `step` are read, where present:
+Any gymnasium environment is played whose actions are texts, and whose observations are texts, which are a user's
+messages, or messages with roles; an episode begins with those that `reset(seed=...)` returns. From the info dictionary
+of `step` are read, where present:
 `is_success` (bool): the verdict, apart from the reward, which may be shaped.
 `reward_parts` (dict[str, float]): summed over the turns and averaged in the metrics.
 `unscorable` (a reason): the episode could not be judged; it is left out of its group, and counted.
@@ -19,8 +20,9 @@ from typing import Any, NamedTuple
 from rl_lora.config import EpisodeConfig
 from rl_lora.policy.chat import Chat
 from rl_lora.rollout.calls import Calls
-from rl_lora.rollout.contract import Env, Outcome, Start, TaskError, begin, close, env_id, shown
+from rl_lora.rollout.contract import Env, Outcome, Start, TaskError, begin, close, env_id
 from rl_lora.rollout.failures import Failures
+from rl_lora.rollout.messages import shown
 from rl_lora.rollout.steps import Steps
 from rl_lora.sampler.protocol import Completion, Later, Request, Sampler
 from rl_lora.types import Episode, Group, Stop, Turn
@@ -238,8 +240,11 @@ class RolloutWorker:
             play.stop = Stop.LENGTH
         else:
             play.observations.append(outcome.observation)
-            said = play.turns[-1].completion_ids
-            play.prompt_ids = tuple(self.chat.extend(play.prompt_ids, said, outcome.observation))
+            said, asked = play.turns[-1].completion_ids, outcome.messages or outcome.observation
+            try:
+                play.prompt_ids = tuple(self.chat.extend(play.prompt_ids, said, asked))
+            except ValueError as error:  # the chat template refuses it
+                return self._fail(play, TaskError(f"{play.env_id}, seed {play.seed}: {error}", str(error)))
             if len(play.prompt_ids) + self.config.max_tokens > self.context_length:
                 play.stop = Stop.LENGTH  # the conversation has outgrown the model
 

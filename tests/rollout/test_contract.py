@@ -113,8 +113,14 @@ def test_nothing_else_is_a_verdict(value: Any) -> None:
         (("", 1.0, True, {}), "step() must return (observation, reward, terminated, truncated, info), got ('', 1.0"),
         (1.0, "step() must return (observation, reward, terminated, truncated, info), got 1.0"),
         (None, "terminated, truncated, info), got None"),
-        ((None, 0.0, False, False, {}), "gives NoneType observations; a text environment gives str, got None"),
-        ((b"go on", 0.0, False, False, {}), "gives bytes observations; a text environment gives str, got b'go on'"),
+        (
+            (None, 0.0, False, False, {}),
+            "gives NoneType observations; a text environment gives str, or messages",
+        ),
+        (
+            (b"go on", 0.0, False, False, {}),
+            "gives bytes observations; a text environment gives str, or messages with roles, got b'go on'",
+        ),
         (("", 0.0, "False", False, {}), "terminated must be True or False, got 'False'"),
         (("", 0.0, False, None, {}), "truncated must be True or False, got None"),
     ],
