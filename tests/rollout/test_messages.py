@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -99,16 +100,20 @@ def worker(policy: Policy, env: Calculator, **options: Any) -> RolloutWorker:
     return RolloutWorker(lambda: env, NativeSampler(policy), policy.chat, config)
 
 
+def text(policy: Policy, ids: Sequence[int]) -> str:
+    return str(policy.chat.tokenizer.decode(list(ids)))
+
+
 def test_an_environment_of_messages_is_played(policy: Policy) -> None:
     (group,) = worker(policy, env_of()).collect([0], adapters=[None], n=1)
     (episode,) = group.episodes
     first = "<|system|>\nUse the tool.<eos>\n<|user|>\n2 + 2?<eos>\n<|assistant|>\n"
-    assert policy.chat.tokenizer.decode(episode.turns[0].prompt_ids) == first
+    assert text(policy, episode.turns[0].prompt_ids) == first
     assert len(episode.turns) == 3
     for turn, after in zip(episode.turns, episode.turns[1:], strict=False):
         so_far = turn.prompt_ids + turn.completion_ids
         assert after.prompt_ids[: len(so_far)] == so_far
-        new = policy.chat.tokenizer.decode(after.prompt_ids[len(so_far) :])
+        new = text(policy, after.prompt_ids[len(so_far) :])
         assert new.endswith("<|tool|>\n4<eos>\n<|user|>\nGo on.<eos>\n<|assistant|>\n")
     assert episode.observations == (
         "[system]\nUse the tool.\n\n[user]\n2 + 2?",
