@@ -13,7 +13,7 @@ from rl_lora.envs.records import read_records
 from rl_lora.envs.split import check_fraction, check_split, split_of
 from rl_lora.envs.text import Problem, check_placeholders, fill, placeholders
 from rl_lora.rewards import Judge, Messages, RewardSpec
-from rl_lora.types import shown_as_text
+from rl_lora.system.messages import shown_as_text
 
 ANSWER = "answer"
 

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from rl_lora.policy.template import REPLY, ChatTemplate
-from rl_lora.types import Messages
+from rl_lora.system.messages import Messages
 
 
 class Chat:

@@ -17,7 +17,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from rl_lora.types import Messages
+from rl_lora.system.messages import Messages
 
 QUESTION, REPLY, THOUGHT = "zqquestionzq", "zqreplyzq", "zqthoughtzq"
 """Stand for the messages while what is around them is rendered."""

@@ -18,10 +18,10 @@ from typing import Any, SupportsFloat
 
 import gymnasium as gym
 
-from rl_lora.rollout.messages import check_messages, read_observation, shortened, shown
+from rl_lora.rollout.observations import check_messages, read_observation, shortened, shown
+from rl_lora.system.messages import Messages
 from rl_lora.system.user_code import causes, own_frames
 from rl_lora.system.watchdog import watched
-from rl_lora.types import Messages
 
 Env = gym.Env[Any, str]
 """Its observations are texts or messages, its actions texts."""

@@ -22,7 +22,7 @@ from rl_lora.policy.chat import Chat
 from rl_lora.rollout.calls import Calls
 from rl_lora.rollout.contract import Env, Outcome, Start, TaskError, begin, close, env_id
 from rl_lora.rollout.failures import Failures
-from rl_lora.rollout.messages import shown
+from rl_lora.rollout.observations import shown
 from rl_lora.rollout.steps import Steps
 from rl_lora.sampler.protocol import Completion, Later, Request, Sampler
 from rl_lora.types import Episode, Group, Stop, Turn

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rl_lora.types import ROLES, Messages, shown_as_text
+from rl_lora.system.messages import ROLES, Messages, shown_as_text
 
 MAX_SHOWN = 200
 """Characters of a value that a message shows."""
