@@ -101,11 +101,11 @@ class Tree:
         self.n_tokens = sum(length for _, length, _ in spans)
         positions = np.empty(self.n_tokens, np.int64)
         self.depths: list[Depth] = []
-        for own in members:
-            lengths = np.array([spans[i][1] for i in own])
-            index = np.zeros((len(own), lengths.max()), np.int64)
+        for spans_there in members:
+            lengths = np.array([spans[i][1] for i in spans_there])
+            index = np.zeros((len(spans_there), lengths.max()), np.int64)
             owners: list[list[int]] = [[] for _ in self.depths]
-            for k, i in enumerate(own):
+            for k, i in enumerate(spans_there):
                 start, length, parent = spans[i]
                 tokens = np.arange(start, start + length)
                 index[k, :length] = tokens
@@ -113,7 +113,7 @@ class Tree:
                 while parent >= 0:
                     owners[depths[parent]].append(place[parent])
                     parent = spans[parent][2]
-            first = np.array([position_of_first[i] for i in own])
+            first = np.array([position_of_first[i] for i in spans_there])
             padding = np.arange(index.shape[1]) >= lengths[:, None]
             self.depths.append(Depth(index, padding, lengths, first, list(map(np.array, owners))))
         self._past_owner = np.array(past_of_span)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rl_lora.kernels import native_code
 from rl_lora.kernels.attention_options import AttentionOptions
-from rl_lora.kernels.native_code import OPERATIONS, dense, is_followed
+from rl_lora.kernels.native_code import OPERATIONS, dense, is_dispatched
 from rl_lora.kernels.verify import FastPath, compare_all
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -65,7 +65,7 @@ def decode_attention(
     but the last, which node a row reads and how many tokens of it; at: int64 (R, n), the place of each new token in the
     last source, where row i reads node i, up to that token.
     """
-    run = torch.ops.rl_lora.decode_attention if is_followed() else _attend
+    run = torch.ops.rl_lora.decode_attention if is_dispatched() else _attend
     return run(query, keys, values, nodes, lengths, at, options.scaling, options.window, options.softcap, options.sinks)
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rl_lora.kernels import packed_gemm
-from rl_lora.kernels.native_code import OPERATIONS, is_followed
+from rl_lora.kernels.native_code import OPERATIONS, is_dispatched
 from rl_lora.kernels.verify import FastPath, compare_all
 from rl_lora.system.memory import free_bytes
 
@@ -63,7 +63,7 @@ class FrozenLinear:
             elif x.shape[0] >= operators.least_rows:
                 if self.packed is None or self._version != self.weight._version:
                     self.packed, self._version = operators.pack(self.weight), self.weight._version
-                if not is_followed():
+                if not is_dispatched():
                     return operators.multiply(x, self.packed, self.weight, self.bias, out)
                 result = torch.ops.rl_lora.frozen_linear(x, self.packed, self.weight, self.bias)
                 return _written(result, out)

@@ -1,7 +1,7 @@
 """C++ of our own, for what CPUs are slow at otherwise: compiled once for a machine, and loaded.
 
 Wherever it cannot be had, without GCC or on another system, torch does the work. What a library computes in a
-decoding step is an operation of torch's too, so that its tracer, compiler and profiler can see it: see `followed`.
+decoding step is an operation of torch's too, so that its tracer, compiler and profiler can see it: see `dispatched`.
 """
 
 from __future__ import annotations
@@ -98,22 +98,22 @@ def _openmp() -> str | None:
     return min(of_torch or places, default=None)
 
 
-_followed = False  # of all threads: nothing else decodes while a layer is compiled
+_dispatched = False  # of all threads: nothing else decodes while a layer is compiled
 
 
 @contextmanager
-def followed() -> Iterator[None]:
-    """Inside, what is done in C++ is done through torch's dispatcher, where it can be followed."""
-    global _followed
-    before, _followed = _followed, True
+def dispatched() -> Iterator[None]:
+    """Inside, C++ is called through torch's dispatcher, where tracer, compiler and profiler see it."""
+    global _dispatched
+    before, _dispatched = _dispatched, True
     try:
         yield
     finally:
-        _followed = before
+        _dispatched = before
 
 
-def is_followed() -> bool:
-    return _followed
+def is_dispatched() -> bool:
+    return _dispatched
 
 
 def dense(x: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from rl_lora.attention.decode_layer import DecodeLayer
 from rl_lora.attention.kv_cache import Decode, Nodes
-from rl_lora.kernels.native_code import followed
+from rl_lora.kernels.native_code import dispatched
 from rl_lora.kernels.verify import difference
 from rl_lora.lora.adapter import Adapter
 from rl_lora.lora.layers import LoRALinear
@@ -150,7 +150,7 @@ class CompiledLayers:
         packed = [product.packed for product in products if product.packed is not None]
         weights = {_storage(x) for x in (*policy.model.parameters(), *policy.model.buffers(), *factors, *packed)}
         calls = {}
-        with policy.setting(adapters, decode), followed():
+        with policy.setting(adapters, decode), dispatched():
             for layer, (forward, args, kwargs, i) in seen.items():
                 alone = _alone(forward, args, kwargs, decode)
                 given, layout = _tensors(args, kwargs), decode.layer(i)

@@ -15,7 +15,7 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 from rl_lora.kernels import tree_attention
-from rl_lora.kernels.native_code import followed
+from rl_lora.kernels.native_code import dispatched
 from rl_lora.policy.policy import Policy
 
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_", "aten::_grouped_mm"}
@@ -39,7 +39,7 @@ def breakdown(policy: Policy, work: Callable[[], object]) -> list[Part]:
     """Do the work under the profiler. On a GPU the time is the device's, and the rest is what it stood still."""
     on_gpu = policy.device.type == "cuda"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
-    with followed(), profile(activities=activities, record_shapes=True) as profiler:
+    with dispatched(), profile(activities=activities, record_shapes=True) as profiler:
         start = time.perf_counter()
         work()
         if on_gpu:

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rl_lora.attention.kv_cache import Decode
-from rl_lora.kernels.native_code import followed
+from rl_lora.kernels.native_code import dispatched
 from rl_lora.learner.learner import target_logprobs
 from rl_lora.learner.packing import pack
 from rl_lora.policy import head as head_module
@@ -468,7 +468,7 @@ def record_operations(step: Step, tokens: Tensor) -> Step:
             tape.append((op, args, kwargs or {}, result))
             return result
 
-    with followed(), Tape():
+    with dispatched(), Tape():
         hidden = step(given)
     step.__self__.decode.advance_device(-1)  # type: ignore[attr-defined]  # a capture does nothing
 
