@@ -22,7 +22,6 @@ import yaml
 import rl_lora.envs  # noqa: F401  registers the environments
 from rl_lora.config import EnvConfig, EpisodeConfig, ModelConfig, expand_home
 from rl_lora.evaluation.candidates import adapter_in
-from rl_lora.evaluation.evaluator import problems_of
 from rl_lora.lora.peft_io import check_adapter, load_adapter
 from rl_lora.metrics.records import Record
 from rl_lora.metrics.samples import Sample
@@ -34,6 +33,7 @@ from rl_lora.sampler.compiled import should_compile
 from rl_lora.sampler.factory import make_sampler
 from rl_lora.scripts.command import main as command
 from rl_lora.system.terminal import Terminal
+from rl_lora.trainer.task import problems_of
 
 TASK = "rl_lora_gsm8k"
 FILTER = "flexible-extract"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rl_lora.config import EvaluationSettings
-from rl_lora.evaluation.evaluator import results_of
+from rl_lora.evaluation.results import results_of
 from rl_lora.metrics.collapse import MIN_PROBLEMS, WINDOW, most_common_reply, reply_warning, training_warnings
 from rl_lora.metrics.summary import summarize
 

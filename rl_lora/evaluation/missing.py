@@ -1,0 +1,78 @@
+"""Drawing the samples of an evaluation that are not in its folder yet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.progress import Progress
+
+from rl_lora.config import EvaluationSettings
+from rl_lora.evaluation.plan import Asked
+from rl_lora.evaluation.sample_store import SampleStore
+from rl_lora.metrics.samples import sample_of
+from rl_lora.rollout.worker import Plays, RolloutWorker
+from rl_lora.system.terminal import Terminal
+
+
+@dataclass
+class Decoding:
+    """How full the batches were."""
+
+    tokens_a_look: int
+    looks: int = 0
+    tokens: int = 0
+
+    def __call__(self, n_tokens: int) -> None:
+        self.looks += 1
+        self.tokens += n_tokens
+
+    @property
+    def rows(self) -> float | None:
+        """Mean number of completions that drew a token in a pass."""
+        return self.tokens / (self.looks * self.tokens_a_look) if self.looks else None
+
+
+def draw_missing(
+    config: EvaluationSettings,
+    worker: RolloutWorker,
+    plan: Sequence[Sequence[Asked]],
+    store: SampleStore,
+    decoding: Decoding,
+    console: Terminal,
+) -> None:
+    """Draw what is not in the store, batch by batch."""
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("sampling", total=(len(store.wanted) - store.n_found) * config.max_tokens)
+
+        def on_token(n_tokens: int) -> None:
+            decoding(n_tokens)
+            progress.advance(task, n_tokens)
+
+        for batch in plan:
+            missing: list[tuple[Asked, int]] = []
+            for asked in batch:
+                first = next((k for k in range(config.n) if asked.key(k) not in store.samples), config.n)
+                if first < config.n:
+                    missing.append((asked, first))
+            if not missing:
+                continue
+            played = worker.play(
+                [Plays(asked.adapter, asked.problem.seed, config.n - first, first) for asked, first in missing],
+                random_seed=(config.seed,),
+                temperature=config.temperature,
+                on_token=on_token,
+            )
+            store.append(
+                sample_of(
+                    episode,
+                    first + i,
+                    problem=asked.problem.hash,
+                    reference=asked.problem.reference,
+                    adapter_hash=asked.weights,
+                    sampling_hash=asked.sampling_hash,
+                )
+                for (asked, first), episodes in zip(missing, played, strict=True)
+                for i, episode in enumerate(episodes)
+            )
+            progress.update(task, completed=(len(store.samples) - store.n_found) * config.max_tokens)

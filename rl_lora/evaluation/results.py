@@ -1,0 +1,56 @@
+"""The figures of an evaluation: what results.json holds, and what its cost was."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rl_lora.config import EvaluationSettings
+from rl_lora.evaluation.candidates import BASE, step_of
+from rl_lora.evaluation.missing import Decoding
+from rl_lora.metrics.collapse import reply_warning
+from rl_lora.metrics.records import Record
+from rl_lora.metrics.summary import compared, pairs, row
+
+
+def ks_of(config: EvaluationSettings) -> list[int]:
+    """The k of pass@k and maj@k."""
+    powers = [2**i for i in range(config.n.bit_length())]
+    return sorted(set(config.k or [*powers, config.n]))
+
+
+def results_of(config: EvaluationSettings, folders: dict[str, Path], rows: Sequence[list[dict[str, Any]]]) -> Record:
+    """The figures: a row for the base and each adapter, and all pairs of them."""
+    names, ks = [BASE, *folders], ks_of(config)
+    matrix = pairs(rows, config.n, config.seed)
+    against = None if config.against is None else names.index(config.against)
+    records = []
+    for i, (name, samples) in enumerate(zip(names, rows, strict=True)):
+        folder = folders.get(name)
+        place = {"name": name, "folder": str(folder or ""), "step": folder and step_of(folder)}
+        versus = {"difference": compared(matrix[i][0])}
+        if against is not None:
+            versus["against"] = compared(matrix[i][against])
+        records.append({**place, **row(samples, ks), **versus})
+    base, *others = rows
+    said = ((name, reply_warning(samples, base)) for name, samples in zip(folders, others, strict=True))
+    warnings = [f"{name}: {warning}" for name, warning in said if warning]
+    figures = {"k": ks, "rows": records, "pairs": matrix, "warnings": warnings}
+    return {"kind": "evaluation", "config": asdict(config), **figures}
+
+
+def savings(config: EvaluationSettings, results: Record, n_problems: int, decoding: Decoding) -> str:
+    """What was done, and what it cost less than one command for each row."""
+    n_rows, seconds, loading = len(results["rows"]), results["seconds"], results["seconds_loading"]
+    found = f", {results['n_found']} of them from before" if results["n_found"] else ""
+    text = f"{n_rows} x {n_problems} problems x {config.n}{found}, in {seconds:.0f} s"
+    if decoding.tokens:
+        text += f" ({decoding.tokens / seconds:.0f} tokens/s)"
+    if n_rows > 1:
+        text += f"\nthe base was loaded once, in {loading:.1f} s, instead of {n_rows} times"
+        if decoding.rows is not None:
+            alone = min(config.max_rows, n_problems * config.n)
+            text += f"; {decoding.rows:.0f} rows a forward pass on average, where one adapter alone has {alone} at most"
+    return text
