@@ -1,7 +1,7 @@
 """The evaluation of adapters side by side: what `rl-lora evaluate` does, and `rl_lora.evaluate` from a REPL.
 
 Problems are gone through in batches, each under all models at once; a batch that is finished is on the disk. The
-figures are `evaluation.py`'s, the file of samples `samples.py`'s, and the table `evaluation_table.py`'s.
+figures are those of `results.py`, the file of samples is that of `sample_store.py`.
 """
 
 from __future__ import annotations
@@ -9,17 +9,18 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from rich.text import Text
 
 from rl_lora.config import EvaluateConfig, EvaluationSettings
 from rl_lora.evaluation.candidates import BASE, differences, is_unfinished, named, stand_ins
 from rl_lora.evaluation.missing import Decoding, draw_missing
-from rl_lora.evaluation.plan import hash_of, planned, sampling_settings
+from rl_lora.evaluation.plan import Asked, hash_of, planned, sampling_settings
 from rl_lora.evaluation.results import results_of, savings
 from rl_lora.evaluation.run_task import whose_task
 from rl_lora.evaluation.sample_store import SampleStore
@@ -33,7 +34,7 @@ from rl_lora.report.evaluation_table import show
 from rl_lora.rollout.given import with_given
 from rl_lora.rollout.held_out import held_out
 from rl_lora.rollout.problems import check_problems
-from rl_lora.rollout.worker import RolloutWorker
+from rl_lora.rollout.worker import MakeEnv, RolloutWorker
 from rl_lora.sampler.compiled import should_compile
 from rl_lora.sampler.factory import make_sampler
 from rl_lora.settings.bounds import out_of_bounds
@@ -42,7 +43,7 @@ from rl_lora.system import finite_json as json
 from rl_lora.system.distributed import no_accelerator
 from rl_lora.system.terminal import Terminal, in_line
 from rl_lora.trainer.preflight import check_model
-from rl_lora.trainer.task import problems_of
+from rl_lora.trainer.task import Problem, problems_of
 
 
 def evaluate(config: EvaluateConfig, *, reward: Any = None, data: Any = None, eval_data: Any = None) -> Record:
@@ -64,19 +65,47 @@ def evaluate(config: EvaluateConfig, *, reward: Any = None, data: Any = None, ev
     settings = replace(whose.settings, env=with_given(whose.settings.env, reward, data, eval_data))
     validate(settings)
     console.print(whose.line)
-    return _evaluate(settings, paths, console)
+    prepared = prepare(settings, paths, console)
+    results, decoding = run(prepared, console)
+    show(console, results)
+    for warning in results["warnings"]:
+        console.print(warning, style="yellow")
+    console.print(savings(prepared.config, results, len(prepared.problems), decoding))
+    for name in ("results.json", "samples.jsonl", "report.html"):
+        console.print(f"{name.partition('.')[0]:8} {in_line(Path(settings.out) / name)}")
+    return results
 
 
-def _evaluate(config: EvaluationSettings, paths: Sequence[str], console: Terminal) -> Record:
+@dataclass(frozen=True)
+class Prepared:
+    """An evaluation, checked as far as it can be before the model is loaded."""
+
+    config: EvaluationSettings
+    folders: dict[str, Path]
+    """Adapter folders by the names of their rows."""
+    make_env: MakeEnv
+    problems: list[Problem]
+    notes: list[str]
+    """Where adapters come from something else than they are evaluated on."""
+    device: torch.device
+    compiles: bool
+
+    @property
+    def names(self) -> list[str]:
+        """The rows of the table."""
+        return [BASE, *self.folders]
+
+
+def prepare(config: EvaluationSettings, paths: Sequence[str], console: Terminal) -> Prepared:
+    """Raises ValueError with all that can be known to be wrong without the model."""
     state = PartialState(cpu=no_accelerator())
     if state.num_processes > 1:
         raise ValueError(f"evaluation runs in one process, got {state.num_processes}; start it without a launcher")
     folders = named(paths)
     for note in stand_ins(paths, folders):
         console.print(in_line(note))
-    names = [BASE, *folders]
-    if config.against is not None and config.against not in names:
-        raise ValueError(f"against must be one of the rows {', '.join(names)}, got {config.against!r}")
+    if config.against not in (None, BASE, *folders):
+        raise ValueError(f"against must be one of the rows {', '.join([BASE, *folders])}, got {config.against!r}")
     base = settled(config.model.name, [base_of(folder) for folder in folders.values()])
     config = replace(config, model=replace(config.model, name=base))
     notes = [note for folder in folders.values() for note in differences(folder, config)]
@@ -84,22 +113,28 @@ def _evaluate(config: EvaluationSettings, paths: Sequence[str], console: Termina
     problems = problems_of(make_env, seeds)
     chat, context_length = check_model(config.model)
     check_problems(make_env, seeds, chat, config, context_length)
-
     compiles = should_compile(config.model.compile, state.device)
+    return Prepared(config, folders, make_env, problems, notes, state.device, compiles)
+
+
+def run(prepared: Prepared, console: Terminal) -> tuple[Record, Decoding]:
+    """Load the model, draw what is missing and write the files; returns what results.json holds."""
+    config, names = prepared.config, prepared.names
     start = time.perf_counter()
     with console.status(Text(f"loading {in_line(config.model.name)} ...")):
-        policy = Policy.from_config(config.model, state.device)
+        policy = Policy.from_config(config.model, prepared.device)
     seconds_loading = time.perf_counter() - start
-    hashes = {BASE: BASE} | {name: hash_of(load_adapter(folder, policy.bank, name)) for name, folder in folders.items()}
-    settings = sampling_settings(config, policy, make_env)
-    for note in notes:
+    hashes = {BASE: BASE}
+    hashes |= {name: hash_of(load_adapter(folder, policy.bank, name)) for name, folder in prepared.folders.items()}
+    settings = sampling_settings(config, policy, prepared.make_env)
+    for note in prepared.notes:
         console.print(in_line(note), style="yellow")
-    plan = planned(config, problems, hashes, content_hash(settings))
+    plan = planned(config, prepared.problems, hashes, content_hash(settings))
     rows_of = {weights: [name for name in names if hashes[name] == weights] for weights in hashes.values()}
     wanted = {asked.key(k): rows_of[asked.weights] for batch in plan for asked in batch for k in range(config.n)}
-    sampler = make_sampler(policy, config, compile=compiles)
+    sampler = make_sampler(policy, config, compile=prepared.compiles)
     worker = RolloutWorker(
-        make_env,
+        prepared.make_env,
         sampler,
         policy.chat,
         config,
@@ -107,27 +142,15 @@ def _evaluate(config: EvaluationSettings, paths: Sequence[str], console: Termina
         on_failure=lambda error: console.print(f"left out: {error}", style="yellow"),
     )
     decoding = Decoding(sampler.check_every)
-    out = Path(config.out)
-    with SampleStore(out, wanted, config.resume) as store:
-        for stale in ("results.json", "report.html"):
-            with files.writing(out / stale):
-                (out / stale).unlink(missing_ok=True)
+    with SampleStore(Path(config.out), wanted, config.resume) as store:
         start = time.perf_counter()
-        try:
-            draw_missing(config, worker, plan, store, decoding, console)
-        except BaseException:
-            n_kept = sum(not sample.get("failed") for sample in store.samples.values())
-            there = f"{n_kept} of {len(wanted)} samples are in {in_line(store.path)}"
-            console.print(f"stopped; {there}, and the same command goes on from there")
-            raise
-        worker.close()
-        store.append_failed()
+        _draw(config, worker, plan, store, decoding, console)
         seconds = time.perf_counter() - start
         rows = [store.row(name) for name in names]
-        results = results_of(config, folders, rows) | {
+        results = results_of(config, prepared.folders, rows) | {
             "hashes": {
                 "sampling": content_hash(settings),
-                "problems": content_hash([problem.hash for problem in problems]),
+                "problems": content_hash([problem.hash for problem in prepared.problems]),
                 "adapters": hashes,
             },
             "settings": settings,
@@ -137,19 +160,32 @@ def _evaluate(config: EvaluationSettings, paths: Sequence[str], console: Termina
             "n_found": store.n_found,
             "rows_per_pass": decoding.rows,
         }
-        files.write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
-    files.write_text(out / "report.html", evaluation_page(results, itertools.chain(*rows)))
-    show(console, results)
-    for warning in results["warnings"]:
-        console.print(warning, style="yellow")
-    console.print(savings(config, results, len(problems), decoding))
-    console.print(
-        "\n".join(
-            f"{name.partition('.')[0]:8} {in_line(out / name)}"
-            for name in ("results.json", "samples.jsonl", "report.html")
-        )
-    )
-    return results
+        files.write_text(store.path.with_name("results.json"), json.dumps(results, indent=1) + "\n")
+    files.write_text(store.path.with_name("report.html"), evaluation_page(results, itertools.chain(*rows)))
+    return results, decoding
+
+
+def _draw(
+    config: EvaluationSettings,
+    worker: RolloutWorker,
+    plan: Sequence[Sequence[Asked]],
+    store: SampleStore,
+    decoding: Decoding,
+    console: Terminal,
+) -> None:
+    """Fill the store; where that is interrupted, say what is kept."""
+    for stale in ("results.json", "report.html"):
+        with files.writing(store.path.with_name(stale)):
+            store.path.with_name(stale).unlink(missing_ok=True)
+    try:
+        draw_missing(config, worker, plan, store, decoding, console)
+    except BaseException:
+        n_kept = sum(not sample.get("failed") for sample in store.samples.values())
+        there = f"{n_kept} of {len(store.wanted)} samples are in {in_line(store.path)}"
+        console.print(f"stopped; {there}, and the same command goes on from there")
+        raise
+    worker.close()
+    store.append_failed()
 
 
 def validate(config: EvaluationSettings) -> None:
