@@ -104,6 +104,16 @@ class NativeSampler:
         scheduler.run()
         return [[results[i, k] for k in range(request.n)] for i, request in enumerate(requests)]
 
+    def weights_changed(self, adapter: str, version: int) -> None:
+        """See `Sampler`. There is nothing to copy: the adapter in the policy's bank is the one that the learner steps.
+        That is proven by its version."""
+        found = self.policy.bank[adapter].version
+        if found != version:
+            raise ValueError(
+                f"the sampler reads version {found} of adapter {adapter!r}, but its weights are of version {version}; "
+                "sample and learn with one and the same policy"
+            )
+
     def _check(self, request: Request) -> None:
         if not request.temperature >= 0:
             raise ValueError(f"temperature must be >= 0, got {request.temperature}")
@@ -112,6 +122,9 @@ class NativeSampler:
                 f"a request needs a prompt, n >= 1 and max_tokens >= 1; got {len(request.prompt_ids)} prompt tokens, "
                 f"n={request.n}, max_tokens={request.max_tokens}"
             )
+        V = len(self.policy.head.weight)
+        if wrong := [i for i in request.stop_ids or () if not 0 <= i < V]:
+            raise ValueError(f"stop_ids must be tokens of the model, from 0 to {V - 1}; got {min(wrong)}")
         needed = len(request.prompt_ids) + request.max_tokens
         if needed > self.policy.context_length:
             raise ValueError(

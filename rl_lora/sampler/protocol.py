@@ -1,4 +1,4 @@
-"""What a sampler is: whatever turns requests into completions. The engine of our own is `native_sampler.py`."""
+"""The interface of samplers: requests in, completions out. The package's own engine is `native.py`."""
 
 from __future__ import annotations
 
@@ -11,29 +11,37 @@ from rl_lora.types import Stop
 
 @dataclass(frozen=True)
 class Request:
-    """n completions of one prompt under one adapter (or the bare base, where that is None).
-
-    `temperature` 0 is greedy decoding; its log-probabilities are those of temperature 1.
-    `seed` fixes the uniform numbers of the n rows, whatever else is in the batch. `first`: the rows are number first,
-    first + 1, ... of that seed: two requests of n draw what one of 2 n does.
-    """
+    """n completions of one prompt under one adapter."""
 
     prompt_ids: tuple[int, ...]
+    """Token ids, one at least."""
     n: int = 1
+    """Completions of the prompt."""
     max_tokens: int = 16
+    """Limit of each completion. Prompt and limit together fit the model's context."""
     temperature: float = 1.0
+    """Divides the logits; 0 is greedy decoding, whose log-probabilities are those of temperature 1."""
     adapter: str | None = None
+    """The name of an adapter in the policy's bank; None: the bare base."""
     seed: int | tuple[int, ...] = 0
+    """Fixes the uniform random numbers of the n completions, whatever else is in the batch."""
     first: int = 0
+    """Number of the first completion among those of the seed: two requests of n, the second with first=n, give the
+    completions of one request of 2 n."""
+    stop_ids: frozenset[int] | None = None
+    """Token ids that end a completion; None: those of the policy's chat. The empty set: only `max_tokens` ends it."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """token_ids: with the stop token, if one was drawn. logprobs: of each, under the distribution it was drawn from."""
+    """One reply to a request."""
 
     token_ids: tuple[int, ...]
+    """One at least; the last one is the stop token, where one was sampled."""
     logprobs: tuple[float, ...]
+    """Natural logarithms of the probability of each token under the distribution that it was sampled from."""
     stop: Stop
+    """END after a stop token, else LENGTH."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,11 @@ turn of a conversation. Its completion comes under the same i and k."""
 
 
 class Sampler(Protocol):
-    """Whatever turns requests into completions: the native engine here, a server elsewhere."""
+    """Whatever turns requests into completions: the native engine here, a server elsewhere.
+
+    `make_sampler` (`factory.py`) chooses one. Whoever changes the weights of an adapter calls `weights_changed` before
+    the next `generate`.
+    """
 
     @property
     def check_every(self) -> int:
@@ -71,5 +83,19 @@ class Sampler(Protocol):
         """The n completions of each request, in order; the last ones, where `follow` asked for more.
 
         `on_token` is told how many tokens were drawn, as they are.
+
+        Raises:
+            ValueError: a request cannot be served: it does not fit the context, for example.
+            FloatingPointError: the model gives no finite probabilities.
+        """
+        ...
+
+    def weights_changed(self, adapter: str, version: int) -> None:
+        """The weights of an adapter have changed; `version` counts its optimizer steps.
+
+        When this returns, every later completion under the adapter is sampled from that version.
+
+        Raises:
+            ValueError: the sampler cannot provide that version.
         """
         ...

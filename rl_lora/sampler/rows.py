@@ -66,16 +66,20 @@ class Row:
         return np.random.Generator(np.random.Philox(sequence)).random(self.request.max_tokens, dtype=np.float32)
 
 
+OF_ROWS = ("temperature", "limit", "n", "stop_ids", "uniforms", "tokens", "logprobs")
+"""Tensors of `Drawing` that are set when a row starts."""
+
+
 class Drawing:
     """What is drawn: device tensors with one entry for each of R rows."""
 
     def __init__(self, policy: Policy):
         self.policy, device = policy, policy.device
         self.draw_from = Draw(policy.head)
-        self.stop_ids = torch.tensor(sorted(policy.chat.stop_ids), dtype=torch.int64, device=device)
         self.hidden = torch.empty(0, policy.head.weight.shape[1], dtype=policy.dtype, device=device)
         self.temperature = torch.empty(0, device=device)
         self.limit, self.n = torch.empty(2, 0, dtype=torch.int64, device=device)
+        self.stop_ids = torch.empty(0, 0, dtype=torch.int64, device=device)  # (R, S), filled up with -1
         self.uniforms = torch.empty(0, 0, device=device)  # (R, T)
         self.tokens = torch.empty(0, 1, dtype=torch.int64, device=device)  # (R, T + 1); the last column takes anything
         self.logprobs = torch.empty(0, 1, device=device)
@@ -83,17 +87,17 @@ class Drawing:
 
     def admit(self, rows: Sequence[Row], hidden: Tensor) -> None:
         """New rows, and the hidden states (R', d) that their first tokens are drawn from."""
-        self._widen(max(row.request.max_tokens for row in rows))
+        self._widen(rows)
         R = len(self.n)
         self.hidden = torch.cat([self.hidden, hidden])
-        for name in ("temperature", "limit", "n", "uniforms", "tokens", "logprobs"):
+        for name in OF_ROWS:
             x = getattr(self, name)
             setattr(self, name, torch.cat([x, x.new_zeros(len(rows), *x.shape[1:])]))
         self._start(range(R, R + len(rows)), rows)
 
     def restart(self, places: Sequence[int], rows: Sequence[Row], hidden: Tensor) -> None:
         """Rows that go on with a new request."""
-        self._widen(max(row.request.max_tokens for row in rows))
+        self._widen(rows)
         self.hidden[torch.tensor(places, device=hidden.device)] = hidden
         self._start(places, rows)
 
@@ -105,18 +109,29 @@ class Drawing:
         self.plain = self.plain and all(row.request.temperature == 1 for row in rows)
         self.limit[at] = torch.tensor([row.request.max_tokens for row in rows], device=device)
         self.n[at] = 0
+        stop_ids = np.full((len(rows), self.stop_ids.shape[1]), -1)
+        for i, row in enumerate(rows):
+            own = self._stop_ids(row)
+            stop_ids[i, : len(own)] = sorted(own)
+        self.stop_ids[at] = torch.from_numpy(stop_ids).to(device)
         uniforms = np.zeros((len(rows), T), np.float32)
         for i, row in enumerate(rows):
             uniforms[i, : row.request.max_tokens] = row.uniforms()
         self.uniforms[at] = torch.from_numpy(uniforms).to(device)
 
-    def _widen(self, T: int) -> None:
-        if (more := T - self.uniforms.shape[1]) > 0:
+    def _stop_ids(self, row: Row) -> frozenset[int]:
+        return self.policy.chat.stop_ids if row.request.stop_ids is None else row.request.stop_ids
+
+    def _widen(self, rows: Sequence[Row]) -> None:
+        """Make room for the tokens and the stop tokens of new requests."""
+        if (more := max(row.request.max_tokens for row in rows) - self.uniforms.shape[1]) > 0:
             for name in ("uniforms", "tokens", "logprobs"):
                 setattr(self, name, torch.nn.functional.pad(getattr(self, name), (0, more)))
+        if (more := max(len(self._stop_ids(row)) for row in rows) - self.stop_ids.shape[1]) > 0:
+            self.stop_ids = torch.nn.functional.pad(self.stop_ids, (0, more), value=-1)
 
     def keep(self, rows: Tensor) -> None:
-        for name in ("hidden", "temperature", "limit", "n", "uniforms", "tokens", "logprobs"):
+        for name in ("hidden", *OF_ROWS):
             setattr(self, name, getattr(self, name)[rows])
 
     def draw(self, running: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,5 +152,5 @@ class Drawing:
                 f"the model gives no finite probabilities under adapter {row.adapter!r}; it has diverged, or its "
                 "weights do not fit the dtype"
             )
-        stop = Stop.END if tokens[-1] in self.policy.chat.stop_ids else Stop.LENGTH
+        stop = Stop.END if tokens[-1] in self._stop_ids(row) else Stop.LENGTH
         return Completion(tuple(tokens), tuple(logprobs), stop)

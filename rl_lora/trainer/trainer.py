@@ -208,17 +208,17 @@ class Trainer:
             self.policy, config.learner, temperature=config.rollout.temperature, accelerator=self.accelerator
         )
         self.step = self._start_or_resume()
-        sampler = make_sampler(self.policy, config.rollout, compile=compiles)
+        self.sampler = make_sampler(self.policy, config.rollout, compile=compiles)
         make_eval_env, self.eval_seeds = held_out(config.env, config.eval.env_kwargs, config.eval.episodes)
         limits: dict[str, Any] = {
             "context_length": self.policy.context_length,
             "versions": lambda name: self.policy.bank[name].version,
         }
         said = {**limits, "on_failure": self.display.failed}
-        self.eval_worker = RolloutWorker(make_eval_env, sampler, self.policy.chat, config.rollout, **said)
+        self.eval_worker = RolloutWorker(make_eval_env, self.sampler, self.policy.chat, config.rollout, **said)
         make_env, chat = environment(config.env), self.policy.chat
         self.source: GroupSource = (
-            RolloutWorker(make_env, sampler, chat, config.rollout, **said)
+            RolloutWorker(make_env, self.sampler, chat, config.rollout, **said)
             if objective.needs_samples
             else Demonstrations(make_env, chat, config.rollout, **limits)
         )
@@ -259,6 +259,8 @@ class Trainer:
             with later() as hold:
                 with seconds("learn"):
                     updates = self.learner.step(groups, self.display.learning, lambda: self._moving(hold))
+                    for adapter, version in {update.adapter: update.version for update in updates}.items():
+                        self.sampler.weights_changed(adapter, version)
                 self.step += 1
                 self.log(with_speed(record | summarize_updates(updates), seconds.seconds), everything)
                 self._stands(evaluated=not self.evaluation_due)

@@ -139,16 +139,12 @@ class Bench:
 
     def sample(self, prompts: list[tuple[int, ...]], case: Shape, seed: int) -> tuple[list[Group], Figures]:
         requests = [
-            Request(ids, case.n, case.tokens, adapter="bench", seed=(self.seed, seed, i))
+            Request(ids, case.n, case.tokens, adapter="bench", seed=(self.seed, seed, i), stop_ids=frozenset())
             for i, ids in enumerate(prompts)
         ]
-        stop_ids, self.policy.chat.stop_ids = self.policy.chat.stop_ids, frozenset()
-        try:
-            self.meter.start()
-            completions = self.sampler.generate(requests)
-            measured = self.meter.stop()
-        finally:
-            self.policy.chat.stop_ids = stop_ids
+        self.meter.start()
+        completions = self.sampler.generate(requests)
+        measured = self.meter.stop()
         groups = [
             Group(
                 "bench",

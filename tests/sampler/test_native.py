@@ -34,7 +34,7 @@ from rl_lora.sampler.native import NativeSampler
 from rl_lora.sampler.protocol import Completion, Later, Request
 from rl_lora.types import Stop
 from tests.oracles import Oracle, as_turn, episode, group, tiny_policy
-from tests.tiny import ARCHITECTURES, EOS_ID, PAD_ID, token_ids
+from tests.tiny import ARCHITECTURES, EOS_ID, PAD_ID, VOCAB_SIZE, token_ids
 
 LETTERS = [chr(c) for c in range(ord("A"), ord("z"), 2) if chr(c).isalpha()]
 """Extra stop tokens: about a tenth of the vocabulary, so that rows of random models end at different times."""
@@ -259,6 +259,43 @@ def test_a_stop_token_ends_a_reply_and_is_part_of_it() -> None:
     assert any(c.stop is Stop.LENGTH for c in completions)
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_each_request_ends_at_its_own_stop_tokens(shared: bool) -> None:
+    policy = tiny_policy(stop_tokens=LETTERS)
+    policy.not_shared = None if shared else "for the test"
+    asked = Request(prompt(5), n=30, max_tokens=6, adapter="a")
+    never = replace(asked, stop_ids=frozenset())
+    (whole,) = NativeSampler(policy).generate([never])
+    some = frozenset(completion.token_ids[0] for completion in whole[:5])
+    several = frozenset(range(VOCAB_SIZE - 1, VOCAB_SIZE // 2, -1))
+    stops = (frozenset[int](), some, policy.chat.stop_ids, several)
+    # Rows that cannot start at once come in beside others, with more stop tokens than those have.
+    for max_rows in (256, 40):
+        sampler = NativeSampler(policy, max_rows)
+        found = sampler.generate([never, replace(asked, stop_ids=some), asked, replace(asked, stop_ids=several)])
+        for stop_ids, completions in zip(stops, found, strict=True):
+            for completion, all_tokens in zip(completions, whole, strict=True):
+                ends = (i for i, token in enumerate(all_tokens.token_ids, 1) if token in stop_ids)
+                end = next(ends, None)
+                assert completion.token_ids == all_tokens.token_ids[:end]
+                assert completion.stop is (Stop.LENGTH if end is None else Stop.END)
+
+
+def test_the_next_turn_has_stop_tokens_of_its_own() -> None:
+    policy = tiny_policy()
+    first = Request(prompt(5), max_tokens=4, temperature=0, stop_ids=frozenset())
+
+    def follow(i: int, k: int, completion: Completion) -> Request | None:
+        if len(completion.token_ids) < 4:
+            return None  # the second turn, which ends with its first token
+        ids = (*first.prompt_ids, *completion.token_ids, 7)
+        return Request(ids, max_tokens=3, temperature=0, stop_ids=frozenset(range(VOCAB_SIZE)))
+
+    ((completion,),) = NativeSampler(policy).generate([first], follow=follow)
+    assert completion.stop is Stop.END
+    assert len(completion.token_ids) == 1
+
+
 def test_a_row_that_was_cut_off_does_not_end_because_its_neighbours_go_on() -> None:
     policy = tiny_policy(stop_tokens=LETTERS[:6])
     for seed in range(6):
@@ -299,6 +336,17 @@ def test_an_update_of_the_adapter_is_seen_at_once() -> None:
     assert after == tokens(NativeSampler(policy).generate([replace(request, adapter=None)]))
 
 
+def test_the_sampler_proves_that_it_reads_the_weights_that_have_changed() -> None:
+    policy = tiny_policy()
+    sampler = NativeSampler(policy)
+    policy.bank["a"].version += 1
+    sampler.weights_changed("a", policy.bank["a"].version)
+    with pytest.raises(ValueError, match=r"the sampler reads version 1 of adapter 'a', .* are of version 2"):
+        sampler.weights_changed("a", 2)
+    with pytest.raises(ValueError, match="no adapter is named 'z'"):
+        sampler.weights_changed("z", 0)
+
+
 def test_the_context_may_be_filled_to_the_last_token() -> None:
     policy = tiny_policy("gpt2")
     assert policy.context_length == 512
@@ -318,6 +366,8 @@ def test_bad_requests_are_refused() -> None:
     for bad in (replace(good, n=0), replace(good, max_tokens=0), replace(good, prompt_ids=())):
         with pytest.raises(ValueError, match="a request needs a prompt, n >= 1 and max_tokens >= 1; got"):
             sampler.generate([bad])
+    with pytest.raises(ValueError, match=r"stop_ids must be tokens of the model, from 0 to .*; got -1"):
+        sampler.generate([replace(good, stop_ids=frozenset({1, -1}))])
     with pytest.raises(ValueError, match="no adapter is named 'z'"):
         sampler.generate([replace(good, adapter="z")])
     with pytest.raises(ValueError, match="max_rows must be >= 1, got 0"):

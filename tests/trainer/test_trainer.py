@@ -38,6 +38,7 @@ from rl_lora.sampler.native import NativeSampler
 from rl_lora.sampler.protocol import Completion
 from rl_lora.sampler.rows import Drawing
 from rl_lora.system import files
+from rl_lora.trainer import trainer as trainer_module
 from rl_lora.trainer.checkpoint import Checkpoints
 from rl_lora.trainer.trainer import ADAPTER, Trainer, fresh_seeds, problem_seeds, train
 from rl_lora.types import Group
@@ -477,6 +478,28 @@ def test_a_run_without_evaluation_has_no_before_and_after(model: Path, tmp_path:
     assert (summary["before"], summary["after"], summary["transcripts"]) == (None, None, [])
     assert summary["best_checkpoint"] is None
     assert (tmp_path / "reward.png").exists()
+
+
+def test_the_sampler_that_the_factory_makes_samples_and_is_told_of_every_change_of_weights(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, int]] = []
+
+    class Told(NativeSampler):
+        sampled = 0
+
+        def generate(self, *args: Any) -> list[list[Completion]]:
+            type(self).sampled += 1
+            return super().generate(*args)
+
+        def weights_changed(self, adapter: str, version: int) -> None:
+            super().weights_changed(adapter, version)
+            told.append((adapter, version))
+
+    monkeypatch.setattr(trainer_module, "make_sampler", lambda policy, config, compile: Told(policy, config.max_rows))
+    Trainer(tiny_config(model, tmp_path, steps=2, learner__updates_per_step=2)).run()
+    assert told == [(ADAPTER, 2), (ADAPTER, 4)]
+    assert Told.sampled >= 4, "two steps and two evaluations"
 
 
 def test_a_run_whose_sampler_and_learner_disagree_stops_before_it_learns_from_noise(
