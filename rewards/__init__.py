@@ -6,9 +6,8 @@ one may take, and `Judge` calls it.
 
 from rl_lora.rewards.background import Calls
 from rl_lora.rewards.code import code_of, modules_of
-from rl_lora.rewards.combine import Part, WeightedSum
 from rl_lora.rewards.format import format_match
-from rl_lora.rewards.judging import Judge, score
+from rl_lora.rewards.judging import Judge, Part, WeightedSum, score
 from rl_lora.rewards.length import length_reward
 from rl_lora.rewards.math.verdict import Outcome, Verdict, math_match, verify
 from rl_lora.rewards.numeric import numeric_match

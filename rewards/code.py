@@ -15,7 +15,7 @@ from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
 
-from rl_lora.rewards.combine import WeightedSum
+from rl_lora.rewards.judging import WeightedSum
 from rl_lora.rewards.score import RewardFunction, is_built_in, name_of
 
 

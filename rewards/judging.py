@@ -1,15 +1,14 @@
-"""Calling reward functions: all replies to one problem, with one function or a sum of them."""
+"""Calling reward functions, and weighted sums of them that report their parts, on all replies to one problem."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rl_lora.rewards.background import AtOnce, Calls, in_loop
-from rl_lora.rewards.combine import WeightedSum
 from rl_lora.rewards.score import (
     Case,
     NotApplicable,
@@ -26,6 +25,52 @@ from rl_lora.rewards.signature import Signature, read
 
 Verdicts = list[Score | Unscorable]
 """One for each reply."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One summand. A weight of 0 makes it a metric: reported, and worth nothing."""
+
+    name: str
+    function: RewardFunction
+    weight: float
+
+
+@dataclass(frozen=True)
+class WeightedSum:
+    """A reward: value = sum of weight * part.
+
+    `parts` of its score hold each part's own value, before its weight; what a part itself reports is kept as
+    "part/name". Verdict and answer are those of the first part that has a verdict. One unscorable part, whatever its
+    weight, leaves the whole completion unscorable: a verdict that is missing must not look like one. A part that does
+    not apply (a batch function's None) is left out of the sum, unless none applies.
+    """
+
+    parts: tuple[Part, ...]
+
+    def __call__(self, completion: str, reference: Any = None) -> Score:
+        """Raises Unscorable and RewardError as the parts do."""
+        return score(self, completion, reference)
+
+    def combine(self, scores: Sequence[Score | Unscorable]) -> Score | Unscorable:
+        """The sum of what the parts say of one completion."""
+        total = 0.0
+        values: dict[str, float] = {}
+        success: bool | None = None
+        answer: str | None = None
+        missing = [result for result in scores if isinstance(result, Unscorable)]
+        for reason in missing:
+            if not isinstance(reason, NotApplicable) or len(missing) == len(scores):
+                return reason
+        for part, result in zip(self.parts, scores, strict=True):
+            if isinstance(result, Unscorable):
+                continue
+            total += part.weight * result.value
+            values[part.name] = result.value
+            values |= {f"{part.name}/{inner}": value for inner, value in result.parts.items()}
+            if success is None:
+                success, answer = result.success, result.answer
+        return Score(total, values, success, answer)
 
 
 class Judge:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 from typing import Any
 
-from rl_lora.rewards.combine import WeightedSum
+from rl_lora.rewards.judging import WeightedSum
 from rl_lora.rewards.math.verdict import check_reference as check_math
 from rl_lora.rewards.math.verdict import math_match
 from rl_lora.rewards.numeric import check_reference as check_numeric

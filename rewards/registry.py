@@ -11,8 +11,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rl_lora.rewards.combine import Part, WeightedSum
 from rl_lora.rewards.format import format_match
+from rl_lora.rewards.judging import Part, WeightedSum
 from rl_lora.rewards.length import length_reward
 from rl_lora.rewards.math.verdict import math_match
 from rl_lora.rewards.numeric import numeric_match
