@@ -1,4 +1,4 @@
-"""Attention of one layer in a decoding step: new tokens, behind what their rows share and what they hold themselves.
+"""Attention of one layer in a decode step: of new tokens to the prefixes that their rows share and to their suffixes.
 
 Tensors in, tensors out, and nothing that depends on their values: so that a step can be recorded, or compiled.
 Which rows there are and where their keys and values lie is `kv_cache.py`'s business.
@@ -19,7 +19,7 @@ from rl_lora.kernels.attention_options import AttentionOptions
 
 
 class Shared(NamedTuple):
-    """Keys and values of n nodes that rows share: of common beginnings, or of prompts."""
+    """Keys and values of n nodes that rows share: of shared prefixes, or of prompts."""
 
     key: Tensor
     """(n, H_kv, L, D)"""
@@ -33,10 +33,10 @@ class DecodeLayer:
     """The layout of a layer, where R rows read n tokens each.
 
     Args:
-        keys, values: the rows' own, (buffers >= R, H_kv, room, D).
-        at: int64 (R, n), which of its own tokens each new one is.
-        slots: int64 (W,), 0 to W - 1: the own tokens that attention reads.
-        shared: what comes before a row's own tokens, from the first.
+        keys, values: of the rows' suffixes, (buffers >= R, H_kv, room, D).
+        at: int64 (R, n), the place of each new token in its row's suffix.
+        slots: int64 (W,), 0 to W - 1: the places in suffixes that attention reads.
+        shared: what comes before a row's suffix, from the first.
         rows: int64 (R,), which buffers they have.
         first: these are the first R.
         masks: those that other layers of the same step have made, by window.
@@ -77,13 +77,13 @@ class DecodeLayer:
         return cls(keys, values, at, slots, shared, rows)
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Write the new tokens' keys and values, (R, H_kv, n, D); return the rows' own, (R, H_kv, W, D)."""
+        """Write the new tokens' keys and values, (R, H_kv, n, D); return those of the suffixes, (R, H_kv, W, D)."""
         R, W = self.at.shape[0], self.slots.shape[0]
-        own = []
+        suffixes = []
         for buffer, new in ((self.keys, key_states), (self.values, value_states)):
             buffer[self.rows[:, None], :, self.at] = new.transpose(1, 2)
-            own.append((buffer[:R] if self.first else buffer[self.rows])[:, :, :W])
-        return own[0], own[1]
+            suffixes.append((buffer[:R] if self.first else buffer[self.rows])[:, :, :W])
+        return suffixes[0], suffixes[1]
 
     def written(self) -> tuple[Tensor, Tensor]:
         """What `update` has written."""
@@ -95,7 +95,7 @@ class DecodeLayer:
             buffer[self.rows[:, None], :, self.at] = 0
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
-        """query: (R, H, n, D); key, value: the rows' own, (R, H_kv, W, D). Returns (R, H, n, D)."""
+        """query: (R, H, n, D); key, value: of the suffixes, (R, H_kv, W, D). Returns (R, H, n, D)."""
         keys, values = [*(s.key for s in self.shared), key], [*(s.value for s in self.shared), value]
         if decode_attention.supports(query, keys, values):
             nodes, lengths = [s.sharing.owner for s in self.shared], [s.lengths for s in self.shared]

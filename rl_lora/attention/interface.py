@@ -14,7 +14,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from rl_lora.attention import cpu, flex
 from rl_lora.attention.decode_layer import DecodeLayer
-from rl_lora.attention.kv_cache import Decode
+from rl_lora.attention.kv_cache import DecodeCache
 from rl_lora.attention.padded import padded_attention
 from rl_lora.attention.tree import Tree
 from rl_lora.kernels.attention_options import AttentionOptions
@@ -32,7 +32,7 @@ UNDERSTOOD = {
 }
 """What a model may tell its attention."""
 
-Layout = Tree | Decode | DecodeLayer
+Layout = Tree | DecodeCache | DecodeLayer
 """How the tokens of a forward pass lie, and what each of them may attend to."""
 
 

@@ -1,7 +1,7 @@
-"""Keys and values that a rollout keeps: of what several prompts begin with, of prompts, and of each row's own tokens.
+"""The KV cache of a rollout: of shared prefixes, of prompts, and of each row's own suffix, the tokens sampled for it.
 
-The first two are stored once and shared by all rows behind them; a row's own live in buffers that grow by blocks and
-outlast a turn. What leaves and what comes is `native_sampler.py`'s business.
+The first two are stored once and shared by all rows behind them; suffixes live in buffers that grow by blocks and
+outlast a turn. The sampler's scheduler says which rows leave and which come.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from rl_lora.attention.shared_prefix import Sharing
 from rl_lora.kernels.attention_options import AttentionOptions
 
 BLOCK = 32
-"""Tokens that the rows' own buffers grow by, at least."""
+"""Tokens that the buffers of suffixes grow by, at least."""
 GPU_BLOCKS = 4
-"""So many blocks at a time on a GPU: a recorded step (`replay.py`) holds as long as the buffers do."""
+"""So many blocks at a time on a GPU: a recorded step (a CUDA graph) holds as long as the buffers do."""
 READ = 8
-"""Tokens that what attention reads of them grows by, in float32 on a CPU. Elsewhere it reads them whole: in bfloat16,
-torch would copy a part first, and a GPU would have to record its steps anew."""
-SHORT_TRUNK = 64
-"""Tokens. A prompt keeps a copy of a beginning as short as this: to read one source more takes longer."""
+"""Tokens by which the part of them that attention reads grows, in float32 on a CPU. Elsewhere it reads them whole: in
+bfloat16, torch would copy a part first, and a GPU would have to record its steps anew."""
+SHORT_PREFIX = 64
+"""Tokens. A prompt keeps a copy of a shared prefix as short as this: to read one source more takes longer."""
 
 
-class Nodes:
+class KeyValues:
     """Keys and values of n token spans: lists over layers of (n, H_kv, L, D), padded behind `lengths` (n,)."""
 
     def __init__(self, keys: list[Tensor], values: list[Tensor], lengths: np.ndarray):
@@ -49,7 +49,7 @@ class Nodes:
             L = int(self.lengths.max())
             self.keys, self.values = ([x[index, :, :L] for x in xs] for xs in (self.keys, self.values))
 
-    def append(self, other: Nodes) -> None:
+    def append(self, other: KeyValues) -> None:
         L = max(self.keys[0].shape[2], other.keys[0].shape[2])
         self.keys, self.values = (
             [torch.cat([F.pad(x, (0, 0, 0, L - x.shape[2])) for x in pair]) for pair in zip(mine, theirs, strict=True)]
@@ -57,12 +57,12 @@ class Nodes:
         )
         self.lengths = np.concatenate([self.lengths, other.lengths])
 
-    def part(self, nodes: slice) -> Nodes:
+    def part(self, nodes: slice) -> KeyValues:
         """These, in the same memory."""
         keys, values = ([x[nodes] for x in xs] for xs in (self.keys, self.values))
-        return Nodes(keys, values, self.lengths[nodes])
+        return KeyValues(keys, values, self.lengths[nodes])
 
-    def behind(self, others: Nodes, other_of_node: np.ndarray) -> Nodes:
+    def behind(self, others: KeyValues, other_of_node: np.ndarray) -> KeyValues:
         """Each with all that one of the others holds before its own."""
         start = others.lengths[other_of_node]
         room = int(start.max()) + self.keys[0].shape[2]
@@ -78,16 +78,16 @@ class Nodes:
             ):
                 new[index, :, :t] = theirs[other, :, :t]
                 new[index, :, t : t + mine.shape[2]] = mine[index]
-        return Nodes(keys, values, self.lengths + start)
+        return KeyValues(keys, values, self.lengths + start)
 
     def append_empty(self) -> None:
         """A node without tokens."""
         keys, values = ([x.new_zeros(1, x.shape[1], 0, x.shape[3]) for x in xs] for xs in (self.keys, self.values))
-        self.append(Nodes(keys, values, np.zeros(1, np.int64)))
+        self.append(KeyValues(keys, values, np.zeros(1, np.int64)))
 
 
-class Recorder(Cache):
-    """Takes down what a forward pass computes, (B, H_kv, L, D) a layer."""
+class PrefillCache(Cache):
+    """Keeps the keys and values that a forward pass computes, (B, H_kv, L, D) a layer."""
 
     def __init__(self) -> None:
         super().__init__(layers=[])
@@ -106,23 +106,23 @@ class Recorder(Cache):
         return 0
 
 
-class Decode(Cache):
+class DecodeCache(Cache):
     """R rows, each behind a prompt, and the layout of forward passes over their next tokens.
 
-    Row r reads what its prompt's trunk holds (a long beginning that prompts have in common, where there is one), then
-    the rest of its prompt, then its own `t[r]` tokens. `begin` says which tokens come next.
+    Row r reads the prefix that its prompt shares with others, where there is one, then the rest of its prompt, then its
+    own suffix of `t[r]` tokens. `begin` says which tokens come next.
     """
 
-    def __init__(self, device: torch.device | str, *, short_trunk: int = SHORT_TRUNK):
+    def __init__(self, device: torch.device | str, *, short_prefix: int = SHORT_PREFIX):
         super().__init__(layers=[])
-        self.device, self.short_trunk = device, short_trunk
-        self.trunks: Nodes | None = None
-        """The last one is empty: the trunk of prompts that have none."""
-        self.prompts: Nodes | None = None
-        self.trunk_of_prompt = np.zeros(0, np.int64)
+        self.device, self.short_prefix = device, short_prefix
+        self.prefixes: KeyValues | None = None
+        """Shared by prompts. The last one is empty: the prefix of prompts that share none."""
+        self.prompts: KeyValues | None = None
+        self.prefix_of_prompt = np.zeros(0, np.int64)
         self.prompt_of_row = np.zeros(0, np.int64)
         self.t = np.zeros(0, np.int64)
-        """(R,): tokens that each row's own buffer holds."""
+        """(R,): tokens of each row's suffix."""
         self.keys: list[Tensor] = []
         """Of each layer, (rows >= R, H_kv, room >= max t, D)."""
         self.values: list[Tensor] = []
@@ -132,40 +132,40 @@ class Decode(Cache):
         """`t` on the device, int64 (R,): one tensor for an arrangement, since a recorded step reads and writes it."""
         self._at_is_stale = False
         self._asked: set[int] | None = None
-        self._width = 0  # own tokens that attention reads
-        self._shared: list[tuple[Nodes, np.ndarray]] = []  # what rows share, and the node of each row
+        self._width = 0  # tokens of the suffixes' buffers that attention reads
+        self._shared: list[tuple[KeyValues, np.ndarray]] = []  # what rows share, and the node of each row
         self._sharing: list[Sharing] = []
-        self._lengths: list[Tensor] = []  # of each row's trunk and prompt, int64 (R,), on the device
+        self._lengths: list[Tensor] = []  # of each row's prefix and prompt, int64 (R,), on the device
 
     def __len__(self) -> int:
         return len(self.t)
 
     @property
     def room(self) -> int:
-        """Own tokens that a row's buffer can hold."""
+        """Tokens that the buffer of a suffix can hold."""
         return self.keys[0].shape[2] if self.keys else 0
 
-    def admit(self, prompts: Nodes, trunk_of_prompt: np.ndarray, prompt_of_row: np.ndarray) -> None:
+    def admit(self, prompts: KeyValues, prefix_of_prompt: np.ndarray, prompt_of_row: np.ndarray) -> None:
         """New rows behind new prompts; `prompt_of_row` counts the new prompts only."""
-        if self.trunks is not None:
-            empty = len(self.trunks) - 1
-            copied = np.where(self.trunks.lengths[trunk_of_prompt] <= self.short_trunk, trunk_of_prompt, empty)
+        if self.prefixes is not None:
+            empty = len(self.prefixes) - 1
+            copied = np.where(self.prefixes.lengths[prefix_of_prompt] <= self.short_prefix, prefix_of_prompt, empty)
             if (copied != empty).any():
-                prompts = prompts.behind(self.trunks, copied)
-            trunk_of_prompt = np.where(copied != empty, empty, trunk_of_prompt)
-        offset = len(self.trunk_of_prompt)
+                prompts = prompts.behind(self.prefixes, copied)
+            prefix_of_prompt = np.where(copied != empty, empty, prefix_of_prompt)
+        offset = len(self.prefix_of_prompt)
         if self.prompts is None:
             self.prompts = prompts
         else:
             self.prompts.append(prompts)
-        self.trunk_of_prompt = np.concatenate([self.trunk_of_prompt, trunk_of_prompt])
+        self.prefix_of_prompt = np.concatenate([self.prefix_of_prompt, prefix_of_prompt])
         self.prompt_of_row = np.concatenate([self.prompt_of_row, prompt_of_row + offset])
         self.t = np.concatenate([self.t, np.zeros_like(prompt_of_row)])
         self._reserve(0)
         self._arrange()
 
     def _reserve(self, room: int) -> None:
-        """Make room for so many own tokens in every row, and for the rows, unless it is there."""
+        """Make room for suffixes of so many tokens, and for the rows, unless it is there."""
         assert self.prompts is not None
         have = self.keys[0].shape if self.keys else (0, 0, 0, 0)
         if len(self) <= have[0] and room <= have[2]:
@@ -191,7 +191,7 @@ class Decode(Cache):
                 buffer[first : len(rows), :, :width] = buffer[index, :, :width]
         self.t = self.t[rows]
         needed, self.prompt_of_row = np.unique(self.prompt_of_row[rows], return_inverse=True)
-        self.trunk_of_prompt = self.trunk_of_prompt[needed]
+        self.prefix_of_prompt = self.prefix_of_prompt[needed]
         if len(needed):
             self.prompts.select(needed)
         else:
@@ -202,11 +202,11 @@ class Decode(Cache):
         """Bring rows and what they share together."""
         self._shared, self._at = [], None
         self.arrangement += 1
-        if self.trunks is not None and self.prompts is not None:
-            trunk_of_row = self.trunk_of_prompt[self.prompt_of_row]
-            used = slice(int(trunk_of_row.min()), int(trunk_of_row.max()) + 1)
-            if self.trunks.lengths[used].any():
-                self._shared.append((self.trunks.part(used), trunk_of_row - used.start))
+        if self.prefixes is not None and self.prompts is not None:
+            prefix_of_row = self.prefix_of_prompt[self.prompt_of_row]
+            used = slice(int(prefix_of_row.min()), int(prefix_of_row.max()) + 1)
+            if self.prefixes.lengths[used].any():
+                self._shared.append((self.prefixes.part(used), prefix_of_row - used.start))
         if self.prompts is not None:
             self._shared.append((self.prompts, self.prompt_of_row))
         self._sharing = [Sharing(owner, len(nodes), self.device) for nodes, owner in self._shared]
@@ -290,7 +290,7 @@ class Decode(Cache):
         self.t = self.t + n_tokens
 
     def set_back(self, row: int, t: int) -> None:
-        """Forget what a row has read behind its first t own tokens."""
+        """Forget a row's suffix behind its first t tokens."""
         if self.t[row] != t:
             self.t[row] = t
             self._at_is_stale = True

@@ -2,8 +2,8 @@
 
     out = softmax(scaling * q [k_1 ... k_S]^T + mask) [v_1 ... v_S]
 
-The S sources of keys are stored once: the beginning that all prompts have in common, a prompt, a row's own tokens. All
-blocks that share a source meet it in one matrix product. Which blocks share what is a layout's business (`tree.py`,
+The S sources of keys are stored once: a prefix that prompts share, a prompt, a row's own suffix. All blocks
+that share a source meet it in one matrix product. Which blocks share what is a layout's business (`tree.py`,
 `kv_cache.py`).
 """
 

@@ -1,6 +1,6 @@
 """A tree of token spans in one flat forward pass: sequences that share their beginnings, each shared token once.
 
-What all prompts begin with is the parent of what is particular to each prompt, and that of its completions. A token
+A prefix that prompts share is the parent of the rest of each prompt, and that of its completions. A token
 attends to what is before it in its own span and to all of its ancestors. Learning and prefill run on this layout; which
 implementation computes attention on it is `interface.py`'s business.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from rl_lora.attention.kv_cache import Nodes
+from rl_lora.attention.kv_cache import KeyValues
 from rl_lora.attention.shared_prefix import Sharing, additive
 
 CHUNK_ELEMENTS = 1 << 25
@@ -77,7 +77,7 @@ class Tree:
         self,
         spans: Sequence[Span],
         device: torch.device | str = "cpu",
-        past: Nodes | None = None,
+        past: KeyValues | None = None,
         past_of_span: Sequence[int] = (),
     ):
         assert past is None or len(past_of_span) == len(spans)
@@ -142,7 +142,7 @@ class Tree:
         return torch.tensor([start + length - 1 for start, length, _ in self.spans], device=self.device)
 
     def nodes(self, x: Tensor) -> Tensor:
-        """(1, h, N, D) -> (n, h, L, D): spans that have no parents, as `kv_cache.Nodes` keeps them."""
+        """(1, h, N, D) -> (n, h, L, D): spans that have no parents, as `kv_cache.KeyValues` keeps them."""
         return x[0].transpose(0, 1)[self._tokens_of_roots].transpose(1, 2).contiguous()
 
     @functools.cached_property

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from rl_lora.algorithms.objectives import TOKEN_MEAN, Aggregation
-from rl_lora.attention.prefixes import Trunk, common_prefix, find_trunks, trunk_of
+from rl_lora.attention.prefixes import Prefix, common_prefix, find_shared_prefixes, prefix_of
 from rl_lora.attention.tree import Span, Tree
 from rl_lora.learner.batch import Batch
 from rl_lora.types import Episode, Group
@@ -119,25 +119,25 @@ def pack(
         for row in rows_of(group, advantages_G, tokens_per_microbatch, shared_prefix, aggregation)
     ]
     lay = _tree if shared_prefix else _padded
-    trunks = find_trunks((row.adapter, row.prompt) for row in rows) if shared_prefix else []
+    shared_prefixes = find_shared_prefixes((row.adapter, row.prompt) for row in rows) if shared_prefix else []
     # Neighbours carry the same adapter, so that each adapter reads one slice of the batch; they begin alike. Of
     # those the long ones come first: padded rows have similar lengths, and what does not fit memory fails early.
-    placed = [(row, trunk_of(trunks, row.adapter, row.prompt)) for row in rows]
+    placed = [(row, prefix_of(shared_prefixes, row.adapter, row.prompt)) for row in rows]
     placed.sort(key=lambda item: (item[0].adapter or "", -1 if item[1] is None else item[1], -len(item[0])))
     batches: list[list[tuple[Row, int]]] = []
     size = longest = 0  # tokens of the batch that is being filled; of its longest row
-    begun: set[Trunk] = set()
-    for row, trunk in placed:
-        n_trunk = 0 if trunk is None else len(trunks[trunk][1])
-        begins = row.adapter, row.prompt[:n_trunk]
+    begun: set[Prefix] = set()
+    for row, index in placed:
+        n_shared = 0 if index is None else len(shared_prefixes[index][1])
+        begins = row.adapter, row.prompt[:n_shared]
         if shared_prefix:
-            grown = size + len(row) - (n_trunk if begins in begun else 0)
+            grown = size + len(row) - (n_shared if begins in begun else 0)
         else:
             grown = (len(batches[-1]) + 1 if batches else 1) * max(longest, len(row))
         if not batches or grown > tokens_per_microbatch:
             batches.append([])
             grown, longest, begun = len(row), 0, set()
-        batches[-1].append((row, n_trunk))
+        batches[-1].append((row, n_shared))
         size, longest = grown, max(longest, len(row))
         begun.add(begins)
     return [_batch(lay(batch, device), [row for row, _ in batch], denominators, device) for batch in batches]
@@ -158,12 +158,12 @@ class _Laid:
 
 
 def _tree(rows: Sequence[tuple[Row, int]], device: torch.device | str) -> _Laid:
-    """All rows in one flat sequence: trunks, prompts, completions. Rows of a trunk are neighbours."""
+    """All rows in one flat sequence: shared prefixes, prompts, completions. Rows of a shared prefix are neighbours."""
     tokens: list[int] = []
     spans: list[Span] = []
     adapters: list[str | None] = []
     place: list[list[Place]] = []
-    trunk_spans: dict[Trunk, int] = {}
+    shared_spans: dict[Prefix, int] = {}
 
     def add(ids: Sequence[int], adapter: str | None, parent: int) -> int:
         """A span behind its parent, unless there is nothing to add; the span to go on from."""
@@ -174,17 +174,17 @@ def _tree(rows: Sequence[tuple[Row, int]], device: torch.device | str) -> _Laid:
         adapters.extend([adapter] * len(ids))
         return len(spans) - 1
 
-    for row, n_trunk in rows:
-        key = row.adapter, row.prompt[:n_trunk]
-        if key not in trunk_spans:
-            trunk_spans[key] = add(key[1], row.adapter, -1)
-        trunk = trunk_spans[key]
-        prompt = add(row.prompt[n_trunk:], row.adapter, trunk)
+    for row, n_shared in rows:
+        key = row.adapter, row.prompt[:n_shared]
+        if key not in shared_spans:
+            shared_spans[key] = add(key[1], row.adapter, -1)
+        shared = shared_spans[key]
+        prompt = add(row.prompt[n_shared:], row.adapter, shared)
         place.append([])
         for member in row.members:
             own = add(member.ids[row.prefix : -1], row.adapter, prompt)
-            shifts = np.array([spans[trunk][0], spans[prompt][0] - n_trunk, spans[own][0] - row.prefix])
-            bounds = np.array([n_trunk, row.prefix])
+            shifts = np.array([spans[shared][0], spans[prompt][0] - n_shared, spans[own][0] - row.prefix])
+            bounds = np.array([n_shared, row.prefix])
             place[-1].append(partial(_stand, bounds, shifts))
     return _Laid(np.array([tokens]), Tree(spans, device), tuple(adapters), place)
 

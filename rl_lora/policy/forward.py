@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from rl_lora.attention.interface import Layout, shared_prefix_attention_of
-from rl_lora.attention.kv_cache import Nodes, Recorder
+from rl_lora.attention.kv_cache import KeyValues, PrefillCache
 from rl_lora.attention.tree import Tree
 from rl_lora.lora.bank import AdapterBank
 from rl_lora.policy.head import Head
@@ -83,9 +83,9 @@ class AdaptedModel:
     def prefill(
         self,
         prompts: Sequence[tuple[str | None, tuple[int, ...]]],
-        past: Nodes | None = None,
+        past: KeyValues | None = None,
         past_of_prompt: Sequence[int] = (),
-    ) -> tuple[Nodes, Tensor]:
+    ) -> tuple[KeyValues, Tensor]:
         """Keys and values of prompts, each with its adapter, and the hidden states behind their last tokens, (P, d).
 
         With `past`, a prompt begins with the tokens of that node of it, and only the rest is computed.
@@ -97,11 +97,11 @@ class AdaptedModel:
         spans = [(int(stop - n), int(n), -1) for stop, n in zip(lengths.cumsum(), lengths, strict=True)]
         tree = Tree(spans, self.device, past, past_of_prompt)
         tokens = torch.tensor([list(itertools.chain(*ids))], device=self.device)
-        recorder = Recorder()
+        cache = PrefillCache()
         of_tokens = [adapter for adapter, n in zip(adapters, lengths, strict=True) for _ in range(n)]
-        hidden = self.hidden(tokens, of_tokens, tree, tree.positions, recorder)
-        keys, values = ([tree.nodes(x) for x in xs] for xs in (recorder.keys, recorder.values))
-        return Nodes(keys, values, lengths), hidden[0, tree.last()]
+        hidden = self.hidden(tokens, of_tokens, tree, tree.positions, cache)
+        keys, values = ([tree.nodes(x) for x in xs] for xs in (cache.keys, cache.values))
+        return KeyValues(keys, values, lengths), hidden[0, tree.last()]
 
     def cache(self) -> Cache:
         """An empty one of the model's own, for `hidden` without a layout."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from rl_lora.attention.kv_cache import Decode
+from rl_lora.attention.kv_cache import DecodeCache
 from rl_lora.attention.tree import Tree
 from rl_lora.kernels.verify import difference
 from rl_lora.policy.forward import AdaptedModel
@@ -91,10 +91,10 @@ def _decoded(model: AdaptedModel, ids: Tensor) -> tuple[Tensor, int]:
     n = ids.shape[1]
     p = n // 2
     a, b = (tuple(ids[i, :p].tolist()) for i in (0, 2))
-    decode = Decode(model.device, short_trunk=0)
-    decode.trunks, _ = model.prefill([(None, a[: p // 2])])
-    decode.trunks.append_empty()
-    prompts, behind = model.prefill([(None, a), (None, b)], decode.trunks, [0, 1])
+    decode = DecodeCache(model.device, short_prefix=0)
+    decode.prefixes, _ = model.prefill([(None, a[: p // 2])])
+    decode.prefixes.append_empty()
+    prompts, behind = model.prefill([(None, a), (None, b)], decode.prefixes, [0, 1])
     states = [behind[[0, 0, 1]]]
     cache_bytes_per_token = sum(x.shape[1] * x.shape[3] * x.element_size() for x in (*prompts.keys, *prompts.values))
     decode.admit(prompts, np.array([0, 1]), np.array([0, 0, 1]))

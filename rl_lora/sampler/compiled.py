@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from rl_lora.attention.decode_layer import DecodeLayer
-from rl_lora.attention.kv_cache import Decode, Nodes
+from rl_lora.attention.kv_cache import DecodeCache, KeyValues
 from rl_lora.kernels.native_code import dispatched
 from rl_lora.kernels.verify import difference
 from rl_lora.lora.adapter import Adapter
@@ -89,7 +89,7 @@ class CompiledLayers:
         )
 
     @contextmanager
-    def stepping(self, decode: Decode, adapters: Sequence[str | None]) -> Iterator[None]:
+    def stepping(self, decode: DecodeCache, adapters: Sequence[str | None]) -> Iterator[None]:
         """Inside, the layers run compiled where this step of `decode`, which has begun, allows it."""
         calls = self._calls_for(decode, adapters)
         if calls is None:
@@ -98,7 +98,7 @@ class CompiledLayers:
         with forwards(list(calls), lambda layer, forward: partial(_run, calls[layer], decode, forward)):
             yield
 
-    def _calls_for(self, decode: Decode, adapters: Sequence[str | None]) -> dict[nn.Module, Call] | None:
+    def _calls_for(self, decode: DecodeCache, adapters: Sequence[str | None]) -> dict[nn.Module, Call] | None:
         """What each layer runs; compiled now, if need be."""
         single = decode.single_nodes()
         if self.failed or single is None or any(adapter != adapters[0] for adapter in adapters):
@@ -116,7 +116,7 @@ class CompiledLayers:
                 return None
         return of_adapter[single]
 
-    def _prepare(self, like: Decode, adapter: Adapter | None, single: tuple[bool, ...]) -> dict[nn.Module, Call]:
+    def _prepare(self, like: DecodeCache, adapter: Adapter | None, single: tuple[bool, ...]) -> dict[nn.Module, Call]:
         """Follow every layer through a step, compile what is new, and compare.
 
         Raises:
@@ -185,7 +185,7 @@ class Call:
     constants: list[Tensor]
 
 
-def _run(call: Call, decode: Decode, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+def _run(call: Call, decode: DecodeCache, forward: Forward, *args: Any, **kwargs: Any) -> Any:
     """In the place of a layer's forward."""
     inputs = [*_tensors(args, kwargs), *decode.layer(call.layer).tensors()]
     if not call.program.holds(inputs):
@@ -209,7 +209,7 @@ def _storage(x: Tensor) -> int:
     return id(x) if x.is_mkldnn else x.untyped_storage().data_ptr()  # oneDNN does not say where its memory is
 
 
-def _alone(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], decode: Decode) -> Callable[..., Any]:
+def _alone(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], decode: DecodeCache) -> Callable[..., Any]:
     """A layer's forward as a function of tensors: `_tensors`, and those of its `DecodeLayer`."""
     n = len(_tensors(args, kwargs))
 
@@ -229,25 +229,25 @@ def _alone(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], deco
     return alone
 
 
-def _example(like: Decode, single: tuple[bool, ...], policy: Policy) -> tuple[Decode, Tensor]:
+def _example(like: DecodeCache, single: tuple[bool, ...], policy: Policy) -> tuple[DecodeCache, Tensor]:
     """Rows of sizes that are always the same, behind as many sources as `like` has; and their next tokens, (R, 1)."""
     generator = torch.Generator().manual_seed(0)
-    decode = Decode(policy.device, short_trunk=0)
+    decode = DecodeCache(policy.device, short_prefix=0)
 
-    def nodes(n: int, length: int) -> Nodes:
+    def nodes(n: int, length: int) -> KeyValues:
         keys, values = (
             [torch.randn(n, x.shape[1], length, x.shape[3], generator=generator).to(x) for x in xs]
             for xs in (like.keys, like.values)
         )
-        return Nodes(keys, values, np.full(n, length))
+        return KeyValues(keys, values, np.full(n, length))
 
-    *trunks, _ = single
-    trunk_of_prompt = np.zeros(PROMPTS, np.int64)
-    for alone in trunks:
+    *prefixes, _ = single
+    prefix_of_prompt = np.zeros(PROMPTS, np.int64)
+    for alone in prefixes:
         n = 1 if alone else 2
-        decode.trunks = nodes(n, PROMPT // 2)
-        trunk_of_prompt = np.arange(PROMPTS) % n
-    decode.admit(nodes(PROMPTS, PROMPT), trunk_of_prompt, np.sort(np.arange(ROWS) % PROMPTS))
+        decode.prefixes = nodes(n, PROMPT // 2)
+        prefix_of_prompt = np.arange(PROMPTS) % n
+    decode.admit(nodes(PROMPTS, PROMPT), prefix_of_prompt, np.sort(np.arange(ROWS) % PROMPTS))
     decode.make_room(OWN)
     decode.advance(np.arange(ROWS) % OWN)
     tokens = torch.randint(policy.head.weight.shape[0], (ROWS, 1), generator=generator)

@@ -1,8 +1,9 @@
 """A decoding step recorded once and replayed: a GPU then does not wait for Python, which takes longer than it does.
 
-A recording holds as long as rows and buffers stay where they are (`Decode.arrangement`). The first one is compared with
-the step itself; a model whose step cannot be recorded, such as one that asks the device how many tokens went to an
-expert, is decoded without. What is drawn from the hidden states is left out: it is cheap, and its shapes change.
+A recording holds as long as rows and buffers stay where they are (`DecodeCache.arrangement`). The first one is
+compared with the step itself; a model whose step cannot be recorded, such as one that asks the device how many tokens
+went to an expert, is decoded without. What is drawn from the hidden states is left out: it is cheap, and its shapes
+change.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rl_lora.attention.kv_cache import Decode, Nodes
-from rl_lora.attention.prefixes import Trunk, find_trunks, trunk_of
+from rl_lora.attention.kv_cache import DecodeCache, KeyValues
+from rl_lora.attention.prefixes import Prefix, find_shared_prefixes, prefix_of
 from rl_lora.policy.policy import Policy
 from rl_lora.sampler.compiled import CompiledLayers
 from rl_lora.sampler.cuda_graph import Recorder, Replay
@@ -61,12 +61,12 @@ class ContinuousScheduler:
         self.turns: dict[Row, Job] = {}
         """Next turns that wait to be read in, by the row that they go on in."""
         self.drawing = Drawing(self.policy)
-        self.decode = Decode(self.policy.device)
-        self.trunks: list[Trunk] = []
+        self.decode = DecodeCache(self.policy.device)
+        self.prefixes: list[Prefix] = []
         self.replay = Replay(recorder, partial(self.decode.advance_device, -1))
 
     def run(self) -> None:
-        self._read_trunks()
+        self._read_prefixes()
         while self.rows or self.waiting:
             self._arrive()
             if self._stands():
@@ -177,25 +177,25 @@ class ContinuousScheduler:
 
     def _admit(self, jobs: Sequence[Job]) -> None:
         """Prefill the jobs' prompts, each once, and start their rows."""
-        prompts: dict[Trunk, int] = {}
+        prompts: dict[Prefix, int] = {}
         rows, prompt_of_row = [], []
         for job in jobs:
             for place in range(len(job.of)):
                 rows.append(Row(job, place))
                 key = job.request.adapter, job.request.prompt_ids
                 prompt_of_row.append(prompts.setdefault(key, len(prompts)))
-        found = [trunk_of(self.trunks, *key) for key in prompts]
-        trunk = [len(self.trunks) if t is None else t for t in found]
-        nodes, hidden = self._prefill(list(prompts), trunk)
-        self.decode.admit(nodes, np.array(trunk), np.array(prompt_of_row))
+        found = [prefix_of(self.prefixes, *key) for key in prompts]
+        prefix = [len(self.prefixes) if t is None else t for t in found]
+        nodes, hidden = self._prefill(list(prompts), prefix)
+        self.decode.admit(nodes, np.array(prefix), np.array(prompt_of_row))
         self.rows += rows
         self.drawing.admit(rows, hidden[torch.tensor(prompt_of_row, device=hidden.device)])
 
-    def _prefill(self, prompts: Sequence[Trunk], trunk: Sequence[int]) -> tuple[Nodes, Tensor]:
-        """Keys and values of prompts behind their trunks, and the hidden states of their last tokens, (P, d)."""
+    def _prefill(self, prompts: Sequence[Prefix], prefix: Sequence[int]) -> tuple[KeyValues, Tensor]:
+        """Keys and values of prompts behind their prefixes, and the hidden states of their last tokens, (P, d)."""
         nodes, hiddens = None, []
         for part in _parts([len(ids) for _, ids in prompts], PREFILL_TOKENS):
-            new, hidden = self.policy.prefill(prompts[part], self.decode.trunks, trunk[part])
+            new, hidden = self.policy.prefill(prompts[part], self.decode.prefixes, prefix[part])
             hiddens.append(hidden)
             if nodes is None:
                 nodes = new
@@ -204,12 +204,12 @@ class ContinuousScheduler:
         assert nodes is not None
         return nodes, torch.cat(hiddens)
 
-    def _read_trunks(self) -> None:
+    def _read_prefixes(self) -> None:
         """Prefill what prompts of the same adapter begin with in common."""
-        self.trunks = find_trunks((job.request.adapter, job.request.prompt_ids) for job in self.waiting)
-        if self.trunks:
-            self.decode.trunks, _ = self._prefill(self.trunks, [0] * len(self.trunks))
-            self.decode.trunks.append_empty()  # for prompts that begin otherwise
+        self.prefixes = find_shared_prefixes((job.request.adapter, job.request.prompt_ids) for job in self.waiting)
+        if self.prefixes:
+            self.decode.prefixes, _ = self._prefill(self.prefixes, [0] * len(self.prefixes))
+            self.decode.prefixes.append_empty()  # for prompts that begin otherwise
 
     def _take_turns(self) -> None:
         """Read in what is new in the next turns of conversations: the last token drawn, and what came in reply."""

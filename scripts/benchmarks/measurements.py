@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from rl_lora.attention.prefixes import find_trunks
+from rl_lora.attention.prefixes import find_shared_prefixes
 from rl_lora.config import EnvConfig, LearnerConfig, ModelConfig, RolloutConfig
 from rl_lora.learner.learner import Learner
 from rl_lora.learner.packing import pack
@@ -126,8 +126,8 @@ class Bench:
     def rollout_costs(self, prompts: Sequence[tuple[int, ...]], case: Shape) -> Figures:
         """What sampling takes at least: multiplications and additions with weights; bytes of weights, read once for all
         prompts and once a step, and of keys and values, those of a prompt read once for all of its completions."""
-        trunk = sum(len(ids) for _, ids in find_trunks(("bench", ids) for ids in prompts))
-        n_prefill = trunk + sum(map(len, prompts)) - (len(prompts) * trunk if trunk else 0)
+        prefix = sum(len(ids) for _, ids in find_shared_prefixes(("bench", ids) for ids in prompts))
+        n_prefill = prefix + sum(map(len, prompts)) - (len(prompts) * prefix if prefix else 0)
         n = case.prompts * case.n * case.tokens
         weights = (self.n_linear + self.n_head) * self.policy.head.weight.element_size()
         read = sum(n_prefill + case.prompts * case.n * t for t in range(case.tokens))

@@ -11,9 +11,9 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from rl_lora.attention import flex, kv_cache
 from rl_lora.attention import tree as tree_module
 from rl_lora.attention.interface import attend_on_tree
-from rl_lora.attention.kv_cache import Decode, Nodes
+from rl_lora.attention.kv_cache import DecodeCache, KeyValues
 from rl_lora.attention.padded import padded_attention
-from rl_lora.attention.prefixes import common_prefix, find_trunks, trunk_of
+from rl_lora.attention.prefixes import common_prefix, find_shared_prefixes, prefix_of
 from rl_lora.attention.shared_prefix import Sharing
 from rl_lora.attention.tree import Tree, ends
 from rl_lora.kernels.attention_options import AttentionOptions
@@ -194,8 +194,8 @@ def test_bfloat16_is_float64_within_its_rounding():
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("block", [1, 32])
-@pytest.mark.parametrize("short_trunk", [0, 4, 64])
-def test_rows_decode_what_a_dense_mask_gives_whatever_came_before(options, block, short_trunk, monkeypatch):
+@pytest.mark.parametrize("short_prefix", [0, 4, 64])
+def test_rows_decode_what_a_dense_mask_gives_whatever_came_before(options, block, short_prefix, monkeypatch):
     """Rows come, read one or several tokens, leave, others come: all of them agree with dense attention each time."""
     monkeypatch.setattr(kv_cache, "BLOCK", block)
     g = torch.Generator().manual_seed(0)
@@ -205,25 +205,25 @@ def test_rows_decode_what_a_dense_mask_gives_whatever_came_before(options, block
     def kv(n: int) -> tuple[Tensor, Tensor]:
         return torch.randn(H_kv, n, D, generator=g), torch.randn(H_kv, n, D, generator=g)
 
-    def nodes(parts: list[tuple[Tensor, Tensor]]) -> Nodes:
+    def nodes(parts: list[tuple[Tensor, Tensor]]) -> KeyValues:
         lengths = np.array([part[0].shape[1] for part in parts])
         keys, values = torch.full((2, len(parts), H_kv, lengths.max(), D), 7.0)
         for i, (k, v) in enumerate(parts):
             keys[i, :, : lengths[i]], values[i, :, : lengths[i]] = k, v
-        return Nodes([keys], [values], lengths)
+        return KeyValues([keys], [values], lengths)
 
-    trunks = [kv(4), kv(6)]
-    decode = Decode("cpu", short_trunk=short_trunk)
-    decode.trunks = nodes(trunks)
-    decode.trunks.append_empty()
-    trunks.append(kv(0))
+    prefixes = [kv(4), kv(6)]
+    decode = DecodeCache("cpu", short_prefix=short_prefix)
+    decode.prefixes = nodes(prefixes)
+    decode.prefixes.append_empty()
+    prefixes.append(kv(0))
     rows: list[tuple[Tensor, Tensor]] = []  # of each row, everything it has read
 
-    def admit(trunk_of_prompt: list[int], prompt_of_row: list[int]) -> None:
-        prompts = [kv(int(rng.integers(1, 6))) for _ in trunk_of_prompt]
-        decode.admit(nodes(prompts), np.array(trunk_of_prompt), np.array(prompt_of_row))
+    def admit(prefix_of_prompt: list[int], prompt_of_row: list[int]) -> None:
+        prompts = [kv(int(rng.integers(1, 6))) for _ in prefix_of_prompt]
+        decode.admit(nodes(prompts), np.array(prefix_of_prompt), np.array(prompt_of_row))
         for p in prompt_of_row:
-            pair = zip(trunks[trunk_of_prompt[p]], prompts[p], strict=True)
+            pair = zip(prefixes[prefix_of_prompt[p]], prompts[p], strict=True)
             rows.append(tuple(torch.cat(x, 1) for x in pair))  # type: ignore[arg-type]
 
     def read(n: int, some: list[int] | None = None, lengths: list[int] | None = None) -> None:
@@ -277,13 +277,13 @@ def test_sharing_brings_blocks_together_and_apart(owner):
         torch.testing.assert_close(parts, mine)
 
 
-def test_trunks_are_what_prompts_of_one_adapter_begin_with():
+def test_shared_prefixes_are_what_prompts_of_one_adapter_begin_with():
     head = tuple(range(100, 120))
     prompts = [("a", (*head, 1, 2)), ("a", (*head, 3)), ("b", (*head, 1)), (None, (1, 2, 3)), ("a", (*head, 1))]
-    assert find_trunks(prompts) == [("a", head)]
-    assert trunk_of([("a", head)], "a", (*head, 9)) == 0
-    assert trunk_of([("a", head)], "a", head) is None  # nothing would be left to draw behind
-    assert trunk_of([("a", head)], "b", (*head, 9)) is None
-    assert find_trunks([("a", head), ("a", (*head, 1))]) == [("a", head[:-1])]
-    assert find_trunks([("a", head), ("a", head)]) == []
+    assert find_shared_prefixes(prompts) == [("a", head)]
+    assert prefix_of([("a", head)], "a", (*head, 9)) == 0
+    assert prefix_of([("a", head)], "a", head) is None  # nothing would be left to draw behind
+    assert prefix_of([("a", head)], "b", (*head, 9)) is None
+    assert find_shared_prefixes([("a", head), ("a", (*head, 1))]) == [("a", head[:-1])]
+    assert find_shared_prefixes([("a", head), ("a", head)]) == []
     assert common_prefix([(1, 2, 3), (1, 2), (1, 2, 4)]) == 2

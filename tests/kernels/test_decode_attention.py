@@ -36,12 +36,12 @@ class Step:
     @classmethod
     def random(cls, seed: int, n_tokens: int, width: int, heads: int = 6, key_heads: int = 2) -> Step:
         rng, g = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-        n_prompts, n_trunks = int(rng.integers(2, 5)), int(rng.integers(0, 3))
+        n_prompts, n_prefixes = int(rng.integers(2, 5)), int(rng.integers(0, 3))
         owner = np.sort(rng.integers(0, n_prompts, n_prompts + 4))
         R = len(owner)
         levels = [(n_prompts, owner)]
-        if n_trunks:
-            levels.insert(0, (n_trunks, rng.integers(0, n_trunks, n_prompts)[owner]))
+        if n_prefixes:
+            levels.insert(0, (n_prefixes, rng.integers(0, n_prefixes, n_prompts)[owner]))
         shared = []
         for n, of_row in levels:
             lengths = rng.integers(0, 70, n)

@@ -108,7 +108,7 @@ def test_every_written_token_is_a_target_once_behind_its_own_context(
 ) -> None:
     denominators: dict[str | None, float] = {"a": 7.0, "b": 11.0}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prefixes, "MIN_TRUNK", 1)  # so that prompts this short have trunks
+        patch.setattr(prefixes, "MIN_PREFIX", 1)  # so that prompts this short share prefixes
         batches = pack(signal, denominators=denominators, tokens_per_microbatch=budget, shared_prefix=shared_prefix)
     assert Counter(target for batch in batches for target in read_back(batch)) == Counter(
         expected(signal, denominators)

@@ -26,7 +26,7 @@ from transformers import (
 
 from rl_lora.attention import interface
 from rl_lora.attention.decode_layer import DecodeLayer
-from rl_lora.attention.kv_cache import Decode
+from rl_lora.attention.kv_cache import DecodeCache
 from rl_lora.config import LearnerConfig
 from rl_lora.learner.learner import Learner
 from rl_lora.policy.policy import Policy
@@ -136,7 +136,7 @@ def test_a_window_that_only_the_models_own_mask_knows_of_is_not_shared() -> None
     "arch, layout, name, broken, reason",
     [
         ("llama", interface, "attend_on_tree", nothing_but_nan, "packed hidden states differ .* by nan"),
-        ("llama", Decode, "attend", nothing_but_nan, "decoded hidden states differ .* by nan"),
+        ("llama", DecodeCache, "attend", nothing_but_nan, "decoded hidden states differ .* by nan"),
         (
             "gemma3",
             interface,
@@ -145,7 +145,7 @@ def test_a_window_that_only_the_models_own_mask_knows_of_is_not_shared() -> None
             "packed hidden states differ",
         ),
         ("gpt_oss", DecodeLayer, "attend", without_the_window(DecodeLayer.attend), "decoded hidden states differ"),
-        ("llama", Decode, "advance", lambda self, n: None, "decoded hidden states differ"),
+        ("llama", DecodeCache, "advance", lambda self, n: None, "decoded hidden states differ"),
         ("llama", interface, "attend_on_tree", None, "TypeError: 'NoneType' object is not callable"),
     ],
 )

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rl_lora.attention.kv_cache import Decode
+from rl_lora.attention.kv_cache import DecodeCache
 from rl_lora.kernels.native_code import dispatched
 from rl_lora.learner.learner import target_logprobs
 from rl_lora.learner.packing import pack
@@ -587,7 +587,7 @@ def test_nothing_of_a_rollout_outlives_it() -> None:
     try:
         for _ in range(2):
             sampler.generate([Request(prompt(9), n=3, max_tokens=14, adapter="a")])
-        assert not [x for x in gc.get_objects() if isinstance(x, Decode)]
+        assert not [x for x in gc.get_objects() if isinstance(x, DecodeCache)]
     finally:
         gc.enable()
 
@@ -610,7 +610,7 @@ def test_few_rows_are_computed_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden = policy.hidden
 
     def watched(tokens: Tensor, adapters: Sequence[str | None], layout: Any = None, *rest: Any, **more: Any) -> Tensor:
-        if isinstance(layout, Decode):
+        if isinstance(layout, DecodeCache):
             computed.append(len(tokens))
         return hidden(tokens, adapters, layout, *rest, **more)
 
