@@ -20,7 +20,6 @@ from sphinx.util.docutils import SphinxDirective
 
 from rl_lora.scripts.help import metavar, texts_of
 from rl_lora.scripts.schema import options_of, schema_of
-from rl_lora.settings.dotted import as_typed
 
 CODE = re.compile(r"(``[^`]+``|`[^`]+`)")
 SECTION = re.compile(r"(Args|Raises|Returns):$")
@@ -88,7 +87,7 @@ def option_lines(config: Any, other: Any = None) -> Iterator[str]:
             if name.rpartition(".")[0] == section and (name not in there or there[name].default != option.default):
                 yield f"```{{option}} --{name} {metavar(option.hint)}"
                 bounds = f" {option.bounds.capitalize()}." if option.bounds else ""
-                yield f"{escaped(texts.get(name, ''))}{bounds} Default: `{as_typed(option.default) or ' '}`."
+                yield f"{escaped(texts.get(name, ''))}{bounds} Default: `{option.shown or ' '}`."
                 yield "```\n"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from math import inf
 from typing import Annotated, Any, Literal
 
@@ -86,10 +86,10 @@ class EnvConfig:
     """Arguments of the environment, e.g. --env.kwargs.digits 3."""
 
     def __post_init__(self) -> None:
-        self.id = without_module(self.id)
+        self.id = self.id and without_module(self.id)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class EpisodeConfig:
     """How episodes are played, in training and in evaluation."""
 
@@ -254,71 +254,32 @@ class TrainConfig:
         expand_home(self, "run_dir")
 
 
-@dataclass
-class BaseOfRun:
-    """The frozen base: that of the run, as far as nothing else is said."""
+FROM_RUN: Any = None
+"""The value of an evaluation's setting that is taken from the runs of its adapters: see `settings/from_run.py`."""
 
-    name: str | None = None
-    """`smollm2-135m`, a local folder, or a Hugging Face hub id. By default the run's; of adapters without a run, the
-    one that they were made for, where it is here."""
-    dtype: Literal["auto", "float32", "bfloat16"] | None = None
-    """See `ModelConfig`. By default the run's, or auto."""
-    compile: bool | None = None
-    """Compile the layers for decoding; batches that mix adapters decode without."""
-    stop_tokens: list[str] | None = None
-    """Tokens that end a reply, beside the model's own. By default the run's."""
-    template_kwargs: dict[str, Any] | None = None
-    """What the model's chat template takes besides the messages. By default the run's."""
-    trust_remote_code: bool = False
-    """Run code that comes with a model. Off, whatever the model or the run says."""
 
-    def __post_init__(self) -> None:
-        expand_home(self, "name")
+def model_of_run(**given: Any) -> ModelConfig:
+    """The base of the adapters' runs but for what is given: `EvaluateConfig(model=model_of_run(dtype="float32"))`."""
+    left_open = dict.fromkeys(("name", "dtype", "stop_tokens", "template_kwargs"), FROM_RUN)
+    return ModelConfig(**left_open | given)
+
+
+def env_of_run(**given: Any) -> EnvConfig:
+    """The task of the adapters' runs but for what is given."""
+    return EnvConfig(**{"id": FROM_RUN, "kwargs": FROM_RUN} | given)
 
 
 @dataclass
-class EnvOfRun:
-    """The task: that of the run, as far as nothing else is said."""
-
-    id: str | None = None
-    """A gymnasium id; `module:id` imports the module that registers it. By default the run's."""
-    kwargs: dict[str, Any] | None = None
-    """Arguments of the environment. With an id of its own these are all; else they go over the run's."""
-
-    def __post_init__(self) -> None:
-        self.id = self.id and without_module(self.id)
-
-
-@dataclass
-class EvaluateConfig:
+class EvaluateConfig(EpisodeConfig):
     """Evaluate LoRA adapters, and the bare base, on held-out problems: one base, all adapters in the same batches.
     What is not said of task and base is taken from the runs of the adapters, as far as they agree."""
 
     adapters: list[str] = field(default_factory=list)
     """Adapter folders (PEFT format), checkpoints, or run folders: the final adapter, or else the last checkpoint's."""
-    model: BaseOfRun | ModelConfig = field(default_factory=BaseOfRun)
-    env: EnvOfRun | EnvConfig = field(default_factory=EnvOfRun)
-    env_kwargs: dict[str, Any] | None = None
-    """Arguments of the environment that differ in evaluation. Where it takes a split, {split: eval} is added. By
-    default the run's."""
-    max_tokens: Annotated[int, Ge(1)] | None = None
-    """Limit of one reply; longer ones are cut off and counted as truncated. By default the run's, or 16."""
-    system_prompt: str | None = None
-    """First message of every conversation; an empty text: none. By default the run's."""
-    max_turns: Annotated[int, Ge(1)] | None = None
-    """Replies of an episode, at most. By default the run's, or 16."""
-    max_rows: Annotated[int, Ge(1)] = 256
-    """Completions that are decoded at a time: less takes less memory."""
-    max_cache_gib: Annotated[float, Ge(0), Unit("GiB")] | None = None
-    """GiB of keys and values of the completions under way and of their prompts. By default half of the free memory."""
-    check_every: Annotated[int, Ge(1)] | None = None
-    """Tokens between looks at which completions have ended. By default 8 on a GPU and 1 elsewhere."""
-    max_failed: Annotated[float, Ge(0), Le(1)] = 0.1
-    """Share of the last episodes that may fail before the evaluation stops: see `EpisodeConfig`."""
-    reward_threads: Annotated[int, Ge(1)] = 32
-    """Calls of a reward function that run at the same time, at most: see `EpisodeConfig`."""
-    wait_for_steps: bool = False
-    """Let decoding wait for the steps of environments of several turns: see `EpisodeConfig`."""
+    model: ModelConfig = field(default_factory=model_of_run)
+    env: EnvConfig = field(default_factory=env_of_run)
+    env_kwargs: dict[str, Any] | None = FROM_RUN
+    """Arguments of the environment that differ in evaluation. Where it takes a split, {split: eval} is added."""
     limit: Annotated[int, Ge(1)] | None = 256
     """Held-out problems, the first ones; null: all that the environment has."""
     n: Annotated[int, Ge(1)] = 1
@@ -337,39 +298,10 @@ class EvaluateConfig:
     resume: bool = True
     """false: draw everything again. Needed where code has changed that is not looked at: what the modules of your own
     environments and reward functions import."""
+    _: KW_ONLY
+    max_tokens: Annotated[int, Ge(1)] = FROM_RUN
+    system_prompt: str | None = FROM_RUN
+    max_turns: Annotated[int, Ge(1)] = FROM_RUN
 
     def __post_init__(self) -> None:
         expand_home(self, "adapters", "out")
-
-
-@dataclass
-class EvaluationSettings(EpisodeConfig):
-    """What is evaluated: an `EvaluateConfig` in which nothing is left to a run; see `run_task.py`."""
-
-    adapters: list[str] = field(default_factory=list)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    env: EnvConfig = field(default_factory=EnvConfig)
-    env_kwargs: dict[str, Any] | None = None
-    limit: Annotated[int, Ge(1)] | None = 256
-    n: Annotated[int, Ge(1)] = 1
-    temperature: Annotated[float, Ge(0), Lt(inf)] = 0.0
-    k: list[int] = field(default_factory=list)
-    against: str | None = None
-    seed: Annotated[int, Ge(0)] = 0
-    out: str = "evaluation"
-    resume: bool = True
-
-
-OF_RUN = {
-    "env.id": "env.id",
-    "env.kwargs": "env.kwargs",
-    "env_kwargs": "eval.env_kwargs",
-    "max_tokens": "rollout.max_tokens",
-    "system_prompt": "rollout.system_prompt",
-    "max_turns": "rollout.max_turns",
-    "model.name": "model.name",
-    "model.dtype": "model.dtype",
-    "model.stop_tokens": "model.stop_tokens",
-    "model.template_kwargs": "model.template_kwargs",
-}
-"""Options of an evaluation that a run answers, and where its config.yaml has them."""

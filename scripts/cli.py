@@ -21,7 +21,7 @@ from rl_lora.scripts.command import USER_ERROR, run
 from rl_lora.scripts.configs import BenchmarkConfig, PlotConfig, ReportConfig, SftConfig
 from rl_lora.scripts.options import parse
 from rl_lora.scripts.schema import Usage, meant, nearest
-from rl_lora.settings.validation import validate
+from rl_lora.settings.validation import validate, validate_bounds, validate_evaluation
 from rl_lora.system.invocation import COMMAND, launcher, words
 from rl_lora.system.terminal import guard, say
 
@@ -36,7 +36,7 @@ class Command:
     config: type[Any]
     load: Callable[[], Work]
     usage: Usage
-    check: Work | None = None
+    check: Work = validate_bounds
     """Finds what is wrong with a config, before `load`."""
     to_go_on: tuple[str, ...] | None = None
     """Options that make the same command go on from where it was interrupted; None: it starts over."""
@@ -107,6 +107,7 @@ COMMANDS = {
             examples=("runs/first", "runs/first runs/mine --limit 500 --n 4 --temperature 0.7"),
             first=("adapters", "limit", "n", "temperature", "max_tokens", "against", "env.id", "env.kwargs", "out"),
         ),
+        check=validate_evaluation,
         to_go_on=(),
     ),
     "sft": Command(
@@ -179,8 +180,7 @@ def start(name: str, args: list[str]) -> None:
         raise ValueError(unknown(name))
     command = COMMANDS[name]
     config = parse(command.config, args, replace(command.usage, words=shlex.join(words(name))))
-    if command.check is not None:
-        command.check(config)
+    command.check(config)
     sys.path.append(os.getcwd())  # environments and rewards of the user's own, also for the installed command
     work = command.load()
     signals.listen()

@@ -17,7 +17,6 @@ from docstring_parser import parse_from_object
 from rl_lora.scripts.schema import OWN, Schema, Usage, meant, nearest
 from rl_lora.scripts.values import NONE, is_list, members
 from rl_lora.settings.algorithm import registries
-from rl_lora.settings.dotted import as_typed
 
 VALUES = (
     "A text is taken as it is typed. Inside of a mapping, numbers, true, false, null, [lists] and {mappings} are what "
@@ -94,8 +93,8 @@ def entry(schema: Schema, texts: dict[str, str], name: str, is_short: bool = Fal
     if is_short:
         text = shortened(text)
     told = [option.bounds] if option.bounds else []
-    if option.default is not None or "y default" not in texts.get(name, ""):  # else the text says it
-        told.append(f"default: {as_typed(option.default)}")
+    if option.shown != "null" or "y default" not in texts.get(name, ""):  # else the text says it
+        told.append(f"default: {option.shown}")
     text += f" ({'; '.join(told)})" if told else ""
     return columns(f"--{name} {metavar(option.hint)}", text)
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_origin, get_type_hints
 
+from rl_lora.config import FROM_RUN, EvaluateConfig
 from rl_lora.scripts.values import members
 from rl_lora.settings.algorithm import registries
 from rl_lora.settings.bounds import bounds_of
+from rl_lora.settings.dotted import as_typed
+from rl_lora.settings.from_run import without_run
 
 OWN = {
     "help": "This help. --help all: every option. --help NAME: a group of options, or those with NAME in their names.",
@@ -42,8 +46,10 @@ class Option:
     hint: Any
     """Its type, without the bounds."""
     default: Any
-    bounds: str = ""
+    bounds: str
     """In words: "at least 1"."""
+    shown: str
+    """The default as it is typed, or where it comes from."""
 
 
 @dataclass(frozen=True)
@@ -103,16 +109,29 @@ def schema_of(config: Any) -> Schema:
     return Schema(dict(options_of(config)), groups)
 
 
-def options_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Option]]:
-    """Dotted names of all fields that are no dataclasses themselves, with their types and values. Fields that name
-    records are choices of their names, or any other text."""
-    hints, annotated = get_type_hints(type(config)), get_type_hints(type(config), include_extras=True)
-    for name, registry in registries(type(config)).items():
+def options_of(config: Any) -> Iterator[tuple[str, Option]]:
+    """Dotted names of all fields that are no dataclasses themselves, with what is known of them."""
+    without = without_run() if isinstance(config, EvaluateConfig) else {}
+    for name, option in fields_of(config):
+        if name in without and option.default is FROM_RUN:
+            fallback = without[name]
+            shown = f"the run's, or {as_typed(fallback)}" if fallback else "the run's"
+            option = replace(option, hint=option.hint | None, shown=shown)
+        yield name, option
+
+
+def fields_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Option]]:
+    """The same without what the runs of an evaluation decide. What a class adds to its base stands first; fields that
+    name records are choices of their names, or any other text."""
+    kind = type(config)
+    hints, annotated = get_type_hints(kind), get_type_hints(kind, include_extras=True)
+    for name, registry in registries(kind).items():
         hints[name] = Literal[tuple(registry)] | hints[name]
-    for field in dataclasses.fields(config):
+    declared = [name for base in kind.__mro__ for name in inspect.get_annotations(base)]
+    for field in sorted(dataclasses.fields(config), key=lambda field: declared.index(field.name)):
         value, name = getattr(config, field.name), prefix + field.name
         if dataclasses.is_dataclass(value):
-            yield from options_of(value, f"{name}.")
+            yield from fields_of(value, f"{name}.")
         else:
             bounds = bounds_of(annotated[field.name])
-            yield name, Option(hints[field.name], value, bounds.words if bounds else "")
+            yield name, Option(hints[field.name], value, bounds.words if bounds else "", as_typed(value))

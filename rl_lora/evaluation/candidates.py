@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from rl_lora.config import EvaluateConfig, EvaluationSettings
+from rl_lora.config import EvaluateConfig
 from rl_lora.lora.peft_io import base_of
 from rl_lora.settings.dotted import as_typed
 from rl_lora.system.files import read_json, read_yaml
@@ -67,7 +67,7 @@ def step_of(adapter: Path) -> int | None:
     return int(read_json(summary, "the run writes it again with --resume true").get("steps", 0)) or None
 
 
-def differences(folder: Path, config: EvaluateConfig | EvaluationSettings) -> Iterator[str]:
+def differences(folder: Path, config: EvaluateConfig) -> Iterator[str]:
     """Where an adapter comes from something else than it is evaluated on. Raises ValueError if it cannot be read."""
     check_whole(folder)
     base = base_of(folder)
@@ -84,7 +84,7 @@ def record_of(folder: Path) -> Path | None:
     return next((record for record in kept if record.is_file()), None)
 
 
-def other_task(folder: Path, config: EvaluateConfig | EvaluationSettings) -> str:
+def other_task(folder: Path, config: EvaluateConfig) -> str:
     """What the run that a folder belongs to was trained on, if that is not what is evaluated."""
     record = record_of(folder)
     if record is None:

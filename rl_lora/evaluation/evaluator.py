@@ -17,7 +17,7 @@ import torch
 from accelerate import PartialState
 from rich.text import Text
 
-from rl_lora.config import EvaluateConfig, EvaluationSettings
+from rl_lora.config import EvaluateConfig
 from rl_lora.evaluation.candidates import BASE, differences, is_unfinished, named, stand_ins
 from rl_lora.evaluation.missing import Decoding, draw_missing
 from rl_lora.evaluation.plan import Asked, hash_of, planned, sampling_settings
@@ -37,7 +37,7 @@ from rl_lora.rollout.problems import check_problems
 from rl_lora.rollout.worker import MakeEnv, RolloutWorker
 from rl_lora.sampler.compiled import should_compile
 from rl_lora.sampler.factory import make_sampler
-from rl_lora.settings.bounds import out_of_bounds
+from rl_lora.settings.validation import validate_evaluation
 from rl_lora.system import files
 from rl_lora.system import finite_json as json
 from rl_lora.system.distributed import no_accelerator
@@ -63,7 +63,8 @@ def evaluate(config: EvaluateConfig, *, reward: Any = None, data: Any = None, ev
     paths = [path for path in config.adapters if path not in unfinished]
     whose = whose_task(config, paths)
     settings = replace(whose.settings, env=with_given(whose.settings.env, reward, data, eval_data))
-    validate(settings)
+    validate_evaluation(settings)
+    check_out(settings.out)
     console.print(whose.line)
     prepared = prepare(settings, paths, console)
     results, decoding = run(prepared, console)
@@ -80,7 +81,7 @@ def evaluate(config: EvaluateConfig, *, reward: Any = None, data: Any = None, ev
 class Prepared:
     """An evaluation, checked as far as it can be before the model is loaded."""
 
-    config: EvaluationSettings
+    config: EvaluateConfig
     folders: dict[str, Path]
     """Adapter folders by the names of their rows."""
     make_env: MakeEnv
@@ -96,7 +97,7 @@ class Prepared:
         return [BASE, *self.folders]
 
 
-def prepare(config: EvaluationSettings, paths: Sequence[str], console: Terminal) -> Prepared:
+def prepare(config: EvaluateConfig, paths: Sequence[str], console: Terminal) -> Prepared:
     """Raises ValueError with all that can be known to be wrong without the model."""
     state = PartialState(cpu=no_accelerator())
     if state.num_processes > 1:
@@ -166,7 +167,7 @@ def run(prepared: Prepared, console: Terminal) -> tuple[Record, Decoding]:
 
 
 def _draw(
-    config: EvaluationSettings,
+    config: EvaluateConfig,
     worker: RolloutWorker,
     plan: Sequence[Sequence[Asked]],
     store: SampleStore,
@@ -188,15 +189,8 @@ def _draw(
     store.append_failed()
 
 
-def validate(config: EvaluationSettings) -> None:
-    """Raises ValueError with every number that cannot be meant."""
-    wrong = out_of_bounds(config)
-    if config.n > 1 and config.temperature == 0:
-        wrong.append(f"n must be 1 at temperature 0, got {config.n}: greedy samples are all the same")
-    if bad := [k for k in config.k if not 1 <= k <= config.n]:
-        wrong.append(f"k must be from 1 to n={config.n}, the samples of a problem, got {', '.join(map(str, bad))}")
-    if (Path(config.out) / "config.yaml").is_file():
-        wrong.append(f"out must not be the folder of a training run, whose report would be lost, got {config.out}")
-    if wrong:
-        raise ValueError("; ".join(wrong))
-    files.check_writable(Path(config.out), "out")
+def check_out(folder: str) -> None:
+    """Raises ValueError where an evaluation may not, or cannot, be written."""
+    if (Path(folder) / "config.yaml").is_file():
+        raise ValueError(f"out must not be the folder of a training run, whose report would be lost, got {folder}")
+    files.check_writable(Path(folder), "out")

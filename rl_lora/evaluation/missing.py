@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from rich.progress import Progress
 
-from rl_lora.config import EvaluationSettings
+from rl_lora.config import EvaluateConfig
 from rl_lora.evaluation.plan import Asked
 from rl_lora.evaluation.sample_store import SampleStore
 from rl_lora.metrics.samples import sample_of
@@ -34,7 +34,7 @@ class Decoding:
 
 
 def draw_missing(
-    config: EvaluationSettings,
+    config: EvaluateConfig,
     worker: RolloutWorker,
     plan: Sequence[Sequence[Asked]],
     store: SampleStore,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rl_lora.config import EvaluationSettings
+from rl_lora.config import EvaluateConfig
 from rl_lora.evaluation.candidates import BASE
 from rl_lora.evaluation.sample_store import Key
 from rl_lora.lora.adapter import Adapter
@@ -41,7 +41,7 @@ def hash_of(adapter: Adapter) -> str:
     return content_hash(adapter.hash(), adapter.ranks, adapter.alphas, adapter.rslora)
 
 
-def sampling_settings(config: EvaluationSettings, policy: Policy, make_env: MakeEnv) -> Record:
+def sampling_settings(config: EvaluateConfig, policy: Policy, make_env: MakeEnv) -> Record:
     """What decides, beside problem and adapter, which samples are drawn and how they are judged.
 
     Left out is what changes rounding only: how many rows are decoded at a time, and on which device. Of code,
@@ -64,7 +64,7 @@ def sampling_settings(config: EvaluationSettings, policy: Policy, make_env: Make
 
 
 def planned(
-    config: EvaluationSettings, problems: Sequence[Problem], hashes: dict[str, str], sampling_hash: str
+    config: EvaluateConfig, problems: Sequence[Problem], hashes: dict[str, str], sampling_hash: str
 ) -> list[list[Asked]]:
     """Batches of equal shares of the problems, each under every model: the same ones when an evaluation goes on, so
     that it comes to the same in any arithmetic. A batch has about AHEAD * max_rows rows; adapters with the same weights

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rl_lora.config import EvaluationSettings
+from rl_lora.config import EvaluateConfig
 from rl_lora.evaluation.candidates import BASE, step_of
 from rl_lora.evaluation.missing import Decoding
 from rl_lora.metrics.collapse import reply_warning
@@ -15,13 +15,13 @@ from rl_lora.metrics.records import Record
 from rl_lora.metrics.summary import compared, pairs, row
 
 
-def ks_of(config: EvaluationSettings) -> list[int]:
+def ks_of(config: EvaluateConfig) -> list[int]:
     """The k of pass@k and maj@k."""
     powers = [2**i for i in range(config.n.bit_length())]
     return sorted(set(config.k or [*powers, config.n]))
 
 
-def results_of(config: EvaluationSettings, folders: dict[str, Path], rows: Sequence[list[dict[str, Any]]]) -> Record:
+def results_of(config: EvaluateConfig, folders: dict[str, Path], rows: Sequence[list[dict[str, Any]]]) -> Record:
     """The figures: a row for the base and each adapter, and all pairs of them."""
     names, ks = [BASE, *folders], ks_of(config)
     matrix = pairs(rows, config.n, config.seed)
@@ -41,7 +41,7 @@ def results_of(config: EvaluationSettings, folders: dict[str, Path], rows: Seque
     return {"kind": "evaluation", "config": asdict(config), **figures}
 
 
-def savings(config: EvaluationSettings, results: Record, n_problems: int, decoding: Decoding) -> str:
+def savings(config: EvaluateConfig, results: Record, n_problems: int, decoding: Decoding) -> str:
     """What was done, and what it cost less than one command for each row."""
     n_rows, seconds, loading = len(results["rows"]), results["seconds"], results["seconds_loading"]
     found = f", {results['n_found']} of them from before" if results["n_found"] else ""

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
-from rl_lora.config import OF_RUN, EnvConfig, EvaluateConfig, EvaluationSettings, ModelConfig
+from rl_lora.config import EvaluateConfig
 from rl_lora.evaluation.candidates import adapter_in, record_of
 from rl_lora.lora import peft_io
 from rl_lora.settings.dotted import as_typed, flatten
+from rl_lora.settings.from_run import OF_RUN, without_run
 from rl_lora.system.files import read_yaml
 from rl_lora.system.model_names import EMBEDDED_MODEL, canonical
 from rl_lora.system.terminal import in_line
@@ -25,7 +26,8 @@ TASK = ("env.id", "env.kwargs", "env_kwargs")
 class Whose:
     """What is evaluated, and where the task comes from."""
 
-    settings: EvaluationSettings
+    settings: EvaluateConfig
+    """Nothing in it is left to a run."""
     origin: str
 
     @property
@@ -62,8 +64,7 @@ def whose_task(config: EvaluateConfig, paths: Sequence[str]) -> Whose:
         raise ValueError(f"the runs differ in what they were trained on ({what}): say what to evaluate with {options}")
     if "model.name" not in given | found and (base := base_of(paths)):
         found["model.name"] = base
-    rest = {name: value for name, value in said.items() if name not in OF_RUN}
-    values = flatten(EvaluationSettings()) | rest | {k: v for k, v in found.items() if v is not None} | given
+    values = without_run() | {name: value for name, value in found.items() if value is not None} | given
     if "env.kwargs" in found and "env.kwargs" in given:
         values["env.kwargs"] = found["env.kwargs"] | given["env.kwargs"]
     values["system_prompt"] = values["system_prompt"] or None
@@ -71,7 +72,7 @@ def whose_task(config: EvaluateConfig, paths: Sequence[str]) -> Whose:
         origin = "as given" if own_task else "the default task"
     else:
         origin = f"the task of {', '.join(records)}" + (", with what is given" if given else "")
-    return Whose(settings_of(values), origin)
+    return Whose(with_values(config, values), origin)
 
 
 def shown(folder: Path) -> str:
@@ -79,20 +80,20 @@ def shown(folder: Path) -> str:
     return str(folder.relative_to(Path.cwd())) if folder.is_relative_to(Path.cwd()) else str(folder)
 
 
-def settings_of(values: dict[str, Any]) -> EvaluationSettings:
-    """Settings from dotted names."""
-    nested: dict[str, dict[str, Any]] = {"model": {}, "env": {}}
-    flat: dict[str, Any] = {}
+def with_values(config: EvaluateConfig, values: dict[str, Any]) -> EvaluateConfig:
+    """The config with other values of some settings, by dotted names."""
+    groups: dict[str, dict[str, Any]] = {"": {}, "model": {}, "env": {}}
     for name, value in values.items():
-        group, dot, inner = name.rpartition(".")
-        (nested[group] if dot else flat)[inner if dot else name] = value
-    return EvaluationSettings(**flat, model=ModelConfig(**nested["model"]), env=EnvConfig(**nested["env"]))
+        group, _, inner = name.rpartition(".")
+        groups[group][inner] = value
+    model, env = replace(config.model, **groups["model"]), replace(config.env, **groups["env"])
+    return replace(config, **groups[""], model=model, env=env)
 
 
 def task_of(record: Path) -> dict[str, Any]:
     """What a run's config.yaml says of the options in OF_RUN; defaults for what an older one lacks."""
     run = read_yaml(record, "put it back from a copy, or remove it")
-    defaults = flatten(EvaluationSettings())
+    defaults = without_run()
     found = {}
     for name, place in OF_RUN.items():
         group, _, inner = place.partition(".")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import shlex
 
-from rl_lora.config import OF_RUN, EvaluationSettings, TrainConfig
+from rl_lora.config import EvaluateConfig, TrainConfig
 from rl_lora.settings.dotted import flatten
+from rl_lora.settings.from_run import OF_RUN
 from rl_lora.system.invocation import words
 
 
@@ -19,7 +20,7 @@ def _flags(config: TrainConfig) -> list[str]:
     """What an evaluation has to be told to repeat this run's: what it does not take from the run itself."""
     mine, flags = flatten(config), []
     elsewhere: dict[str, tuple[str, ...]] = {"limit": ("eval.episodes",), "resume": ()}
-    for name, default in flatten(EvaluationSettings()).items():
+    for name, default in flatten(EvaluateConfig()).items():
         places = elsewhere.get(name, (f"eval.{name}", f"rollout.{name}", name))
         value = next((mine[place] for place in places if place in mine), default)
         # None held out in the run is no reason for none later.

@@ -13,11 +13,12 @@ import yaml
 
 import rl_lora.envs  # noqa: F401
 from rl_lora import EvaluateConfig, Policy, evaluate, save_adapter, train
-from rl_lora.config import OF_RUN, EnvConfig, EvaluationSettings, ModelConfig, TrainConfig
+from rl_lora.config import EnvConfig, EpisodeConfig, ModelConfig, RolloutConfig, TrainConfig, model_of_run
 from rl_lora.evaluation.run_task import whose_task
 from rl_lora.report.next_command import next_command
 from rl_lora.scripts.options import parse
 from rl_lora.settings.dotted import flatten
+from rl_lora.settings.from_run import OF_RUN, without_run
 from rl_lora.trainer.trainer import tracker_kwargs
 from tests import ROOT
 from tests.tiny import tiny_folder
@@ -52,7 +53,7 @@ def other_run(run: TrainConfig, folder: Path, **changes: Any) -> str:
     return str(folder)
 
 
-def settings(*args: str) -> EvaluationSettings:
+def settings(*args: str) -> EvaluateConfig:
     config = parse(EvaluateConfig, list(args))
     return whose_task(config, config.adapters).settings
 
@@ -113,16 +114,23 @@ def test_adapters_without_a_run_do_not_count_but_for_their_base(run: TrainConfig
     foreign = str(save_adapter(policy.bank.add("a"), tmp_path / "foreign", run.model.name))
     (tmp_path / "config.yaml").write_text("steps: 3\n", encoding="utf-8")
     found = settings("--adapters", foreign)
-    assert flatten(found) == flatten(EvaluationSettings()) | {"model.name": run.model.name, "adapters": [foreign]}
+    assert flatten(found) == flatten(settings()) | {"model.name": run.model.name, "adapters": [foreign]}
     assert settings("--adapters", foreign, run.run_dir).env == run.env
     assert settings("--adapters", foreign, "--model.name", "x").model.name == "x"
 
 
 def test_without_adapters_the_defaults_hold() -> None:
-    assert settings() == EvaluationSettings()
-    assert {field.name for field in dataclasses.fields(EvaluateConfig)} == {
-        field.name for field in dataclasses.fields(EvaluationSettings)
-    }
+    found = settings()
+    assert (found.model, found.env) == (ModelConfig(), EnvConfig())
+    assert flatten(found) == flatten(EvaluateConfig()) | without_run()
+    for field in dataclasses.fields(EpisodeConfig):
+        assert getattr(found, field.name) == getattr(RolloutConfig(), field.name)
+
+
+def test_a_part_of_the_base_may_be_given_in_python(run: TrainConfig) -> None:
+    config = EvaluateConfig([run.run_dir], model=model_of_run(stop_tokens=["8"]))
+    found = whose_task(config, config.adapters).settings
+    assert (found.model.name, found.model.stop_tokens, found.max_tokens) == (run.model.name, ["8"], 5)
 
 
 def test_the_header_says_whose_task_it_is(

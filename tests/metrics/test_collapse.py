@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rl_lora.config import EvaluationSettings
+from rl_lora.config import EvaluateConfig
 from rl_lora.evaluation.results import results_of
 from rl_lora.metrics.collapse import MIN_PROBLEMS, WINDOW, most_common_reply, reply_warning, training_warnings
 from rl_lora.metrics.summary import summarize
@@ -94,7 +94,7 @@ def test_groups_without_signal_are_named_unless_they_are_solved() -> None:
 
 def test_an_evaluation_names_the_adapter_that_gives_one_reply() -> None:
     rows = [held_out([str(i) for i in range(10)]), held_out(["2"] * 10), held_out([str(-i) for i in range(10)])]
-    results = results_of(EvaluationSettings(), {"stuck": Path("stuck"), "fine": Path("fine")}, rows)
+    results = results_of(EvaluateConfig(), {"stuck": Path("stuck"), "fine": Path("fine")}, rows)
     (warning,) = results["warnings"]
     assert warning.startswith("stuck: 100% of the held-out replies are the same, '2'")
     assert [row["same_reply"] for row in results["rows"]] == pytest.approx([0.1, 1.0, 0.1])

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 import rl_lora
-from rl_lora.config import EvaluationSettings, TrainConfig
+from rl_lora.config import EvaluateConfig, TrainConfig
 from rl_lora.evaluation.candidates import named, other_task
 from rl_lora.scripts.cli import main
 from rl_lora.scripts.command import parse, run
@@ -318,7 +318,7 @@ def test_a_run_folder_stands_for_its_adapter_or_its_last_checkpoint_and_names_st
 
 def test_an_evaluation_on_another_task_than_the_run_was_trained_on_is_said(finished: TrainConfig) -> None:
     folder = Path(finished.run_dir) / "adapter"
-    config = EvaluationSettings(env=finished.env, max_tokens=finished.rollout.max_tokens)
+    config = EvaluateConfig(env=finished.env, max_tokens=finished.rollout.max_tokens)
     assert other_task(folder, config) == ""
     config.max_tokens += 1
     assert "max_tokens" in other_task(folder, config)
