@@ -11,7 +11,7 @@ from rl_lora.config import EvaluateConfig
 from rl_lora.evaluation.plan import Asked
 from rl_lora.evaluation.sample_store import SampleStore
 from rl_lora.metrics.samples import sample_of
-from rl_lora.rollout.worker import Plays, RolloutWorker
+from rl_lora.rollout.worker import EpisodeRequest, RolloutWorker
 from rl_lora.system.terminal import Terminal
 
 
@@ -58,7 +58,10 @@ def draw_missing(
             if not missing:
                 continue
             played = worker.play(
-                [Plays(asked.adapter, asked.problem.seed, config.n - first, first) for asked, first in missing],
+                [
+                    EpisodeRequest(asked.adapter, asked.problem.seed, config.n - first, first)
+                    for asked, first in missing
+                ],
                 random_seed=(config.seed,),
                 temperature=config.temperature,
                 on_token=on_token,

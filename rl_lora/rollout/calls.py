@@ -28,7 +28,7 @@ MOSTLY = 4
 """A call has waited if it did so for this many times as long as it computed: on a busy machine computing waits too."""
 
 
-class Calls:
+class CallPool:
     """Starts calls, `limit` at a time at most; with a limit of 1 one after another.
 
     Where a call ran decides neither what it returns nor in which order results are used: the same seed gives the same

@@ -43,7 +43,7 @@ class TaskError(ValueError):
 
 
 @dataclass(frozen=True)
-class Start:
+class ResetResult:
     """What `reset` gave: the problem, and what the environment says of it."""
 
     observation: str
@@ -52,13 +52,13 @@ class Start:
     """The problem as a conversation, where it is one; the observation then shows it as a text."""
 
     @property
-    def parts(self) -> tuple[str, ...]:
+    def identity(self) -> tuple[str, ...]:
         """What must be the same in every episode of the seed, as texts: observation, conversation, reference."""
         return self.observation, _as_json(self.messages), _as_json(self.info.get("reference"))
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StepResult:
     """What `step` gave. `success` and `answer` are None where the environment says nothing of them; `unscorable` is the
     reason why it could not judge, or None."""
 
@@ -86,7 +86,7 @@ def _as_json(value: Any) -> str:
         return ""  # two that mean the same need not look the same
 
 
-def begin(env: Env, seed: int) -> Start:
+def reset_env(env: Env, seed: int) -> ResetResult:
     """Reset an environment to the problem of a seed. Raises TaskError."""
     where = f"{env_id(env)}, seed {seed}"
     try:
@@ -103,11 +103,11 @@ def begin(env: Env, seed: int) -> Start:
         raise TaskError(f"{env_id(env)}{joint}{error}", str(error)) from None
 
 
-def advance(env: Env, seed: int, reply: str) -> Outcome:
+def step_env(env: Env, seed: int, reply: str) -> StepResult:
     """Give a reply to an environment. Raises TaskError."""
     where = f"{env_id(env)}, seed {seed}"
     try:
-        with waiting(env, seed):
+        with watch_step(env, seed):
             result = env.step(reply)
     except KeyboardInterrupt:
         raise
@@ -127,7 +127,7 @@ def close(env: Env) -> None:
         warnings.warn(f"{env_id(env)}: close() raised {type(error).__name__}: {error}", stacklevel=1)
 
 
-def waiting(env: Env, seed: int) -> AbstractContextManager[None]:
+def watch_step(env: Env, seed: int) -> AbstractContextManager[None]:
     """While the block runs: who is waited for, an environment or the reward function that it names as `judged_by`, is
     said if it takes long."""
     name = getattr(env.unwrapped, "judged_by", None)
@@ -135,7 +135,7 @@ def waiting(env: Env, seed: int) -> AbstractContextManager[None]:
     return watched(lambda: f"{env_id(env)}, seed {seed}: {asked} has not answered")
 
 
-def read_reset(result: Any) -> Start:
+def read_reset(result: Any) -> ResetResult:
     """The result of `reset` as a record. Raises ValueError unless it is (text or messages, mapping)."""
     if not isinstance(result, tuple | list) or len(result) != 2:
         raise ValueError(f"reset() must return (observation, info), got {shown(result)}")
@@ -145,10 +145,10 @@ def read_reset(result: Any) -> Start:
     if (same := info.get("messages")) is not None:
         check_messages(same, "info['messages']")
         messages = same
-    return Start(text, info, messages)
+    return ResetResult(text, info, messages)
 
 
-def read_step(result: Any) -> Outcome:
+def read_step(result: Any) -> StepResult:
     """The result of `step` as a record.
 
     Rewards and reward parts are finite numbers, of Python, NumPy or torch. Verdicts are bools, or 0 and 1.
@@ -165,7 +165,7 @@ def read_step(result: Any) -> Outcome:
     ended = {name: truth(value, name) for name, value in (("terminated", terminated), ("truncated", truncated))}
     over = any(ended.values()) or unscorable  # then nobody reads the observation
     text, messages = ("", None) if over else read_observation(observation)
-    return Outcome(
+    return StepResult(
         text,
         number(reward, "the reward"),
         **ended,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from rl_lora.config import RolloutConfig
 from rl_lora.policy.chat import Chat
-from rl_lora.rollout.contract import Env, begin, close, env_id
+from rl_lora.rollout.contract import Env, close, env_id, reset_env
 from rl_lora.rollout.worker import MakeEnv
 from rl_lora.types import Episode, Group, Stop, Turn
 
@@ -63,7 +63,7 @@ class Demonstrations:
         if self._env is None:
             self._env = self.make_env()
         name = env_id(self._env)
-        start = begin(self._env, seed)
+        start = reset_env(self._env, seed)
         text = start.info.get("demonstration")
         if not isinstance(text, str) or not text.strip():
             raise ValueError(

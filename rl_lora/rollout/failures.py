@@ -19,7 +19,7 @@ RECENT = 10
 
 
 @dataclass
-class Batch:
+class BatchCounts:
     """Episodes that are played together."""
 
     n: int
@@ -39,13 +39,13 @@ class Failures:
 
     def __init__(self, max_share: float, say: Callable[[TaskError], None] = lambda error: None):
         self.max_share, self.say = max_share, say
-        self.recent: deque[Batch] = deque(maxlen=RECENT)
+        self.recent: deque[BatchCounts] = deque(maxlen=RECENT)
         self.first: TaskError | None = None
         self._few, self._said = FEW, False
 
     def begin(self, sizes: Sequence[int]) -> None:
         """A batch of so many episodes of each problem begins."""
-        self.recent.append(Batch(sum(sizes)))
+        self.recent.append(BatchCounts(sum(sizes)))
         self._few = max(FEW, *sizes)
 
     def add(self, error: TaskError) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 from rl_lora.config import EnvConfig
 from rl_lora.metrics.summary import Evaluation
-from rl_lora.rollout.contract import TaskError, begin, close
+from rl_lora.rollout.contract import TaskError, close, reset_env
 from rl_lora.rollout.environments import environment
-from rl_lora.rollout.worker import MakeEnv, Plays, RolloutWorker
+from rl_lora.rollout.worker import EpisodeRequest, MakeEnv, RolloutWorker
 
 UNSPLIT_OFFSET = 3 * 10**9
 """First held-out seed where an environment has no split of its own: far from the seeds of training."""
@@ -40,7 +40,7 @@ def held_out(config: EnvConfig, env_kwargs: dict[str, Any] | None, episodes: int
         if len(seed_of) == episodes:
             break
         try:
-            seed_of.setdefault(begin(env, seed).observation, seed)
+            seed_of.setdefault(reset_env(env, seed).observation, seed)
         except TaskError as error:
             if error.stops or (not seed_of and seed - start >= TRIES):
                 raise
@@ -76,7 +76,7 @@ def evaluate_adapters(
     on_token: Callable[[int], None] | None = None,
 ) -> list[Evaluation]:
     """n episodes of every seed under every adapter (None: the bare base), in the order of `adapters`."""
-    wanted = [Plays(adapter, seed, n) for adapter in adapters for seed in seeds]
+    wanted = [EpisodeRequest(adapter, seed, n) for adapter in adapters for seed in seeds]
     played = worker.play(wanted, random_seed=(random_seed,), temperature=temperature, on_token=on_token)
     problems = [tuple(episodes) for episodes in played]
     return [

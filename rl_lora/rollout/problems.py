@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from rl_lora.config import EpisodeConfig
 from rl_lora.policy.chat import Chat
-from rl_lora.rollout.contract import Env, TaskError, begin, close, env_id
+from rl_lora.rollout.contract import Env, TaskError, close, env_id, reset_env
 from rl_lora.rollout.worker import MakeEnv, prompt_of, unsteady
 
 N_STEADY = 4
@@ -84,7 +84,7 @@ def faults_of(
             fault = f"{env_id(env)}, seed {seed}: {fault}"
         else:
             try:
-                start = begin(env, seed)
+                start = reset_env(env, seed)
                 if start.messages is not None or len(start.observation.encode()) > surely_fits:
                     prompt_of(env, seed, start, chat, config, context)
             except TaskError as error:
@@ -101,12 +101,12 @@ def check_steady(env: Env, make_env: MakeEnv, seeds: Sequence[int]) -> None:
     first = {}
     for seed in seeds:
         with contextlib.suppress(TaskError):  # which `faults_of` counts
-            first[seed] = begin(env, seed).parts
+            first[seed] = reset_env(env, seed).identity
     copy = make_env()
     try:
         for again in (env, copy):
-            for seed, parts in reversed(first.items()):
-                if (other := begin(again, seed).parts) != parts:
-                    raise unsteady(env_id(env), seed, parts, other)
+            for seed, identity in reversed(first.items()):
+                if (other := reset_env(again, seed).identity) != identity:
+                    raise unsteady(env_id(env), seed, identity, other)
     finally:
         close(copy)

@@ -21,13 +21,13 @@ from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 from rl_lora.config import EpisodeConfig
-from rl_lora.rollout.calls import Calls
-from rl_lora.rollout.contract import Env, Outcome, advance, waiting
+from rl_lora.rollout.calls import CallPool
+from rl_lora.rollout.contract import Env, StepResult, step_env, watch_step
 from rl_lora.sampler.protocol import Later, Request
 from rl_lora.types import Stop, Turn
 
 
-class Playing(Protocol):
+class RunningEpisode(Protocol):
     """An episode in the making."""
 
     env: Env
@@ -36,7 +36,7 @@ class Playing(Protocol):
     stop: Stop | None
 
 
-Play = TypeVar("Play", bound=Playing)
+Play = TypeVar("Play", bound=RunningEpisode)
 
 
 class Steps(Generic[Play]):
@@ -49,9 +49,9 @@ class Steps(Generic[Play]):
     def __init__(
         self,
         groups: Sequence[Sequence[Play]],
-        calls: Calls,
+        calls: CallPool,
         config: EpisodeConfig,
-        take: Callable[[Play, Callable[[], Outcome]], None],
+        take: Callable[[Play, Callable[[], StepResult]], None],
     ):
         self.calls, self.config, self.take = calls, config, take
         self.seconds = 0.0
@@ -59,8 +59,8 @@ class Steps(Generic[Play]):
         playing = [[play for play in group if play.stop is None] for group in groups]
         self._groups = {id(play): group for group in playing for play in group}
         self._told: dict[int, list[Play]] = {}
-        self._open: dict[int, tuple[Play, Callable[[], Outcome]]] = {}
-        self._running: set[Future[Outcome]] = set()
+        self._open: dict[int, tuple[Play, Callable[[], StepResult]]] = {}
+        self._running: set[Future[StepResult]] = set()
         """Steps on which next turns depend."""
 
     def reply(self, play: Play, then: Callable[[], Request | None]) -> Request | Later | None:
@@ -110,7 +110,7 @@ class Steps(Generic[Play]):
             together = group
         before = self.calls.n_elsewhere
         replies = [(p.env.unwrapped, p.turns[-1].text, p.turns[-1].completion_ids) for p in together]
-        with waiting(play.env, play.seed):
+        with watch_step(play.env, play.seed):
             together[0].env.unwrapped.judge_ahead(replies, self.calls)  # type: ignore[attr-defined]
         judged_elsewhere = self.calls.n_elsewhere > before
         for p in together:
@@ -132,5 +132,5 @@ class Steps(Generic[Play]):
             self.seconds += time.perf_counter() - begin
 
 
-def _step(play: Playing) -> Callable[[], Outcome]:
-    return partial(advance, play.env, play.seed, play.turns[-1].text)
+def _step(play: RunningEpisode) -> Callable[[], StepResult]:
+    return partial(step_env, play.env, play.seed, play.turns[-1].text)

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 from rl_lora.config import EpisodeConfig
 from rl_lora.policy.chat import Chat
-from rl_lora.rollout.calls import Calls
-from rl_lora.rollout.contract import Env, Outcome, Start, TaskError, begin, close, env_id
+from rl_lora.rollout.calls import CallPool
+from rl_lora.rollout.contract import Env, ResetResult, StepResult, TaskError, close, env_id, reset_env
 from rl_lora.rollout.failures import Failures
 from rl_lora.rollout.observations import shown
 from rl_lora.rollout.steps import Steps
@@ -30,7 +30,7 @@ from rl_lora.types import Episode, Group, Stop, Turn
 MakeEnv = Callable[[], Env]
 
 
-class Plays(NamedTuple):
+class EpisodeRequest(NamedTuple):
     """n episodes of one problem under one adapter; `first` others of it have been played elsewhere."""
 
     adapter: str | None
@@ -40,7 +40,7 @@ class Plays(NamedTuple):
 
 
 @dataclass
-class _Play:
+class _RunningEpisode:
     """One episode in the making."""
 
     env: Env
@@ -53,8 +53,8 @@ class _Play:
     prompt_ids: tuple[int, ...] = ()
     turns: list[Turn] = field(default_factory=list)
     observations: list[str] = field(default_factory=list)
-    begun: tuple[str, ...] = ()
-    """What the episodes of a group have in common; see `Start.parts`."""
+    identity: tuple[str, ...] = ()
+    """What the episodes of a group have in common; see `ResetResult.identity`."""
     reward: float = 0.0
     parts: dict[str, float] = field(default_factory=dict)
     success: bool | None = None
@@ -110,7 +110,7 @@ class RolloutWorker:
         self.make_env, self.sampler, self.chat, self.config = make_env, sampler, chat, config
         self.context_length, self.versions = context_length, versions
         self.failures = Failures(config.max_failed, on_failure)
-        self.calls = Calls(config.reward_threads)
+        self.calls = CallPool(config.reward_threads)
         self.reward_seconds = 0.0
         """That sampling has waited for environments and their rewards."""
         self._envs: list[Env] = []
@@ -129,13 +129,13 @@ class RolloutWorker:
 
         `random_seed` and the problem's seed fix what is drawn: the same call gives the same groups.
         """
-        wanted = [Plays(adapter, seed, n) for adapter in adapters for seed in seeds]
+        wanted = [EpisodeRequest(adapter, seed, n) for adapter in adapters for seed in seeds]
         played = self.play(wanted, random_seed=random_seed, temperature=temperature, on_token=on_token)
         return [group_of(episodes) for episodes in played]
 
     def play(
         self,
-        wanted: Sequence[Plays],
+        wanted: Sequence[EpisodeRequest],
         *,
         random_seed: tuple[int, ...] = (0,),
         temperature: float = 1.0,
@@ -148,18 +148,18 @@ class RolloutWorker:
         self.failures.begin([plays.n for plays in wanted])
         starts = [[self._reset(next(envs), w.seed) for _ in range(w.n)] for w in wanted]
         groups = [
-            [self._begun(env, w.seed, w.adapter, k, start) for k, (env, start) in enumerate(of_group, w.first)]
+            [self._opened(env, w.seed, w.adapter, k, start) for k, (env, start) in enumerate(of_group, w.first)]
             for w, of_group in zip(wanted, starts, strict=True)
         ]
         first_of = {id(play): w.first for w, group in zip(wanted, groups, strict=True) for play in group}
         for group in groups:
             check_one_problem(group)
         plays = [play for group in groups for play in group if play.stop is None]
-        requests: dict[tuple[Any, ...], list[_Play]] = {}
+        requests: dict[tuple[Any, ...], list[_RunningEpisode]] = {}
         for play in plays:
             requests.setdefault((play.adapter, play.seed, play.prompt_ids), []).append(play)
 
-        def request(play: _Play, n: int) -> Request:
+        def request(play: _RunningEpisode, n: int) -> Request:
             first = 0 if play.turns else first_of[id(play)]  # later turns have a seed of their own for each k
             return Request(
                 prompt_ids=play.prompt_ids,
@@ -198,30 +198,30 @@ class RolloutWorker:
         if not self._envs:
             self._envs.append(self.make_env())
         env = self._envs[0]
-        return list(prompt_of(env, seed, begin(env, seed), self.chat, self.config, self.context_length))
+        return list(prompt_of(env, seed, reset_env(env, seed), self.chat, self.config, self.context_length))
 
-    def _reset(self, env: Env, seed: int) -> tuple[Env, Future[Start]]:
+    def _reset(self, env: Env, seed: int) -> tuple[Env, Future[ResetResult]]:
         """Begin to reset an environment: those that wait do so together."""
-        return env, self.calls.start(("reset", type(env.unwrapped)), partial(begin, env, seed))
+        return env, self.calls.start(("reset", type(env.unwrapped)), partial(reset_env, env, seed))
 
-    def _begun(self, env: Env, seed: int, adapter: str | None, k: int, reset: Future[Start]) -> _Play:
+    def _opened(self, env: Env, seed: int, adapter: str | None, k: int, reset: Future[ResetResult]) -> _RunningEpisode:
         version = self.versions(adapter) if adapter is not None else 0
-        play = _Play(env, env_id(env), seed, adapter, version, k)
+        play = _RunningEpisode(env, env_id(env), seed, adapter, version, k)
         try:
             start = reset.result()
             play.observations.append(start.observation)
-            play.begun = start.parts
+            play.identity = start.identity
             play.prompt_ids = prompt_of(env, seed, start, self.chat, self.config, self.context_length)
         except TaskError as error:
             self._fail(play, error)
         return play
 
-    def _fail(self, play: _Play, error: TaskError) -> None:
+    def _fail(self, play: _RunningEpisode, error: TaskError) -> None:
         """Leave an episode out. Raises TaskError where too many have failed."""
         self.failures.add(error)
         play.stop, play.unscorable, play.failed = Stop.UNSCORABLE, error.reason, True
 
-    def _take(self, play: _Play, step: Callable[[], Outcome]) -> None:
+    def _take(self, play: _RunningEpisode, step: Callable[[], StepResult]) -> None:
         """Write down what came of a reply, and what is asked next, if anything is."""
         try:
             outcome = step()
@@ -250,7 +250,7 @@ class RolloutWorker:
 
 
 def prompt_of(
-    env: Env, seed: int, start: Start, chat: Chat, config: EpisodeConfig, context_length: int
+    env: Env, seed: int, start: ResetResult, chat: Chat, config: EpisodeConfig, context_length: int
 ) -> tuple[int, ...]:
     """The tokens that a problem begins with. Raises TaskError if they leave no room for a reply."""
     try:
@@ -268,15 +268,15 @@ def prompt_of(
     return prompt_ids
 
 
-def check_one_problem(plays: Sequence[_Play]) -> None:
+def check_one_problem(plays: Sequence[_RunningEpisode]) -> None:
     """Raises TaskError unless the episodes of a seed are of one problem: only then is their mean a baseline."""
-    begun = [play.begun for play in plays if play.begun]
-    if other := next((parts for parts in begun if parts != begun[0]), None):
-        raise unsteady(plays[0].env_id, plays[0].seed, begun[0], other)
+    found = [play.identity for play in plays if play.identity]
+    if other := next((identity for identity in found if identity != found[0]), None):
+        raise unsteady(plays[0].env_id, plays[0].seed, found[0], other)
 
 
 def unsteady(name: str, seed: int, first: Sequence[str], second: Sequence[str]) -> TaskError:
-    """A seed has led to two problems, in their `Start.parts`."""
+    """A seed has led to two problems, in their `ResetResult.identity`."""
     kinds = ("", "the messages ", "the reference ")
     kind, one, other = next(found for found in zip(kinds, first, second, strict=True) if found[1] != found[2])
     return TaskError(

@@ -18,7 +18,7 @@ import torch
 from rl_lora.config import TrainConfig
 from rl_lora.metrics.samples import content_hash
 from rl_lora.policy.policy import Policy
-from rl_lora.rollout.contract import TaskError, begin, close, env_id
+from rl_lora.rollout.contract import TaskError, close, env_id, reset_env
 from rl_lora.rollout.curriculum import SEED_STRIDE
 from rl_lora.rollout.environments import environment
 from rl_lora.rollout.held_out import held_out
@@ -52,7 +52,7 @@ def problems_of(make_env: MakeEnv, seeds: Iterable[int]) -> list[Problem]:
     problems = []
     for seed in seeds:
         try:
-            start = begin(env, seed)
+            start = reset_env(env, seed)
         except TaskError as error:  # it is left out when its turn comes
             problems.append(Problem(seed, None, content_hash(env_id(env), seed, error.reason), failed=True))
             continue

@@ -25,7 +25,7 @@ from rl_lora.config import EnvConfig, ModelConfig
 from rl_lora.envs.text import SingleTurnEnv
 from rl_lora.evaluation.candidates import named, stand_ins
 from rl_lora.evaluation.sample_store import SampleStore, key_of, read_samples
-from rl_lora.rollout.worker import Plays, RolloutWorker
+from rl_lora.rollout.worker import EpisodeRequest, RolloutWorker
 from rl_lora.scripts.command import parse
 from rl_lora.settings.dotted import flatten
 from rl_lora.types import Episode
@@ -86,9 +86,9 @@ def lines(config: EvaluateConfig, name: str = "samples.jsonl") -> list[dict[str,
 
 
 @pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Plays]:
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[EpisodeRequest]:
     """Takes down everything that is played."""
-    played: list[Plays] = []
+    played: list[EpisodeRequest] = []
     play = RolloutWorker.play
 
     def watched(self: RolloutWorker, wanted: Any, **kwargs: Any) -> list[list[Episode]]:
@@ -100,7 +100,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Plays]:
     return played
 
 
-def n_drawn(drawn: list[Plays]) -> int:
+def n_drawn(drawn: list[EpisodeRequest]) -> int:
     return sum(plays.n for plays in drawn)
 
 
@@ -138,7 +138,9 @@ def test_results_and_samples_hold_what_a_page_needs(config: EvaluateConfig, caps
     assert 1 < results["rows_per_pass"] <= 8
 
 
-def test_an_evaluation_again_draws_nothing_and_says_the_same(config: EvaluateConfig, drawn: list[Plays]) -> None:
+def test_an_evaluation_again_draws_nothing_and_says_the_same(
+    config: EvaluateConfig, drawn: list[EpisodeRequest]
+) -> None:
     first = evaluate(config)
     samples = (Path(config.out) / "samples.jsonl").read_bytes()
     assert n_drawn(drawn) == first["n_drawn"] == 108
@@ -203,7 +205,7 @@ def evaluated(config: EvaluateConfig, whole: Path) -> EvaluateConfig:
     ],
 )
 def test_other_settings_are_other_samples_and_the_former_are_kept(
-    evaluated: EvaluateConfig, drawn: list[Plays], change: dict[str, Any]
+    evaluated: EvaluateConfig, drawn: list[EpisodeRequest], change: dict[str, Any]
 ) -> None:
     before = lines(evaluated)
     if "model" in change:
@@ -214,7 +216,7 @@ def test_other_settings_are_other_samples_and_the_former_are_kept(
 
 
 def test_a_reward_function_that_has_changed_draws_anew(
-    config: EvaluateConfig, tmp_path: Path, drawn: list[Plays], monkeypatch: pytest.MonkeyPatch
+    config: EvaluateConfig, tmp_path: Path, drawn: list[EpisodeRequest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     config.env.kwargs = TASK | {"reward": {"a_reward:mine": {"weight": 1.0, "worth": 2.0}, "numeric": 0}}
@@ -253,7 +255,12 @@ def test_a_base_class_of_the_environment_s_that_has_changed_draws_anew(
     ],
 )
 def test_what_is_asked_for_again_is_not_drawn_again(
-    evaluated: EvaluateConfig, models: Path, drawn: list[Plays], change: dict[str, Any], expected: int, tmp_path: Path
+    evaluated: EvaluateConfig,
+    models: Path,
+    drawn: list[EpisodeRequest],
+    change: dict[str, Any],
+    expected: int,
+    tmp_path: Path,
 ) -> None:
     if "adapters" in change:
         change = {"adapters": [str(models / name) for name in change["adapters"]]}
@@ -269,7 +276,9 @@ def in_order(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(samples, key=lambda sample: (sample["adapter"], sample["problem"], sample["k"]))
 
 
-def test_what_was_not_asked_for_in_between_has_been_kept(evaluated: EvaluateConfig, drawn: list[Plays]) -> None:
+def test_what_was_not_asked_for_in_between_has_been_kept(
+    evaluated: EvaluateConfig, drawn: list[EpisodeRequest]
+) -> None:
     before = lines(evaluated)
     changes: list[dict[str, Any]] = [{"limit": 5}, {"adapters": []}, {"temperature": 0.5, "limit": 1}]
     for change in changes:
@@ -281,7 +290,7 @@ def test_what_was_not_asked_for_in_between_has_been_kept(evaluated: EvaluateConf
 
 
 def test_other_weights_under_the_same_name_are_another_adapter(
-    config: EvaluateConfig, models: Path, tmp_path: Path, drawn: list[Plays]
+    config: EvaluateConfig, models: Path, tmp_path: Path, drawn: list[EpisodeRequest]
 ) -> None:
     policy = Policy.load(str(models / "tiny-llama"), dtype="float32")
     adapter = randomize(policy.bank.add("mine", rank=2), 5)
@@ -295,7 +304,7 @@ def test_other_weights_under_the_same_name_are_another_adapter(
 
 
 def test_another_text_or_reference_of_a_problem_is_another_problem(
-    config: EvaluateConfig, tmp_path: Path, drawn: list[Plays]
+    config: EvaluateConfig, tmp_path: Path, drawn: list[EpisodeRequest]
 ) -> None:
     file = tmp_path / "prompts.jsonl"
     rows = [{"prompt": f"{i}+1", "answer": i + 1} for i in range(6)]
@@ -311,7 +320,7 @@ def test_another_text_or_reference_of_a_problem_is_another_problem(
 
 
 def test_adapters_with_the_same_weights_are_drawn_once_and_are_both_rows(
-    config: EvaluateConfig, models: Path, drawn: list[Plays]
+    config: EvaluateConfig, models: Path, drawn: list[EpisodeRequest]
 ) -> None:
     results = evaluate(dataclasses.replace(config, adapters=[str(models / "b"), str(models / "twin")]))
     assert {plays.adapter for plays in drawn} == {None, "b"}
@@ -332,7 +341,10 @@ def test_together_and_one_by_one_give_the_same_samples(evaluated: EvaluateConfig
 
 
 def test_a_task_that_fails_keeps_what_was_finished_and_goes_on_from_there(
-    config: EvaluateConfig, drawn: list[Plays], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    config: EvaluateConfig,
+    drawn: list[EpisodeRequest],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("tests.tiny_reward.FAILS_AFTER", 70)
     with pytest.raises(ValueError, match="voting raised RuntimeError: no more"):

@@ -16,7 +16,7 @@ from rl_lora.config import EnvConfig
 from rl_lora.envs import SingleTurnEnv, TextEnv
 from rl_lora.envs.text import Problem
 from rl_lora.rewards import Score
-from rl_lora.rollout.contract import Outcome, TaskError, advance, begin
+from rl_lora.rollout.contract import StepResult, TaskError, reset_env, step_env
 from rl_lora.rollout.environments import environment
 from rl_lora.system.user_code import own_frames
 from tests.tiny_reward import RAISES
@@ -43,8 +43,8 @@ class Given(TextEnv):
         return self.result
 
 
-def outcome(reward: Any = 1.0, **info: Any) -> Outcome:
-    return advance(Given(result=("", reward, True, False, info)), 3, "four")
+def outcome(reward: Any = 1.0, **info: Any) -> StepResult:
+    return step_env(Given(result=("", reward, True, False, info)), 3, "four")
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_nothing_else_is_a_verdict(value: Any) -> None:
 )
 def test_what_step_returns_is_as_gymnasium_has_it(result: Any, message: str) -> None:
     with pytest.raises(TaskError) as error:
-        advance(Given(result=result), 3, "four")
+        step_env(Given(result=result), 3, "four")
     assert message in str(error.value)
     assert "Given, seed 3: " in str(error.value)
 
@@ -143,7 +143,7 @@ def test_what_step_returns_is_as_gymnasium_has_it(result: Any, message: str) -> 
 )
 def test_what_reset_returns_is_as_gymnasium_has_it(given: Any, message: str) -> None:
     with pytest.raises(TaskError) as error:
-        begin(Given(given), 3)
+        reset_env(Given(given), 3)
     assert message in str(error.value)
 
 
@@ -157,7 +157,7 @@ def test_a_start_that_returns_something_else_than_text_and_info_is_told_so(start
             raise AssertionError
 
     with pytest.raises(TaskError, match=r"Wrong, seed 3: start\(\) must return \(observation, info\), got "):
-        begin(Wrong(), 3)
+        reset_env(Wrong(), 3)
 
 
 def test_what_is_raised_comes_with_environment_seed_reply_and_the_users_own_lines() -> None:
@@ -169,7 +169,7 @@ def test_what_is_raised_comes_with_environment_seed_reply_and_the_users_own_line
             return "", float(int(action) == 3), True, False, {}
 
     with pytest.raises(TaskError) as error:
-        advance(Faulty(), 5, "x" * 1000)
+        step_env(Faulty(), 5, "x" * 1000)
     message = str(error.value)
     assert "Faulty, seed 5: step() raised ValueError: invalid literal for int() with base 10: 'xxx" in message
     assert "the reply was 'xxxx" in message
@@ -190,9 +190,9 @@ class Judged(SingleTurnEnv):
 
 def test_what_a_reward_function_raises_comes_with_its_own_lines_and_no_others() -> None:
     env = gym.wrappers.TimeLimit(Judged("tests.tiny_reward:keyed"), 5)
-    begin(env, 5)
+    reset_env(env, 5)
     with pytest.raises(TaskError) as error:
-        advance(env, 5, "four")
+        step_env(env, 5, "four")
     message = str(error.value)
     assert "Judged, seed 5: the reward function tests.tiny_reward.keyed raised KeyError: 'answer'" in message
     assert "the reply was 'four'" in message
@@ -203,15 +203,15 @@ def test_what_a_reward_function_raises_comes_with_its_own_lines_and_no_others() 
 @pytest.mark.parametrize("ends", [SystemExit(0), SystemExit("bye"), GeneratorExit(), Late()])
 def test_no_exception_of_a_users_code_ends_the_run_as_if_it_were_finished(ends: BaseException) -> None:
     with pytest.raises(TaskError, match=f"Given, seed 3: step.. raised {type(ends).__name__}"):
-        advance(Given(result=ends), 3, "four")
+        step_env(Given(result=ends), 3, "four")
 
     def judge(completion: str, reference: Any) -> float:
         raise ends
 
     env = Judged(judge)
-    begin(env, 3)
+    reset_env(env, 3)
     with pytest.raises(TaskError, match=f"Judged, seed 3: .*raised {type(ends).__name__}"):
-        advance(env, 3, "four")
+        step_env(env, 3, "four")
 
 
 class Unmade(TextEnv):
@@ -255,7 +255,7 @@ def test_an_environment_that_cannot_be_closed_costs_nothing() -> None:
 
 def test_half_a_character_is_no_text() -> None:
     with pytest.raises(TaskError, match=r"Given gives a text that is no Unicode: .*'a\\ud800b'"):
-        begin(Given(("a\ud800b", {})), 3)
+        reset_env(Given(("a\ud800b", {})), 3)
 
 
 class Speechless(Exception):
@@ -265,14 +265,14 @@ class Speechless(Exception):
 
 def test_an_exception_is_told_whatever_its_message() -> None:
     with pytest.raises(TaskError, match=r"raised Speechless: <a message that raises RuntimeError>"):
-        advance(Given(result=Speechless()), 3, "four")
+        step_env(Given(result=Speechless()), 3, "four")
     with pytest.raises(TaskError, match=r"raised ValueError: x+\.\.\. \(1000000 characters\)"):
-        advance(Given(result=ValueError("x" * 1_000_000)), 3, "four")
+        step_env(Given(result=ValueError("x" * 1_000_000)), 3, "four")
 
 
 def test_ctrl_c_inside_a_users_code_is_ctrl_c() -> None:
     with pytest.raises(KeyboardInterrupt):
-        advance(Given(result=KeyboardInterrupt()), 3, "four")
+        step_env(Given(result=KeyboardInterrupt()), 3, "four")
 
 
 def test_lines_that_a_dataclass_made_are_not_shown_as_a_users() -> None:

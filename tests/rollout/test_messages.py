@@ -11,7 +11,7 @@ from rl_lora.config import RolloutConfig
 from rl_lora.envs import TextEnv
 from rl_lora.policy.chat import Chat
 from rl_lora.policy.policy import Policy
-from rl_lora.rollout.contract import TaskError, advance, begin
+from rl_lora.rollout.contract import TaskError, reset_env, step_env
 from rl_lora.rollout.problems import check_problems
 from rl_lora.rollout.worker import RolloutWorker
 from rl_lora.sampler.native import NativeSampler
@@ -137,7 +137,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("messages", "said"), WRONG)
 def test_what_is_wrong_with_a_message_is_said_with_the_name_of_the_environment(messages: Any, said: str) -> None:
-    for play in (lambda: begin(env_of(messages), 3), lambda: advance(env_of(answer=messages), 3, "sum(2)")):
+    for play in (lambda: reset_env(env_of(messages), 3), lambda: step_env(env_of(answer=messages), 3, "sum(2)")):
         with pytest.raises(TaskError) as caught:
             play()
         assert "Calculator" in str(caught.value)

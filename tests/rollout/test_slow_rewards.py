@@ -21,7 +21,7 @@ from rl_lora.envs import TextEnv
 from rl_lora.envs.prompts import PromptsEnv
 from rl_lora.policy.policy import Policy
 from rl_lora.rewards import Unscorable
-from rl_lora.rollout.calls import Calls
+from rl_lora.rollout.calls import CallPool
 from rl_lora.rollout.worker import MakeEnv, RolloutWorker
 from rl_lora.sampler.native import NativeSampler
 from rl_lora.types import Group
@@ -320,7 +320,7 @@ def test_an_environment_with_a_step_of_its_own_is_stepped_as_it_is(policy: Polic
 
 
 def test_a_call_that_once_waits_long_is_known_to_wait_and_one_pause_is_forgiven() -> None:
-    calls = Calls(4)
+    calls = CallPool(4)
     pauses = iter([0.06, 0.0, 0.06, 0.06])
     for _ in range(4):
         calls.start("a", lambda: time.sleep(next(pauses))).result()
@@ -332,7 +332,7 @@ def test_a_call_that_once_waits_long_is_known_to_wait_and_one_pause_is_forgiven(
 
 
 def test_a_call_in_four_that_waits_is_enough() -> None:
-    calls = Calls(4)
+    calls = CallPool(4)
     for seconds in [0.0, 0.0, 0.0, 0.4] * 3:
         calls.start("a", functools.partial(time.sleep, seconds)).result()
     assert calls.start("a", threading.current_thread).result() is not threading.main_thread()

@@ -13,7 +13,7 @@ from rl_lora.config import RolloutConfig
 from rl_lora.envs import TextEnv
 from rl_lora.metrics.records import summarize_groups
 from rl_lora.policy.policy import Policy
-from rl_lora.rollout.worker import MakeEnv, Plays, RolloutWorker
+from rl_lora.rollout.worker import EpisodeRequest, MakeEnv, RolloutWorker
 from rl_lora.sampler.native import NativeSampler
 from rl_lora.sampler.protocol import Completion, Follow, Later, Request
 from rl_lora.types import Group, Stop
@@ -231,8 +231,8 @@ def test_registered_environments_are_played_under_their_id(policy: Policy) -> No
 
 
 def test_further_episodes_of_a_problem_are_those_of_a_larger_group(policy: Policy) -> None:
-    (whole,) = worker(policy).play([Plays("a", 7, 6)], random_seed=(1,))
-    first, rest = worker(policy).play([Plays("a", 7, 2), Plays("a", 7, 4, first=2)], random_seed=(1,))
+    (whole,) = worker(policy).play([EpisodeRequest("a", 7, 6)], random_seed=(1,))
+    first, rest = worker(policy).play([EpisodeRequest("a", 7, 2), EpisodeRequest("a", 7, 4, first=2)], random_seed=(1,))
     assert [*first, *rest] == whole
     assert len({str(episode.turns) for episode in whole}) > 1
 
@@ -244,7 +244,7 @@ def test_an_answer_is_the_last_one_that_the_environment_reports(policy: Policy) 
             answer = {"answer": f"answer {self.n}"} if self.n < 3 else {"answer": None}
             return observation, reward, terminated, truncated, info | answer
 
-    (episodes,) = worker(policy, lambda: Answering(tries=4)).play([Plays("a", 7, 8)])
+    (episodes,) = worker(policy, lambda: Answering(tries=4)).play([EpisodeRequest("a", 7, 8)])
     assert {episode.answer for episode in episodes} <= {"answer 1", "answer 2"}
     assert all(episode.answer == f"answer {min(2, len(episode.turns))}" for episode in episodes)
-    assert worker(policy).play([Plays("a", 7)])[0][0].answer is None
+    assert worker(policy).play([EpisodeRequest("a", 7)])[0][0].answer is None

@@ -16,8 +16,8 @@ from rl_lora.config import RolloutConfig
 from rl_lora.envs import SingleTurnEnv, TextEnv
 from rl_lora.envs.text import Problem
 from rl_lora.policy.policy import Policy
-from rl_lora.rollout.contract import advance, begin
-from rl_lora.rollout.worker import Plays, RolloutWorker
+from rl_lora.rollout.contract import reset_env, step_env
+from rl_lora.rollout.worker import EpisodeRequest, RolloutWorker
 from rl_lora.sampler.native import NativeSampler
 from rl_lora.system.watchdog import AGAIN, PATIENCE, Wait, watched
 from tests import tiny_reward
@@ -48,13 +48,13 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_call_that_hangs_is_named_with_its_function_problem_and_line(capsys: pytest.CaptureFixture[str]) -> None:
     env = Asked({"numeric": 1.0, "tests.tiny_reward:slow": 0.5})
-    begin(env, 3)
-    advance(env, 3, "four")
+    reset_env(env, 3)
+    step_env(env, 3, "four")
     said = capsys.readouterr().err
     assert said.startswith("Asked, seed 3: the reward numeric + tests.tiny_reward:slow has not answered for 0 s")
     assert f"({tiny_reward.__file__}, line " in said
     assert "in slow)" in said
-    begin(Slow(), 5)
+    reset_env(Slow(), 5)
     assert capsys.readouterr().err.startswith("Slow, seed 5: reset() has not answered for 0 s")
 
 
@@ -92,7 +92,7 @@ def test_a_reward_that_hangs_in_a_run_is_named(capsys: pytest.CaptureFixture[str
     policy = Policy(tiny_model("llama"), tiny_tokenizer(True))
     config = RolloutConfig(max_tokens=2)
     worker = RolloutWorker(lambda: Asked("tests.tiny_reward:slow"), NativeSampler(policy), policy.chat, config)
-    worker.play([Plays(None, 3, 3)])
+    worker.play([EpisodeRequest(None, 3, 3)])
     said = capsys.readouterr().err
     assert said.startswith("Asked, seed 3: the reward tests.tiny_reward.slow has not answered for 0 s")
     assert "in slow)" in said
