@@ -1,22 +1,21 @@
-"""The layers of a decoding step, compiled: in place of some 75 small operations each, a few fused ones.
+"""The layers of a decode step, compiled: in place of some 75 small operations each, a few fused ones.
 
-What a layer does is made a `Program` once (`program.py`), for all rows, prompts and lengths; layers that do the same
-with other weights share it, so that it takes seconds, not minutes. This happens on made-up rows, always the same ones,
-so that it comes out alike in every process, and is compared there with the layers themselves.
+A layer is compiled once (`compiled_layer.py`), for all numbers of rows and prompts and all lengths. Layers that do the
+same with other weights share the result, so that it takes seconds, not minutes. This happens on made-up rows, always
+the same ones, so that it comes out alike in every process, and is compared there with the layers themselves.
 
-Left to the layers are steps in which a single row or a single prompt is left, batches that mix adapters, and models
-whose layers cannot be followed, such as experts that ask how many tokens they were given.
+Not compiled are steps in which a single row or a single prompt is left, batches that mix adapters, and models whose
+layers cannot be traced, such as experts that ask how many tokens they were given.
 """
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,12 +25,12 @@ from torch.utils._pytree import tree_leaves
 from rl_lora.attention.decode_layer import DecodeLayer
 from rl_lora.attention.kv_cache import DecodeCache, KeyValues
 from rl_lora.kernels.native_code import dispatched
-from rl_lora.kernels.verify import difference
+from rl_lora.kernels.verify import FastPath, compare
 from rl_lora.lora.adapter import Adapter
 from rl_lora.lora.layers import LoRALinear
 from rl_lora.policy.hooks import Forward, forwards, layers_of
 from rl_lora.policy.policy import Policy
-from rl_lora.sampler.program import Program, Tape
+from rl_lora.sampler.compiled_layer import CompiledLayer, OperationTrace
 
 WORTH_COMPILING = 1000
 """Decoding steps. On two CPU cores one step gains 20 to 30 ms, and to compile takes about 10 s."""
@@ -77,14 +76,14 @@ def should_compile(wanted: bool | None, device: torch.device | str, decoding_ste
 
 
 class CompiledLayers:
-    """The layers of a policy in decoding steps."""
+    """The layers of a policy in decode steps."""
 
     def __init__(self, policy: Policy):
         self.policy, self.layers = policy, layers_of(policy.backbone)
-        self.programs: dict[str, Program] = {}
-        """By the tape of what they do."""
-        self.failed: str | None = None
-        self._calls: weakref.WeakKeyDictionary[Any, dict[tuple[bool, ...], dict[nn.Module, Call]]] = (
+        self.compiled: dict[str, CompiledLayer] = {}
+        """By the trace of their operations."""
+        self.fast_path = FastPath("decoding goes on without compiled layers")
+        self._calls: weakref.WeakKeyDictionary[Any, dict[tuple[bool, ...], dict[nn.Module, LayerCall]]] = (
             weakref.WeakKeyDictionary()
         )
 
@@ -98,36 +97,41 @@ class CompiledLayers:
         with forwards(list(calls), lambda layer, forward: partial(_run, calls[layer], decode, forward)):
             yield
 
-    def _calls_for(self, decode: DecodeCache, adapters: Sequence[str | None]) -> dict[nn.Module, Call] | None:
+    def _calls_for(self, decode: DecodeCache, adapters: Sequence[str | None]) -> dict[nn.Module, LayerCall] | None:
         """What each layer runs; compiled now, if need be."""
         single = decode.single_nodes()
-        if self.failed or single is None or any(adapter != adapters[0] for adapter in adapters):
+        if self.fast_path.failed or single is None or any(adapter != adapters[0] for adapter in adapters):
             return None
         adapter = None if adapters[0] is None else self.policy.bank[adapters[0]]
         if adapter is not None and self.policy.dtype != adapter.flat.dtype:
-            adapter.cast(self.policy.dtype)  # programs read it as it is now
+            adapter.cast(self.policy.dtype)  # compiled layers read it as it is now
         of_adapter = self._calls.setdefault(self if adapter is None else adapter, {})
         if single not in of_adapter:
-            try:
-                of_adapter[single] = self._prepare(decode, adapter, single)
-            except Exception as error:  # whatever a foreign model, or a compiler, may raise: the layers are right
-                self.failed = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-                warnings.warn(f"decoding goes on without compiled layers: {self.failed}", stacklevel=2)
+            calls = self.fast_path.attempt(lambda: self._prepare(decode, adapter, single))
+            if calls is None:
                 return None
+            of_adapter[single] = calls
         return of_adapter[single]
 
-    def _prepare(self, like: DecodeCache, adapter: Adapter | None, single: tuple[bool, ...]) -> dict[nn.Module, Call]:
+    def _prepare(self, like: DecodeCache, adapter: Adapter | None, single: tuple[bool, ...]) -> dict[nn.Module, LayerCall]:
         """Follow every layer through a step, compile what is new, and compare.
 
         Raises:
-            ValueError: the compiled step differs, or depends on more than the tensors it is given and weights.
+            Mismatch: a compiled layer computes something else.
+            ValueError: a layer depends on more than the tensors it is given and weights.
         """
-        policy = self.policy
-        factors = [] if adapter is None else [x for f in adapter.factors.values() for x in f.to(policy.dtype)]
         adapters = [None if adapter is None else adapter.name] * ROWS
-        decode, tokens = _example(like, single, policy)
-        positions = decode.begin()
-        seen: dict[nn.Module, tuple[Forward, tuple[Any, ...], dict[str, Any], int]] = {}
+        decode, tokens = _example(like, single, self.policy)
+        observed = self._observe(decode, tokens, adapters)
+        if not observed:
+            raise ValueError("transformers does not say what the model's layers are")
+        weights = self._weights(adapter)
+        with self.policy.setting(adapters, decode), dispatched():
+            return {layer: self._compile(seen, decode, weights) for layer, seen in observed.items()}
+
+    def _observe(self, decode: DecodeCache, tokens: Tensor, adapters: list[str | None]) -> dict[nn.Module, Observed]:
+        """What each layer is given in the next step of `decode`."""
+        observed: dict[nn.Module, Observed] = {}
 
         def watch(layer: nn.Module, forward: Forward) -> Forward:
             def run(*args: Any, **kwargs: Any) -> Any:
@@ -137,60 +141,73 @@ class CompiledLayers:
                     raise ValueError(f"{type(layer).__name__} is given {numbers}, which may be others in each step")
                 if len(used) != 1:
                     raise ValueError(f"{type(layer).__name__} reads the keys of {len(used)} layers")
-                seen[layer] = forward, args, kwargs, used.pop()
+                observed[layer] = Observed(forward, args, kwargs, used.pop())
                 return result
 
             return run
 
+        positions = decode.begin()
         with forwards(self.layers, watch):
-            policy.hidden(tokens, adapters, decode, positions, decode)
-        if not seen:
-            raise ValueError("transformers does not say what the model's layers are")
-        products = [m.product for m in policy.model.modules() if isinstance(m, LoRALinear) and m.product is not None]
+            self.policy.hidden(tokens, adapters, decode, positions, decode)
+        return observed
+
+    def _weights(self, adapter: Adapter | None) -> set[int]:
+        """The memory of all that is the same in every step: weights, buffers, and their packed copies."""
+        model = self.policy.model
+        factors = [] if adapter is None else [x for f in adapter.factors.values() for x in f.to(self.policy.dtype)]
+        products = [m.product for m in model.modules() if isinstance(m, LoRALinear) and m.product is not None]
         packed = [product.packed for product in products if product.packed is not None]
-        weights = {_storage(x) for x in (*policy.model.parameters(), *policy.model.buffers(), *factors, *packed)}
-        calls = {}
-        with policy.setting(adapters, decode), dispatched():
-            for layer, (forward, args, kwargs, i) in seen.items():
-                alone = _alone(forward, args, kwargs, decode)
-                given, layout = _tensors(args, kwargs), decode.layer(i)
-                inputs = [*given, *layout.tensors()]
-                tape = Tape(inputs)
-                with tape:
-                    result = alone(*inputs)
-                expected = [*tree_leaves(result), *layout.written()]
-                for x in tape.constants:
-                    if _storage(x) not in weights:
-                        raise ValueError(f"layer {i} reads a tensor {tuple(x.shape)} that may be another in each step")
-                text = "\n".join(tape.lines)
-                if text not in self.programs:
-                    of_rows = [tuple(d for d, n in enumerate(x.shape) if n == ROWS) for x in given]
-                    self.programs[text] = Program.of(alone, inputs, [*of_rows, *layout.dynamic()], tape.constants)
-                program = self.programs[text]
-                calls[layer] = Call(program, i, [tape.constants[k] for k in program.order])
-                layout.forget()
-                found = [*tree_leaves(program.function(*inputs, *calls[layer].constants)), *layout.written()]
-                gap = max(difference(a, b) for a, b in zip(found, expected, strict=True))
-                if not gap <= TOLERANCE[policy.dtype]:
-                    raise ValueError(f"what layer {i} computes differs by {gap:.2g} of its spread")
-        return calls
+        return {_storage(x) for x in (*model.parameters(), *model.buffers(), *factors, *packed)}
+
+    def _compile(self, seen: Observed, decode: DecodeCache, weights: set[int]) -> LayerCall:
+        """Compile a layer, unless another one with the same operations has been; and compare it with the layer."""
+        alone = _alone(seen.forward, seen.args, seen.kwargs, decode)
+        given, layout = _tensors(seen.args, seen.kwargs), decode.layer(seen.layer)
+        inputs = [*given, *layout.tensors()]
+        with OperationTrace(inputs) as trace:
+            result = alone(*inputs)
+        expected = [*tree_leaves(result), *layout.written()]
+        for x in trace.constants:
+            if _storage(x) not in weights:
+                raise ValueError(f"layer {seen.layer} reads a tensor {tuple(x.shape)} that may be another in each step")
+        text = "\n".join(trace.lines)
+        if text not in self.compiled:
+            of_rows = [tuple(d for d, n in enumerate(x.shape) if n == ROWS) for x in given]
+            self.compiled[text] = CompiledLayer.of(alone, inputs, [*of_rows, *layout.dynamic()], trace.constants)
+        compiled = self.compiled[text]
+        call = LayerCall(compiled, seen.layer, [trace.constants[k] for k in compiled.order])
+        layout.forget()
+        found = [*tree_leaves(compiled.function(*inputs, *call.constants)), *layout.written()]
+        for a, b in zip(found, expected, strict=True):
+            compare(f"compiled layer {seen.layer} differs from the layer", a, b, TOLERANCE[self.policy.dtype])
+        return call
+
+
+class Observed(NamedTuple):
+    """What a layer is given in a step."""
+
+    forward: Forward
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    layer: int
+    """Which of the KV cache it reads."""
 
 
 @dataclass
-class Call:
-    """A layer's program, and what of it is its own."""
+class LayerCall:
+    """A compiled layer with the weights of one layer of the model."""
 
-    program: Program
+    compiled: CompiledLayer
     layer: int
     constants: list[Tensor]
 
 
-def _run(call: Call, decode: DecodeCache, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+def _run(call: LayerCall, decode: DecodeCache, forward: Forward, *args: Any, **kwargs: Any) -> Any:
     """In the place of a layer's forward."""
     inputs = [*_tensors(args, kwargs), *decode.layer(call.layer).tensors()]
-    if not call.program.holds(inputs):
+    if not call.compiled.holds(inputs):
         return forward(*args, **kwargs)
-    return call.program.function(*inputs, *call.constants)
+    return call.compiled.function(*inputs, *call.constants)
 
 
 def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rl_lora.policy.policy import Policy
-from rl_lora.sampler.draw import Draw
+from rl_lora.sampler.draw import InverseCDF
 from rl_lora.sampler.protocol import Completion, Request
 from rl_lora.types import Stop
 
@@ -75,7 +75,7 @@ class Drawing:
 
     def __init__(self, policy: Policy):
         self.policy, device = policy, policy.device
-        self.draw_from = Draw(policy.head)
+        self.draw_from = InverseCDF(policy.head)
         self.hidden = torch.empty(0, policy.head.weight.shape[1], dtype=policy.dtype, device=device)
         self.temperature = torch.empty(0, device=device)
         self.limit, self.n = torch.empty(2, 0, dtype=torch.int64, device=device)

@@ -14,9 +14,9 @@ from rl_lora.config import EpisodeConfig
 from rl_lora.kernels.frozen_linear import MOST_ROWS
 from rl_lora.policy.policy import Policy
 from rl_lora.sampler.compiled import CompiledLayers, should_compile, unavailable
+from rl_lora.sampler.compiled_layer import CompiledLayer, OperationTrace
 from rl_lora.sampler.factory import make_sampler
 from rl_lora.sampler.native import NativeSampler
-from rl_lora.sampler.program import Program, Tape
 from rl_lora.sampler.protocol import Completion, Request
 from tests.oracles import tiny_policy
 from tests.tiny import randomize, token_ids
@@ -40,19 +40,19 @@ def requests(n_prompts: int, n: int, adapter: str | None, begin: int = 0, seed: 
 
 
 class Counted:
-    """Compiled layers of a policy, and how often their programs ran, or stepped aside."""
+    """Compiled layers of a policy, and how often they ran, or stepped aside."""
 
     def __init__(self, policy: Policy, monkeypatch: pytest.MonkeyPatch):
         self.ran, self.stepped_aside = 0, 0
-        holds = Program.holds
+        holds = CompiledLayer.holds
 
-        def counted(program: Any, inputs: Any) -> bool:
-            result = holds(program, inputs)
+        def counted(layer: Any, inputs: Any) -> bool:
+            result = holds(layer, inputs)
             self.ran += result
             self.stepped_aside += not result
             return result
 
-        monkeypatch.setattr(Program, "holds", counted)
+        monkeypatch.setattr(CompiledLayer, "holds", counted)
         self.layers = CompiledLayers(policy)
 
 
@@ -60,7 +60,7 @@ def both(layers: CompiledLayers, asked: list[Request], **options: Any) -> tuple[
     """Completions with and without compiled layers."""
     samplers = [NativeSampler(layers.policy, **options, compiled=compiled) for compiled in (layers, None)]
     found, expected = ([c for of in sampler.generate(asked) for c in of] for sampler in samplers)
-    assert layers.failed is None
+    assert layers.fast_path.failed is None
     return found, expected
 
 
@@ -75,10 +75,10 @@ def test_compiled_steps_draw_what_the_layers_draw(arch: str, monkeypatch: pytest
     policy = tiny_policy(arch, ["a"])
     counted = Counted(policy, monkeypatch)
     layers = counted.layers
-    # One program for each kind of layer does for all of these: rows come and leave, buffers grow, prompts differ.
+    # One compiled layer of each kind does for all of these: rows come and leave, buffers grow, prompts differ.
     assert_alike(*both(layers, requests(7, 5, "a")))
     kinds = {"llama": 1, "gemma3": 2, "gpt2": 1}[arch]
-    assert len(layers.programs) == kinds
+    assert len(layers.compiled) == kinds
     assert counted.ran > 20
     for asked, options in (
         (requests(3, 2, "a", seed=1), {}),
@@ -90,15 +90,15 @@ def test_compiled_steps_draw_what_the_layers_draw(arch: str, monkeypatch: pytest
         counted.ran = 0
         assert_alike(*both(layers, asked, **options))
         assert counted.ran
-        assert len(layers.programs) == kinds
-    # Another adapter of the same form runs the same programs on its own weights.
+        assert len(layers.compiled) == kinds
+    # Another adapter of the same form runs the same compiled layers on its own weights.
     randomize(policy.bank.add("b", rank=2), seed=7)
     randomize(policy.bank.add("c", rank=2), seed=8)
     found, expected = both(layers, requests(4, 3, "b"))
     assert_alike(found, expected)
     assert_alike(*both(layers, requests(4, 3, "c")))
     assert [c.logprobs for c in found] != [c.logprobs for c in both(layers, requests(4, 3, "c"))[0]]
-    assert len(layers.programs) == 2 * kinds  # "a" is of another rank
+    assert len(layers.compiled) == 2 * kinds  # "a" is of another rank
 
 
 def test_long_common_beginnings_mixed_batches_and_the_bare_base(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +142,7 @@ def test_weights_that_change_are_followed(monkeypatch: pytest.MonkeyPatch) -> No
     adapter.version += 1
     second, expected = both(layers, asked)
     assert counted.ran
-    assert len(layers.programs) == 1
+    assert len(layers.compiled) == 1
     assert [c.token_ids for c in first] != [c.token_ids for c in second]
     agree = [len(shared(a.token_ids, b.token_ids)) / len(b.token_ids) for a, b in zip(second, expected, strict=True)]
     assert sum(agree) / len(agree) > 0.8  # bfloat16 decides close calls otherwise
@@ -167,47 +167,47 @@ def test_what_cannot_be_followed_is_decoded_all_the_same() -> None:
     sampler = NativeSampler(policy, compiled=layers)
     with pytest.warns(UserWarning, match="without compiled layers"):
         found = [c for of in sampler.generate(requests(3, 2, "a")) for c in of]
-    assert layers.failed
+    assert layers.fast_path.failed
     assert found == plain
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # it is said once
         sampler.generate(requests(3, 2, "a"))
 
 
-def test_a_program_that_computes_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_layer_that_computes_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = tiny_policy("llama", ["a"])
-    of = Program.of.__func__  # type: ignore[attr-defined]
+    of = CompiledLayer.of.__func__  # type: ignore[attr-defined]
 
     def wrong(cls: Any, *args: Any) -> Any:
-        program = of(cls, *args)
-        function = program.function
-        program.function = lambda *inputs: function(*inputs) * 1.01
-        return program
+        layer = of(cls, *args)
+        function = layer.function
+        layer.function = lambda *inputs: function(*inputs) * 1.01
+        return layer
 
-    monkeypatch.setattr(Program, "of", classmethod(wrong))
-    with pytest.warns(UserWarning, match="layer 0 computes differs by"):
+    monkeypatch.setattr(CompiledLayer, "of", classmethod(wrong))
+    with pytest.warns(UserWarning, match="compiled layer 0 differs from the layer by"):
         NativeSampler(policy, compiled=CompiledLayers(policy)).generate(requests(3, 2, "a"))
 
 
-def test_a_tape_tells_operations_and_their_arguments_apart() -> None:
+def test_a_trace_tells_operations_and_their_arguments_apart() -> None:
     weights = [torch.randn(4, 4), torch.randn(4, 4)]
     x = torch.randn(3, 4)
 
-    def tape(work: Any) -> Tape:
-        with Tape([x]) as tape:
+    def trace(work: Any) -> OperationTrace:
+        with OperationTrace([x]) as recorded:
             work(x)
-        return tape
+        return recorded
 
     def linear(weight: Tensor, scale: float = 2.0) -> Any:
         return lambda x: (x @ weight * scale).softmax(-1)
 
-    a, b = (tape(linear(weight)) for weight in weights)
+    a, b = (trace(linear(weight)) for weight in weights)
     assert a.lines == b.lines
     assert a.constants[0] is weights[0]
     assert b.constants[0] is weights[1]
-    assert tape(linear(weights[0], 3.0)).lines != a.lines
-    assert tape(linear(torch.randn(4, 5))).lines != a.lines
-    assert tape(lambda x: (x @ weights[0] * 2.0).softmax(0)).lines != a.lines
+    assert trace(linear(weights[0], 3.0)).lines != a.lines
+    assert trace(linear(torch.randn(4, 5))).lines != a.lines
+    assert trace(lambda x: (x @ weights[0] * 2.0).softmax(0)).lines != a.lines
 
 
 def test_what_was_decoded_before_changes_nothing() -> None:
@@ -218,7 +218,7 @@ def test_what_was_decoded_before_changes_nothing() -> None:
         layers = CompiledLayers(policy)
         for others in (*before, asked):
             found = NativeSampler(policy, compiled=layers).generate(others)
-        assert layers.programs
+        assert layers.compiled
         completions.append(found)
     assert completions[0] == completions[1]
 

@@ -29,7 +29,7 @@ from rl_lora.policy import head as head_module
 from rl_lora.policy.head import Head
 from rl_lora.policy.policy import Policy
 from rl_lora.sampler.cuda_graph import Recorder, Step
-from rl_lora.sampler.draw import Draw, sample
+from rl_lora.sampler.draw import InverseCDF, sample
 from rl_lora.sampler.native import NativeSampler
 from rl_lora.sampler.protocol import Completion, Later, Request
 from rl_lora.types import Stop
@@ -478,7 +478,7 @@ def test_drawing_in_blocks_from_hidden_states_is_drawing_from_the_logits(
     monkeypatch.setattr(head_module, "BLOCK_ELEMENTS", 2 * V)
     generator = torch.Generator().manual_seed(0)
     head = Head(torch.randn(V, d, generator=generator), torch.randn(V, generator=generator), scale=0.7, softcap=4.0)
-    draw = Draw(head)
+    draw = InverseCDF(head)
     for R in (3, 1, 5, 2):
         hidden, uniforms = torch.randn(R, d, generator=generator), torch.rand(R, generator=generator)
         temperature = None if temperatures is None else torch.tensor(temperatures[:R])

@@ -1,6 +1,6 @@
-"""What a layer does, as a program: followed once by torch's tracer, compiled by its compiler, for tensors of any size.
+"""A layer, compiled: traced once by torch's tracer and compiled by its compiler, for tensors of many sizes.
 
-Its weights are not in it: whoever does the same with others (two tapes tell) runs the same program on them.
+Its weights are inputs: a layer that does the same with other weights, which two traces tell, shares it.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 from rl_lora.system.cache_folder import place_compiler_cache
 
 MOST_SIZES = 1 << 12
-"""Sizes of inputs of which it is remembered whether a program holds for them."""
+"""Sizes of inputs of which it is remembered whether a compiled layer holds for them."""
 
 
-class Tape(TorchDispatchMode):
-    """Takes down what is done, in words that do not depend on which weights it is done with.
+class OperationTrace(TorchDispatchMode):
+    """Records operations as lines of text that do not depend on the weights they are done with.
 
     `constants` are the tensors that were neither among the inputs nor made on the way, in the order of their first use.
     """
@@ -54,10 +54,10 @@ class Tape(TorchDispatchMode):
         self._alive.append(x)
 
 
-class Program:
+class CompiledLayer:
     """A layer's operations, compiled: a function of its inputs and constants.
 
-    `order`: which of the tape's constants it takes. It holds for inputs of other sizes than those it was made from as
+    `order`: which of the trace's constants it takes. It holds for inputs of other sizes than those it was made from as
     far as `holds` says.
     """
 
@@ -79,7 +79,7 @@ class Program:
         inputs: Sequence[Tensor],
         dynamic: Sequence[tuple[int, ...]],
         constants: Sequence[Tensor],
-    ) -> Program:
+    ) -> CompiledLayer:
         """`dynamic`: the dimensions of each input whose size may change.
 
         Raises:
@@ -121,7 +121,7 @@ class Program:
         )
 
     def holds(self, inputs: Sequence[Tensor]) -> bool:
-        """Whether it was compiled for inputs of these sizes too. A size of one it was not: that is another program."""
+        """Whether it was compiled for inputs of these sizes too. A size of one it was not: that is another trace."""
         if not all(x.is_contiguous() for x in inputs):
             return False
         sizes = tuple(inputs[i].shape[d] for i, d in self._symbols)
