@@ -113,7 +113,9 @@ class CompiledLayers:
             of_adapter[single] = calls
         return of_adapter[single]
 
-    def _prepare(self, like: DecodeCache, adapter: Adapter | None, single: tuple[bool, ...]) -> dict[nn.Module, LayerCall]:
+    def _prepare(
+        self, like: DecodeCache, adapter: Adapter | None, single: tuple[bool, ...]
+    ) -> dict[nn.Module, LayerCall]:
         """Follow every layer through a step, compile what is new, and compare.
 
         Raises:

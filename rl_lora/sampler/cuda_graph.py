@@ -1,4 +1,4 @@
-"""A decoding step recorded once and replayed: a GPU then does not wait for Python, which takes longer than it does.
+"""A decode step recorded once and replayed: a GPU then does not wait for Python, which takes longer than it does.
 
 A recording holds as long as rows and buffers stay where they are (`DecodeCache.arrangement`). The first one is
 compared with the step itself; a model whose step cannot be recorded, such as one that asks the device how many tokens
@@ -8,13 +8,12 @@ change.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from rl_lora.kernels.verify import difference
+from rl_lora.kernels.verify import FastPath, compare
 
 Step = Callable[[Tensor], Tensor]
 """Reads one token a row, int64 (R,), and returns hidden states (R, d). All it changes are tensors, in place."""
@@ -39,50 +38,50 @@ def cuda_graph(step: Step, tokens: Tensor) -> Step:
     return replay
 
 
-class Recorder:
-    """How the steps of a sampler are recorded, and whether that has been proven to work.
+class StepRecorder:
+    """Records the decode steps of a sampler, as long as recordings compute what the steps compute.
 
     Args:
         record: None where steps are not recorded.
     """
 
     def __init__(self, record: Record | None):
-        self.record, self.proven = record, False
+        self.record = record
+        self.fast_path = FastPath("decoding goes on without recorded steps")
 
     @classmethod
-    def for_device(cls, device: torch.device) -> Recorder:
+    def for_device(cls, device: torch.device) -> StepRecorder:
         """CUDA graphs, on a GPU that has them."""
         return cls(cuda_graph if device.type == "cuda" and torch.version.cuda else None)
 
     def __call__(self, step: Step, tokens: Tensor, undo: Callable[[], object]) -> Step | None:
-        """A recording, or None where it is not to be had; then the reason has been said. `undo` takes a step back."""
+        """A recording, or None where there can be none. `undo` takes a step back."""
         if self.record is None:
             return None
-        try:
-            recording = self.record(step, tokens)
-            if not self.proven:
+        record = self.record
+
+        def recorded() -> Step:
+            recording = record(step, tokens)
+            if not self.fast_path.verified:
                 expected = step(tokens).clone()
                 undo()
                 found = recording(tokens)
                 undo()
-                if not (gap := difference(found, expected)) <= TOLERANCE:
-                    raise ValueError(f"hidden states differ by {gap:.2g} of their spread")
-                self.proven = True
+                compare("hidden states of a recorded step differ", found, expected, TOLERANCE)
+                self.fast_path.verified = True
             return recording
-        except Exception as error:  # whatever the capture of a foreign model may raise: the plain step is right
-            self.record = None
-            warnings.warn(f"decoding goes on without recorded steps: {type(error).__name__}: {error}", stacklevel=2)
-            return None
+
+        return self.fast_path.attempt(recorded)
 
 
-class Replay:
-    """A step, done by replaying its recording where that holds.
+class RecordedStep:
+    """A decode step, done by replaying its recording where that holds.
 
     The first step of an arrangement is done as it is, which readies what must not happen in a recording (libraries
     that choose kernels, cached casts).
     """
 
-    def __init__(self, recorder: Recorder, undo: Callable[[], object]):
+    def __init__(self, recorder: StepRecorder, undo: Callable[[], object]):
         self.recorder, self.undo = recorder, undo
         self.arrangement = -1
         self.recording: Step | None = None

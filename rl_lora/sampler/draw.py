@@ -1,4 +1,4 @@
-"""Drawing one token a row, by inverse CDF."""
+"""Sampling one token a row, by inversion of the cumulative distribution."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 25}
 
 
 class InverseCDF:
-    """Draws from the distribution over next tokens that hidden states stand for.
+    """Samples from the distributions over next tokens that hidden states stand for.
 
     Its working memory stays from call to call: a CPU pays more for fresh pages of the size of the logits than for the
     arithmetic on them.
@@ -44,7 +44,7 @@ class InverseCDF:
 def sample(
     logits: Tensor, temperature: Tensor | None, uniforms: Tensor, *, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """InverseCDF one token a row, in two levels: first a block of the vocabulary, then a token in it.
+    """Sample one token a row, in two levels: first a block of the vocabulary, then a token in it.
 
     logits: float32 (R, V); temperature: (R,), 0 for greedy, or None where all are 1; uniforms: (R,) in [0, 1);
     out: room for the probabilities. Returns tokens int64 (R,), and their log-probabilities float32 (R,).

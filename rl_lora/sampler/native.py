@@ -1,8 +1,8 @@
-"""The native sampler: completions drawn with the policy's own forward.
+"""The native sampler: completions sampled with the policy's own forward.
 
 Prompts are prefilled once for all their completions, what they begin with once for all prompts; finished rows make room
 for waiting ones, and a conversation goes on in its row. Every row has its own stream of uniform numbers, so what it
-draws does not depend on its neighbours. The distribution is never filtered (top-k, top-p): the log-probabilities
+samples does not depend on its neighbours. The distribution is never filtered (top-k, top-p): the log-probabilities
 returned are those of what was sampled from, and of what is learned.
 """
 
@@ -14,7 +14,7 @@ import torch
 
 from rl_lora.policy.policy import Policy
 from rl_lora.sampler.compiled import CompiledLayers
-from rl_lora.sampler.cuda_graph import Recorder
+from rl_lora.sampler.cuda_graph import StepRecorder
 from rl_lora.sampler.protocol import Completion, Follow, Later, Request
 from rl_lora.sampler.rows import Job, Next
 from rl_lora.sampler.scheduler import ContinuousScheduler, StaticScheduler
@@ -52,7 +52,7 @@ class NativeSampler:
         self.policy, self.max_rows, self.max_cache_gib = policy, max_rows, max_cache_gib
         self.check_every = 1 if policy.not_shared else check_every
         self.compiled = compiled
-        self.recorder = Recorder.for_device(policy.device)
+        self.recorder = StepRecorder.for_device(policy.device)
 
     @torch.inference_mode()
     def generate(

@@ -82,7 +82,7 @@ class Sampler(Protocol):
     ) -> list[list[Completion]]:
         """The n completions of each request, in order; the last ones, where `follow` asked for more.
 
-        `on_token` is told how many tokens were drawn, as they are.
+        `on_token` is told how many tokens were sampled, as they are.
 
         Raises:
             ValueError: a request cannot be served: it does not fit the context, for example.

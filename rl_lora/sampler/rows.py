@@ -1,6 +1,6 @@
-"""The completions that a rollout is drawing: what each row was asked for, its uniform numbers, its tokens so far.
+"""The rows of the batch that is decoded: the request of each, its uniform random numbers, and its tokens so far.
 
-Which rows there are, and what they read, is `native_sampler.py`'s business; how one token is drawn, `sampling.py`'s.
+Which rows there are, and what they read, is the business of `scheduler.py`; sampling one token, of `draw.py`.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from rl_lora.types import Stop
 
 @dataclass
 class Job:
-    """A request that waits for room: `of` says, for each of its completions, (request, k) as the caller counts."""
+    """A request that waits for room. `of`: for each of its completions, (request, k) as the caller counts."""
 
     request: Request
     of: list[tuple[int, int]]
     first: int = 0
-    """Completions of the same seed that are drawn elsewhere: the uniforms go on behind theirs."""
+    """Completions of the same seed that are sampled elsewhere: the uniforms go on behind theirs."""
 
     def split(self, n: int) -> list[Job]:
         """Jobs of at most n completions."""
@@ -52,7 +52,7 @@ class Row:
     def __init__(self, job: Job, place: int):
         self.job, self.place = job, place
         self.adapter = job.request.adapter
-        self.ids = job.request.prompt_ids  # what the row's keys and values are of, but for the last token drawn
+        self.ids = job.request.prompt_ids  # what the row's keys and values are of, but for the last token sampled
         self.base = len(self.ids)  # how many of those are the prompt's that the row came in with
         self.finished = False
 
@@ -67,15 +67,15 @@ class Row:
 
 
 OF_ROWS = ("temperature", "limit", "n", "stop_ids", "uniforms", "tokens", "logprobs")
-"""Tensors of `Drawing` that are set when a row starts."""
+"""Tensors of `SamplingState` that are set when a row starts."""
 
 
-class Drawing:
-    """What is drawn: device tensors with one entry for each of R rows."""
+class SamplingState:
+    """What R rows need to sample their next tokens, and what they have sampled: device tensors of R entries."""
 
     def __init__(self, policy: Policy):
         self.policy, device = policy, policy.device
-        self.draw_from = InverseCDF(policy.head)
+        self.sample_from = InverseCDF(policy.head)
         self.hidden = torch.empty(0, policy.head.weight.shape[1], dtype=policy.dtype, device=device)
         self.temperature = torch.empty(0, device=device)
         self.limit, self.n = torch.empty(2, 0, dtype=torch.int64, device=device)
@@ -86,7 +86,7 @@ class Drawing:
         self.plain = True  # every temperature is 1
 
     def admit(self, rows: Sequence[Row], hidden: Tensor) -> None:
-        """New rows, and the hidden states (R', d) that their first tokens are drawn from."""
+        """New rows, and the hidden states (R', d) that their first tokens are sampled from."""
         self._widen(rows)
         R = len(self.n)
         self.hidden = torch.cat([self.hidden, hidden])
@@ -134,15 +134,18 @@ class Drawing:
         for name in ("hidden", *OF_ROWS):
             setattr(self, name, getattr(self, name)[rows])
 
-    def draw(self, running: Tensor) -> tuple[Tensor, Tensor]:
-        """One token for each row, taken down where `running`; the tokens, and who runs on."""
+    def sample(self, running: Tensor) -> tuple[Tensor, Tensor]:
+        """Sample one token for each row, int64 (R,), and keep it where `running`, bool (R,).
+
+        Returns the tokens, and which rows run on.
+        """
         at = self.n[:, None]
         uniforms = self.uniforms.gather(1, at.clamp_max(self.uniforms.shape[1] - 1))[:, 0]
-        drawn, logprob = self.draw_from(self.hidden, None if self.plain else self.temperature, uniforms)
-        self.tokens.scatter_(1, torch.where(running[:, None], at, self.tokens.shape[1] - 1), drawn[:, None])
+        sampled, logprob = self.sample_from(self.hidden, None if self.plain else self.temperature, uniforms)
+        self.tokens.scatter_(1, torch.where(running[:, None], at, self.tokens.shape[1] - 1), sampled[:, None])
         self.logprobs.scatter_(1, torch.where(running[:, None], at, self.tokens.shape[1] - 1), logprob[:, None])
         self.n += running
-        return drawn, running & ~(drawn[:, None] == self.stop_ids).any(1) & (self.n < self.limit)
+        return sampled, running & ~(sampled[:, None] == self.stop_ids).any(1) & (self.n < self.limit)
 
     def completion(self, place: int, row: Row) -> Completion:
         n = int(self.n[place])

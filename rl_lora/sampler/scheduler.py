@@ -19,8 +19,8 @@ from rl_lora.attention.kv_cache import DecodeCache, KeyValues
 from rl_lora.attention.prefixes import Prefix, find_shared_prefixes, prefix_of
 from rl_lora.policy.policy import Policy
 from rl_lora.sampler.compiled import CompiledLayers
-from rl_lora.sampler.cuda_graph import Recorder, Replay
-from rl_lora.sampler.rows import Drawing, Finish, Job, Next, Row
+from rl_lora.sampler.cuda_graph import RecordedStep, StepRecorder
+from rl_lora.sampler.rows import Finish, Job, Next, Row, SamplingState
 
 TURNOVER = 0.2
 """Share of the rows that must stand still before next turns, or other prompts in their place, are read in."""
@@ -32,11 +32,11 @@ PREFILL_TOKENS = 4096
 
 
 class ContinuousScheduler:
-    """One call of `generate`: rows come, draw, and leave.
+    """One call of `generate`: rows come, sample, and leave.
 
-    Each round draws `check_every` tokens a row and then looks who has finished. Their completions are handed over, and
-    either the row has another turn or it is done with; it stands still while that is not known. When enough rows stand
-    still, they are moved out, and new prompts and next turns are read in.
+    Each round samples `check_every` tokens a row and then looks which rows have finished. Their completions are handed
+    over, and either the row has another turn or it is done with; it stands still while that is not known. When enough
+    rows stand still, they are moved out, and new prompts and next turns are read in.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class ContinuousScheduler:
         max_bytes: float,
         check_every: int,
         compiled: CompiledLayers | None,
-        recorder: Recorder,
+        recorder: StepRecorder,
     ):
         self.policy, self.finish, self.on_token = policy, finish, on_token
         self.max_rows, self.max_bytes, self.check_every, self.compiled = max_rows, max_bytes, check_every, compiled
@@ -60,10 +60,10 @@ class ContinuousScheduler:
         """Rows of which it is not known yet what comes next."""
         self.turns: dict[Row, Job] = {}
         """Next turns that wait to be read in, by the row that they go on in."""
-        self.drawing = Drawing(self.policy)
+        self.state = SamplingState(self.policy)
         self.decode = DecodeCache(self.policy.device)
         self.prefixes: list[Prefix] = []
-        self.replay = Replay(recorder, partial(self.decode.advance_device, -1))
+        self.recorded = RecordedStep(recorder, partial(self.decode.advance_device, -1))
 
     def run(self) -> None:
         self._read_prefixes()
@@ -72,25 +72,25 @@ class ContinuousScheduler:
             if self._stands():
                 next(iter(self.asked.values())).wait()
                 self._hear()
-                self._compact(self.drawing.n)
+                self._compact(self.state.n)
                 continue
             running = torch.tensor([not row.finished for row in self.rows], device=self.policy.device)
-            n_before = int(self.drawing.n.sum())
+            n_before = int(self.state.n.sum())
             for i in range(self.check_every):
-                drawn, running = self.drawing.draw(running)
+                sampled, running = self.state.sample(running)
                 if i + 1 < self.check_every:
-                    self._step(drawn)
+                    self._step(sampled)
             self._retire(running.tolist())
-            self.on_token(int(self.drawing.n.sum()) - n_before)
-            drawn = self._compact(drawn)
+            self.on_token(int(self.state.n.sum()) - n_before)
+            sampled = self._compact(sampled)
             if not all(row.finished for row in self.rows):
-                self._step(drawn)
+                self._step(sampled)
             self._settle()
 
     def _step(self, tokens: Tensor) -> None:
         """Read one token a row, (R,)."""
         self.decode.make_room()
-        self.drawing.hidden = self.replay(self._read, tokens, self.decode.arrangement)
+        self.state.hidden = self.recorded(self._read, tokens, self.decode.arrangement)
         self.decode.advance_host()
 
     def _read(self, tokens: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ class ContinuousScheduler:
             if runs or row.finished:
                 continue
             row.finished = True
-            completion = self.drawing.completion(place, row)
+            completion = self.state.completion(place, row)
             row.ids = row.ids + completion.token_ids
             self.asked[row] = self.finish(row.job, row.place, completion)
         self._hear()
@@ -124,7 +124,7 @@ class ContinuousScheduler:
                     self.waiting.append(job)
 
     def _stands(self) -> bool:
-        """Whether nothing can be drawn before it is known what comes next."""
+        """Whether nothing can be sampled before it is known what comes next."""
         return bool(self.asked) and all(row.finished for row in self.rows)
 
     def _idle(self) -> bool:
@@ -133,17 +133,17 @@ class ContinuousScheduler:
         n = len(self.rows) - len(self.asked)
         return still == n or still >= TURNOVER * n
 
-    def _compact(self, drawn: Tensor) -> Tensor:
-        """Move out rows that are done with; the tokens drawn by those that stay."""
+    def _compact(self, sampled: Tensor) -> Tensor:
+        """Move out rows that are done with; the tokens sampled by those that stay."""
         keep = [i for i, row in enumerate(self.rows) if not row.finished or row in self.turns or row in self.asked]
-        least = LEAVING.get(drawn.device.type, LEAVING["cuda"])
+        least = LEAVING.get(sampled.device.type, LEAVING["cuda"])
         if len(self.rows) - len(keep) < max(1, least * len(self.rows)):
-            return drawn
+            return sampled
         self.rows = [self.rows[i] for i in keep]
         self.decode.keep(np.array(keep, np.int64))
-        index = torch.tensor(keep, dtype=torch.int64, device=drawn.device)
-        self.drawing.keep(index)
-        return drawn[index]
+        index = torch.tensor(keep, dtype=torch.int64, device=sampled.device)
+        self.state.keep(index)
+        return sampled[index]
 
     def _settle(self) -> None:
         """Rows that stand still have not read the tokens that they were given to keep the batch whole."""
@@ -189,7 +189,7 @@ class ContinuousScheduler:
         nodes, hidden = self._prefill(list(prompts), prefix)
         self.decode.admit(nodes, np.array(prefix), np.array(prompt_of_row))
         self.rows += rows
-        self.drawing.admit(rows, hidden[torch.tensor(prompt_of_row, device=hidden.device)])
+        self.state.admit(rows, hidden[torch.tensor(prompt_of_row, device=hidden.device)])
 
     def _prefill(self, prompts: Sequence[Prefix], prefix: Sequence[int]) -> tuple[KeyValues, Tensor]:
         """Keys and values of prompts behind their prefixes, and the hidden states of their last tokens, (P, d)."""
@@ -212,7 +212,7 @@ class ContinuousScheduler:
             self.decode.prefixes.append_empty()  # for prompts that begin otherwise
 
     def _take_turns(self) -> None:
-        """Read in what is new in the next turns of conversations: the last token drawn, and what came in reply."""
+        """Read in what is new in the next turns of conversations: the last token sampled, and what came in reply."""
         places = [place for place, row in enumerate(self.rows) if row in self.turns]
         rows = [self.rows[place] for place in places]
         new = []
@@ -231,7 +231,7 @@ class ContinuousScheduler:
         self.decode.advance(lengths, at)
         self.decode.arrangement += 1  # what is kept of adapters (`AdapterBank.stack`) was that of these rows
         last = torch.from_numpy(lengths - 1).to(hidden.device)
-        self.drawing.restart(places, rows, hidden[torch.arange(len(rows), device=hidden.device), last])
+        self.state.restart(places, rows, hidden[torch.arange(len(rows), device=hidden.device), last])
 
 
 def _parts(lengths: Sequence[int], budget: int) -> list[slice]:
@@ -268,18 +268,18 @@ class StaticScheduler:
             self.waiting = [job for following in asked if (job := following.job()) is not None]
 
     def _batch(self, rows: Sequence[Row]) -> list[Next]:
-        """Draw completions of prompts of one length, and hand them over."""
+        """Sample completions of prompts of one length, and hand them over."""
         policy, adapters = self.policy, [row.adapter for row in rows]
         cache = policy.cache()
         prompts = torch.tensor([row.request.prompt_ids for row in rows], device=policy.device)
         hidden = policy.hidden(prompts, adapters, cache=cache)[:, -1]
-        drawing = Drawing(policy)
-        drawing.admit(rows, hidden)
+        state = SamplingState(policy)
+        state.admit(rows, hidden)
         running = torch.ones(len(rows), dtype=torch.bool, device=policy.device)
         n_running = len(rows)
         while n_running:
             self.on_token(n_running)
-            drawn, running = drawing.draw(running)
+            sampled, running = state.sample(running)
             if n_running := int(running.sum()):  # finished rows stay: not every cache can give rows up
-                drawing.hidden = policy.hidden(drawn[:, None], adapters, cache=cache)[:, -1]
-        return [self.finish(row.job, row.place, drawing.completion(place, row)) for place, row in enumerate(rows)]
+                state.hidden = policy.hidden(sampled[:, None], adapters, cache=cache)[:, -1]
+        return [self.finish(row.job, row.place, state.completion(place, row)) for place, row in enumerate(rows)]

@@ -28,7 +28,7 @@ from rl_lora.learner.packing import pack
 from rl_lora.policy import head as head_module
 from rl_lora.policy.head import Head
 from rl_lora.policy.policy import Policy
-from rl_lora.sampler.cuda_graph import Recorder, Step
+from rl_lora.sampler.cuda_graph import Step, StepRecorder
 from rl_lora.sampler.draw import InverseCDF, sample
 from rl_lora.sampler.native import NativeSampler
 from rl_lora.sampler.protocol import Completion, Later, Request
@@ -568,14 +568,14 @@ def test_recorded_steps_draw_what_steps_draw(arch: str, check_every: int) -> Non
 
         return counted
 
-    sampler.recorder = Recorder(record)
+    sampler.recorder = StepRecorder(record)
     if policy.bank.active_experts > 1 or arch == "gpt2":  # asks how many tokens an expert gets; looks for padding
         with pytest.warns(UserWarning, match="without recorded steps"):
             assert generate() == expected
         assert n_recorded == 1
     else:
         assert generate() == expected
-        assert sampler.recorder.proven
+        assert sampler.recorder.fast_path.verified
         assert n_replayed > n_recorded > 2, "steps of several arrangements are meant to be replayed"
 
 
@@ -597,8 +597,8 @@ def test_a_recording_that_computes_something_else_is_not_used() -> None:
     sampler = NativeSampler(policy)
     requests = [Request(prompt(9), n=3, max_tokens=14, adapter="a")]
     expected = sampler.generate(requests)
-    sampler.recorder = Recorder(lambda step, tokens: lambda tokens: step(tokens) * 1.1)
-    with pytest.warns(UserWarning, match="hidden states differ"):
+    sampler.recorder = StepRecorder(lambda step, tokens: lambda tokens: step(tokens) * 1.1)
+    with pytest.warns(UserWarning, match="hidden states of a recorded step differ"):
         assert sampler.generate(requests) == expected
 
 

@@ -36,7 +36,7 @@ from rl_lora.rollout.held_out import evaluate_adapters, held_out
 from rl_lora.rollout.worker import RolloutWorker
 from rl_lora.sampler.native import NativeSampler
 from rl_lora.sampler.protocol import Completion
-from rl_lora.sampler.rows import Drawing
+from rl_lora.sampler.rows import SamplingState
 from rl_lora.system import files
 from rl_lora.trainer import trainer as trainer_module
 from rl_lora.trainer.checkpoint import Checkpoints
@@ -505,13 +505,13 @@ def test_the_sampler_that_the_factory_makes_samples_and_is_told_of_every_change_
 def test_a_run_whose_sampler_and_learner_disagree_stops_before_it_learns_from_noise(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    completion = Drawing.completion
+    completion = SamplingState.completion
 
-    def wrong(self: Drawing, *args: Any) -> Completion:
+    def wrong(self: SamplingState, *args: Any) -> Completion:
         reply = completion(self, *args)
         return dataclasses.replace(reply, logprobs=tuple(p - 1.0 for p in reply.logprobs))
 
-    monkeypatch.setattr(Drawing, "completion", wrong)
+    monkeypatch.setattr(SamplingState, "completion", wrong)
     trainer = Trainer(tiny_config(model, tmp_path))
     fresh = trainer.policy.bank[ADAPTER].flat.detach().clone()
     with pytest.raises(SamplerLearnerMismatch, match="sampler and learner disagree"):
