@@ -39,7 +39,7 @@ def check_head(model: PreTrainedModel, head: Head, ids: Tensor, states: Tensor, 
     else:  # its parts are not called as modules
         reason, own = "", model(input_ids=ids, use_cache=False).logits.float()
     if not reason and not (gap := difference(head.logits(states), own)) <= tolerance:
-        reason = f"its logits differ from ours by {gap:.2g} of their spread"
+        reason = f"its logits differ from ours by {gap:.2g} standard deviations"
     if reason:
         raise ValueError(
             f"the output head of {type(model).__name__} is more than a linear layer, a scale and a soft cap that its "
@@ -90,7 +90,7 @@ def _not_linear(head: Head, into: Tensor, out: Tensor) -> str:
     expected = torch.nn.functional.linear(into.float(), head.weight[some].float(), bias)
     gap = difference(expected, out[..., some].float())
     if not gap <= max(4 * torch.finfo(out.dtype).eps, 1e-4):
-        return f"its linear layer gives something else than its weights, by {gap:.2g} of their spread"
+        return f"its linear layer gives something else than its weights, by {gap:.2g} standard deviations"
     return ""
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 
 from rl_lora.attention.kv_cache import DecodeCache
 from rl_lora.attention.tree import Tree
-from rl_lora.kernels.verify import difference
+from rl_lora.kernels.verify import Mismatch, compare, reason_of
 from rl_lora.policy.forward import AdaptedModel
 from rl_lora.policy.head_check import check_head
 
@@ -61,15 +61,14 @@ def _check_sharing(model: AdaptedModel, ids: Tensor, plain: Tensor) -> SelfCheck
     """ids: (3, n), of which two begin alike; plain: (3, n, d), what the model's own attention makes of them."""
     try:
         packed, windows = _packed(model, ids)
-        if not (gap := difference(packed, plain)) <= _tolerance(model):
-            return SelfCheck(f"its packed hidden states differ from the plain ones by {gap:.2g} of their spread", 0)
+        compare("its packed hidden states differ from the plain ones", packed, plain, _tolerance(model))
         if has_window(model.model.config) and windows == {None}:
-            return SelfCheck("its config has an attention window that its layers do not pass on", 0)
+            raise Mismatch("its config has an attention window that its layers do not pass on")
         decoded, cache_bytes_per_token = _decoded(model, ids)
-        if not (gap := difference(decoded, plain[:, ids.shape[1] // 2 - 1 :])) <= _tolerance(model):
-            return SelfCheck(f"its decoded hidden states differ from the plain ones by {gap:.2g} of their spread", 0)
-    except Exception as error:
-        return SelfCheck(f"{type(error).__name__}: {error}", 0)
+        plain = plain[:, ids.shape[1] // 2 - 1 :]
+        compare("its decoded hidden states differ from the plain ones", decoded, plain, _tolerance(model))
+    except Exception as error:  # whatever a foreign model may raise: there is a way without shared prompts
+        return SelfCheck(reason_of(error), 0)
     return SelfCheck(None, cache_bytes_per_token)
 
 
@@ -106,16 +105,17 @@ def _decoded(model: AdaptedModel, ids: Tensor) -> tuple[Tensor, int]:
 
 
 def _check_cache(model: AdaptedModel, ids: Tensor, plain: Tensor) -> None:
+    """ids, plain: as for `_check_sharing`. Raises ValueError if the model's own cache computes something else."""
     p = ids.shape[1] // 2
     try:
         cache = model.cache()
         steps = [model.hidden(part, [None] * 3, cache=cache) for part in (ids[:, :p], *ids[:, p:].split(1, 1))]
-        gap = difference(torch.cat(steps, 1), plain)
-        found = f"its hidden states differ by {gap:.2g} of their spread from those of a whole sequence"
+        what = "its hidden states differ from those of a whole sequence"
+        compare(what, torch.cat(steps, 1), plain, _tolerance(model))
     except Exception as error:
-        gap, found = float("nan"), f"{type(error).__name__}: {error}"
-    if not gap <= _tolerance(model):
-        raise ValueError(f"{type(model.model).__name__} cannot be decoded token by token with its cache: {found}")
+        raise ValueError(
+            f"{type(model.model).__name__} cannot be decoded token by token with its cache: {reason_of(error)}"
+        ) from error
 
 
 def _tolerance(model: AdaptedModel) -> float:
