@@ -25,7 +25,7 @@ class Source(NamedTuple):
     size: int
 
 
-class Row(NamedTuple):
+class DataRow(NamedTuple):
     line: int
     """Counted from 1: a line of a text file, else a row."""
     columns: dict[str, Any]
@@ -48,7 +48,7 @@ def locate(path: str | os.PathLike[str]) -> Source:
 
 
 @functools.lru_cache(maxsize=8)
-def read_rows(source: Source) -> tuple[Row, ...]:
+def read_rows(source: Source) -> tuple[DataRow, ...]:
     """The rows of a file, in the format that its name ends in; any other name is taken for JSON lines. Text is UTF-8.
     All callers share the rows: do not change them.
 
@@ -75,7 +75,7 @@ def suffix_of(path: str | os.PathLike[str]) -> str:
     return Path(os.fspath(path).removesuffix(".gz")).suffix.lower()
 
 
-def _json_lines(content: bytes, path: str) -> list[Row]:
+def _json_lines(content: bytes, path: str) -> list[DataRow]:
     lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     rows = []
     for n, line in enumerate(lines, 1):
@@ -84,7 +84,7 @@ def _json_lines(content: bytes, path: str) -> list[Row]:
     return rows
 
 
-def _json(content: bytes, path: str) -> list[Row]:
+def _json(content: bytes, path: str) -> list[DataRow]:
     """An array of objects; or JSON lines, which are often called .json too."""
     text = content.removeprefix(b"\xef\xbb\xbf").lstrip()
     if not text.startswith(b"["):
@@ -93,11 +93,11 @@ def _json(content: bytes, path: str) -> list[Row]:
     return [_row(n, value, f"{path}, row {n}") for n, value in enumerate(values, 1)]
 
 
-def _row(n: int, value: Any, where: str) -> Row:
+def _row(n: int, value: Any, where: str) -> DataRow:
     if not isinstance(value, dict):
         hint = " (a file that is one JSON array is called .json)" if isinstance(value, list) else ""
         raise ValueError(f"{where}: expected a JSON object, got a {type(value).__name__}{hint}")
-    return Row(n, value, where)
+    return DataRow(n, value, where)
 
 
 def _parse(text: bytes, where: str) -> Any:
@@ -112,7 +112,7 @@ def _parse(text: bytes, where: str) -> Any:
         raise ValueError(f"{where}: not JSON that can be read ({error})") from error
 
 
-def _separated(content: bytes, path: str, delimiter: str) -> list[Row]:
+def _separated(content: bytes, path: str, delimiter: str) -> list[DataRow]:
     """Columns named in the first line; all values are texts."""
     try:
         text = content.decode("utf-8-sig")
@@ -120,7 +120,7 @@ def _separated(content: bytes, path: str, delimiter: str) -> list[Row]:
         raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from error
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    rows: list[Row] = []
+    rows: list[DataRow] = []
     names: list[str] | None = None
     begin = 1
     try:
@@ -135,13 +135,13 @@ def _separated(content: bytes, path: str, delimiter: str) -> list[Row]:
             elif len(cells) != len(names):
                 raise ValueError(f"{where}: {len(cells)} cells, but {len(names)} columns ({', '.join(names)})")
             else:
-                rows.append(Row(begin - 1, dict(zip(names, cells, strict=True)), where))
+                rows.append(DataRow(begin - 1, dict(zip(names, cells, strict=True)), where))
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
     return rows
 
 
-def _parquet(content: bytes, path: str) -> list[Row]:
+def _parquet(content: bytes, path: str) -> list[DataRow]:
     try:
         import pyarrow.parquet
     except ImportError as error:
@@ -150,10 +150,10 @@ def _parquet(content: bytes, path: str) -> list[Row]:
         values = pyarrow.parquet.read_table(pyarrow.BufferReader(content)).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"cannot read {path} as Parquet: {error}") from error
-    return [Row(n, value, f"{path}, row {n}") for n, value in enumerate(values, 1)]
+    return [DataRow(n, value, f"{path}, row {n}") for n, value in enumerate(values, 1)]
 
 
-READERS: dict[str, Callable[[bytes, str], list[Row]]] = {
+READERS: dict[str, Callable[[bytes, str], list[DataRow]]] = {
     ".jsonl": _json_lines,
     ".json": _json,
     ".csv": functools.partial(_separated, delimiter=","),

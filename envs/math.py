@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from rl_lora.envs.finite import FiniteEnv
-from rl_lora.envs.jsonl import Row
+from rl_lora.envs.jsonl import DataRow
 from rl_lora.envs.prompts import as_text
 from rl_lora.envs.records import is_file, read_records
 from rl_lora.envs.split import check_fraction, check_split, split_of
@@ -270,7 +270,7 @@ def _there(value: object) -> bool:
     return value is not None and bool(str(value).strip())
 
 
-def _column(row: Row, named: str | None, usual: Sequence[str], what: str) -> str:
+def _column(row: DataRow, named: str | None, usual: Sequence[str], what: str) -> str:
     lower = {name.lower(): name for name in row.columns}
     for name in (named,) if named is not None else usual:
         if name in row.columns:
@@ -281,7 +281,7 @@ def _column(row: Row, named: str | None, usual: Sequence[str], what: str) -> str
     raise ValueError(f"{what} ({wanted}) is not there; there are {', '.join(map(repr, row.columns))}")
 
 
-def _texts(row: Row, question_column: str, answer_column: str, where: str) -> dict[str, str]:
+def _texts(row: DataRow, question_column: str, answer_column: str, where: str) -> dict[str, str]:
     """All columns of a row as texts, by their names in lower case, and `question` and `answer`."""
     question, reference = row.columns.get(question_column), row.columns.get(answer_column)
     if not isinstance(question, str) or not question.strip():

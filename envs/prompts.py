@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rl_lora.envs.finite import FiniteEnv
-from rl_lora.envs.jsonl import Row
+from rl_lora.envs.jsonl import DataRow
 from rl_lora.envs.records import read_records
 from rl_lora.envs.split import check_fraction, check_split, split_of
 from rl_lora.envs.text import Problem, check_placeholders, fill, placeholders
@@ -97,7 +97,7 @@ Templates = tuple[str, str | None]
 class Rows:
     """The rows of a data set as the key of a cache: the same rows, not equal ones."""
 
-    def __init__(self, rows: tuple[Row, ...]):
+    def __init__(self, rows: tuple[DataRow, ...]):
         self.rows = rows
 
     def __hash__(self) -> int:
@@ -165,7 +165,9 @@ def _entries(rows: Rows, columns: Columns, templates: Templates) -> tuple[tuple[
     return tuple(_entry(row, columns, templates, named) for row in rows.rows)
 
 
-def _entry(row: Row, columns: Columns, templates: Templates, named: tuple[set[str], set[str]]) -> tuple[str, Problem]:
+def _entry(
+    row: DataRow, columns: Columns, templates: Templates, named: tuple[set[str], set[str]]
+) -> tuple[str, Problem]:
     """`named`: the columns that each template names."""
     prompt_column, reference_column = columns
     for column in (prompt_column, *sorted(named[0] | named[1])):
@@ -191,11 +193,11 @@ def _entry(row: Row, columns: Columns, templates: Templates, named: tuple[set[st
     )
 
 
-def _no_column(row: Row, column: str) -> str:
+def _no_column(row: DataRow, column: str) -> str:
     return f"{row.place}: there is no column {column!r}; there are {', '.join(map(repr, row.columns)) or 'none'}"
 
 
-def _reference(row: Row, column: str) -> Any:
+def _reference(row: DataRow, column: str) -> Any:
     if column in row.columns:
         return row.columns[column]
     value: Any = row.columns
@@ -206,7 +208,7 @@ def _reference(row: Row, column: str) -> Any:
     return value
 
 
-def _messages(row: Row, column: str) -> Messages:
+def _messages(row: DataRow, column: str) -> Messages:
     """The prompt of a row as a conversation, a text as one message."""
     prompt = row.columns[column]
     if isinstance(prompt, str):

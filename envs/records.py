@@ -8,17 +8,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rl_lora.envs.jsonl import KINDS, READERS, UNREAD, Row, locate, read_rows, suffix_of
+from rl_lora.envs.jsonl import KINDS, READERS, UNREAD, DataRow, locate, read_rows, suffix_of
 
 SAVED = ("dataset_dict.json", "state.json")
 """What `save_to_disk` of `datasets` leaves in its folder, of several splits and of one."""
-KEPT: dict[int, tuple[Any, int, tuple[Row, ...]]] = {}
+KEPT: dict[int, tuple[Any, int, tuple[DataRow, ...]]] = {}
 """Rows made of what was given in Python, by its id: many copies of an environment are made of the same."""
 MAX_KEPT = 8
 NEEDED = f"a path to a JSONL file is needed (or {KINDS}, the id of a data set on the hub, or rows), got {{!r}}"
 
 
-def read_records(data: Any, split: str = "train", name: str | None = None) -> tuple[Row, ...]:
+def read_records(data: Any, split: str = "train", name: str | None = None) -> tuple[DataRow, ...]:
     """Rows of a file or of what is given in Python (which have no splits), or of a split of what the library `datasets`
     knows as `data`: a data set of the hub and its configuration `name`, a folder of files, or one that `save_to_disk`
     wrote.
@@ -46,7 +46,7 @@ def is_file(data: str | os.PathLike[str]) -> bool:
     return not path.is_dir() and (suffix_of(path) in {*READERS, *UNREAD} or path.suffix == ".gz" or path.is_file())
 
 
-def given_rows(data: Any) -> tuple[Row, ...]:
+def given_rows(data: Any) -> tuple[DataRow, ...]:
     """Rows given in Python: a list of dicts, a data set of `datasets`, a table of pandas or pyarrow, any iterable of
     dicts. Raises ValueError if they are something else."""
     key, size = id(data), len(data) if hasattr(data, "__len__") else -1
@@ -78,7 +78,7 @@ def _holds_data(folder: Path) -> bool:
 
 
 @functools.lru_cache(maxsize=8)
-def _read_datasets(data: str, split: str, name: str | None) -> tuple[Row, ...]:
+def _read_datasets(data: str, split: str, name: str | None) -> tuple[DataRow, ...]:
     try:
         import datasets
     except ImportError as error:
@@ -103,10 +103,10 @@ def _read_datasets(data: str, split: str, name: str | None) -> tuple[Row, ...]:
     return _rows(rows, f"{data}, split {split}")
 
 
-def _rows(rows: list[Any], where: str) -> tuple[Row, ...]:
+def _rows(rows: list[Any], where: str) -> tuple[DataRow, ...]:
     if not rows:
         raise ValueError(f"{where} holds no row")
     for n, row in enumerate(rows, 1):
         if not isinstance(row, Mapping) or not all(isinstance(name, str) for name in row):
             raise ValueError(f"{where}, row {n}: a row must be a dict of columns and their values, got {row!r:.200}")
-    return tuple(Row(n, dict(row), f"{where}, row {n}") for n, row in enumerate(rows, 1))
+    return tuple(DataRow(n, dict(row), f"{where}, row {n}") for n, row in enumerate(rows, 1))

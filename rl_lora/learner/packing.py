@@ -55,7 +55,7 @@ def trajectories(episode: Episode, advantage: float, weight: float = 1.0) -> Ite
 
 
 @dataclass(frozen=True)
-class Row:
+class PackedRow:
     """One row of a batch: `prefix` tokens of `members[0]` that all members begin with, then each one's own."""
 
     adapter: str | None
@@ -73,7 +73,7 @@ class Row:
 
 def rows_of(
     group: Group, advantages_G: np.ndarray, budget: int, shared_prefix: bool, aggregation: Aggregation = TOKEN_MEAN
-) -> Iterator[Row]:
+) -> Iterator[PackedRow]:
     """Rows of at most `budget` tokens; a trajectory that is longer than that alone has a row of its own."""
     members = [
         trajectory
@@ -84,7 +84,7 @@ def rows_of(
     if not members:
         return
     if not shared_prefix:
-        yield from (Row(group.adapter, len(member.ids) - 1, (member,)) for member in members)
+        yield from (PackedRow(group.adapter, len(member.ids) - 1, (member,)) for member in members)
         return
     prefix = min(min(member.first_target for member in members), common_prefix([member.ids for member in members]))
     row: list[Trajectory] = []
@@ -92,11 +92,11 @@ def rows_of(
     for member in members:
         own = len(member.ids) - 1 - prefix
         if row and length + own > budget:
-            yield Row(group.adapter, prefix, tuple(row))
+            yield PackedRow(group.adapter, prefix, tuple(row))
             row, length = [], prefix
         row.append(member)
         length += own
-    yield Row(group.adapter, prefix, tuple(row))
+    yield PackedRow(group.adapter, prefix, tuple(row))
 
 
 def pack(
@@ -124,7 +124,7 @@ def pack(
     # those the long ones come first: padded rows have similar lengths, and what does not fit memory fails early.
     placed = [(row, prefix_of(shared_prefixes, row.adapter, row.prompt)) for row in rows]
     placed.sort(key=lambda item: (item[0].adapter or "", -1 if item[1] is None else item[1], -len(item[0])))
-    batches: list[list[tuple[Row, int]]] = []
+    batches: list[list[tuple[PackedRow, int]]] = []
     size = longest = 0  # tokens of the batch that is being filled; of its longest row
     begun: set[Prefix] = set()
     for row, index in placed:
@@ -157,7 +157,7 @@ class _Laid:
     place: list[list[Place]]
 
 
-def _tree(rows: Sequence[tuple[Row, int]], device: torch.device | str) -> _Laid:
+def _tree(rows: Sequence[tuple[PackedRow, int]], device: torch.device | str) -> _Laid:
     """All rows in one flat sequence: shared prefixes, prompts, completions. Rows of a shared prefix are neighbours."""
     tokens: list[int] = []
     spans: list[Span] = []
@@ -193,7 +193,7 @@ def _stand(bounds: np.ndarray, shifts: np.ndarray, j: np.ndarray) -> np.ndarray:
     return j + shifts[np.searchsorted(bounds, j, "right")]
 
 
-def _padded(rows: Sequence[tuple[Row, int]], device: torch.device | str) -> _Laid:
+def _padded(rows: Sequence[tuple[PackedRow, int]], device: torch.device | str) -> _Laid:
     """One sequence a row."""
     L = max(len(row) for row, _ in rows)
     tokens = np.zeros((len(rows), L), np.int64)
@@ -204,7 +204,7 @@ def _padded(rows: Sequence[tuple[Row, int]], device: torch.device | str) -> _Lai
 
 
 def _batch(
-    laid: _Laid, rows: Sequence[Row], denominators: Mapping[str | None, float], device: torch.device | str
+    laid: _Laid, rows: Sequence[PackedRow], denominators: Mapping[str | None, float], device: torch.device | str
 ) -> Batch:
     index: list[np.ndarray] = []
     targets: list[int] = []
