@@ -20,7 +20,7 @@ import gymnasium as gym
 
 from rl_lora.rollout.observations import check_messages, read_observation, shortened, shown
 from rl_lora.system.messages import Messages
-from rl_lora.system.user_code import causes, own_frames
+from rl_lora.system.user_code import causes, user_frames
 from rl_lora.system.watchdog import watched
 
 Env = gym.Env[Any, str]
@@ -212,7 +212,7 @@ def raised(error: BaseException, where: str, what: str, reply: str | None = None
     said = f"{type(error).__name__}: {text}" if text else type(error).__name__
     named = isinstance(error, ValueError) and text.startswith(where)  # by the environment: of a reward function
     reason = text.removeprefix(where).lstrip(": ") if named else f"{what} raised {said}"
-    frames = own_frames(error)
+    frames = user_frames(error)
     last = frames[-1] if frames else None
     place = "" if last is None else f" ({Path(last.filename).name}, line {last.lineno}, in {last.name})"
     message = f"{where}: {reason}{place}" + ("" if reply is None else f"; the reply was {shown(reply)}")

@@ -13,7 +13,7 @@ from rl_lora.config import EnvConfig
 from rl_lora.rollout.contract import Env, close, raised
 from rl_lora.rollout.given import resolved
 from rl_lora.rollout.worker import MakeEnv
-from rl_lora.system.user_code import own_frames, own_lines
+from rl_lora.system.user_code import user_frames, user_lines
 
 
 def environment(config: EnvConfig, **overrides: Any) -> MakeEnv:
@@ -54,7 +54,7 @@ def _not_made(error: BaseException, name: str, kwargs: dict[str, Any]) -> ValueE
         )
     if isinstance(error, ImportError):
         return ValueError(f"environment {name!r}: {error}")
-    if not own_lines(own_frames(error)):  # no line of a user's own was reached
+    if not user_lines(user_frames(error)):  # no line of a user's own was reached
         if isinstance(error, TypeError):
             return ValueError(f"environment {name!r} does not take {kwargs}: {error}")
         if isinstance(error, ValueError):

@@ -23,15 +23,15 @@ PYTHON = Path(sysconfig.get_path("stdlib")).resolve()
 LIBRARIES = tuple({Path(sysconfig.get_path(kind)).resolve() for kind in ("purelib", "platlib")})
 
 
-def own_frames(error: BaseException) -> list[traceback.FrameSummary]:
+def user_frames(error: BaseException) -> list[traceback.FrameSummary]:
     """The frames of a traceback that are a user's, neither of this package nor of an installed library, and the last
     one, where it happened; of the first exception in a chain of causes that has such. Where there are none, the last
     ones of installed libraries: a user's environment may be one."""
     frames: list[traceback.FrameSummary] = []
     for link in causes(error):
         frames = [frame for frame in traceback.extract_tb(link.__traceback__) if not _is_under(frame, OURS)]
-        if own := own_lines(frames):
-            return [*own, *(frames[-1:] if frames[-1] is not own[-1] else [])]
+        if found := user_lines(frames):
+            return [*found, *(frames[-1:] if frames[-1] is not found[-1] else [])]
     return [frame for frame in frames if _is_under(frame, LIBRARIES)][-MAX_FRAMES:]
 
 
@@ -40,12 +40,12 @@ def is_core(file: Path) -> bool:
     return file.is_relative_to(CORE) and not any(file.is_relative_to(folder) for folder in BESIDE)
 
 
-def own_lines(frames: Sequence[traceback.FrameSummary]) -> list[traceback.FrameSummary]:
+def user_lines(frames: Sequence[traceback.FrameSummary]) -> list[traceback.FrameSummary]:
     """The last frames that are neither of this package nor of an installed library."""
     return [frame for frame in frames if not _is_under(frame, (*OURS, *LIBRARIES, PYTHON))][-MAX_FRAMES:]
 
 
-def own_sources(names: Iterable[str]) -> list[str]:
+def user_sources(names: Iterable[str]) -> list[str]:
     """The sources of modules, and of those that they import, as far as they are a user's own, in a fixed order. Of a
     script that is run, only what it imports: `__main__` itself may be edited."""
     found: dict[str, str] = {}

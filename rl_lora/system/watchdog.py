@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rl_lora.system.terminal import visible
-from rl_lora.system.user_code import is_core, own_lines
+from rl_lora.system.user_code import is_core, user_lines
 
 PATIENCE = 60.0
 """Seconds until a call is named."""
@@ -78,6 +78,6 @@ def say(wait: Wait, seconds: float) -> None:
     inside: list[traceback.FrameSummary] = []
     for each in traceback.extract_stack(frame):  # what is under way since this package called it
         inside = [] if is_core(Path(each.filename)) else [*inside, each]
-    own = own_lines(inside)
-    place = f" ({own[-1].filename}, line {own[-1].lineno}, in {own[-1].name})" if own else ""
+    lines = user_lines(inside)
+    place = f" ({lines[-1].filename}, line {lines[-1].lineno}, in {lines[-1].name})" if lines else ""
     print(visible(f"{what} for {seconds:.0f} s{place}"), file=sys.stderr, flush=True)

@@ -23,7 +23,7 @@ from rl_lora.rollout.curriculum import SEED_STRIDE
 from rl_lora.rollout.environments import environment
 from rl_lora.rollout.held_out import held_out
 from rl_lora.rollout.worker import MakeEnv
-from rl_lora.system.user_code import own_sources
+from rl_lora.system.user_code import user_sources
 
 N_ENDLESS = 256
 """Training problems that are looked at where an environment makes new ones from every seed."""
@@ -76,9 +76,9 @@ def sources(make_env: MakeEnv) -> tuple[list[str], Any]:
     env = make_env()
     kinds = [kind for kind in type(env.unwrapped).__mro__ if kind not in gym.Env.__mro__]
     code = getattr(env.unwrapped, "code", None)
-    judges = own_sources(getattr(env.unwrapped, "code_modules", ()))
+    judges = user_sources(getattr(env.unwrapped, "code_modules", ()))
     close(env)
-    asks = own_sources(kind.__module__ for kind in kinds)
+    asks = user_sources(kind.__module__ for kind in kinds)
     return [*(_source(kind) for kind in kinds), *asks], [code, *judges] if judges else code
 
 

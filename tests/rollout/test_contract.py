@@ -18,7 +18,7 @@ from rl_lora.envs.text import Problem
 from rl_lora.rewards import Score
 from rl_lora.rollout.contract import StepResult, TaskError, reset_env, step_env
 from rl_lora.rollout.environments import environment
-from rl_lora.system.user_code import own_frames
+from rl_lora.system.user_code import user_frames
 from tests.tiny_reward import RAISES
 
 INFINITE = float("inf")
@@ -281,4 +281,4 @@ def test_lines_that_a_dataclass_made_are_not_shown_as_a_users() -> None:
 
     with pytest.raises(ValueError, match="finite") as error:
         score()
-    assert [frame.name for frame in own_frames(error.value)][-1] == "score"
+    assert [frame.name for frame in user_frames(error.value)][-1] == "score"
