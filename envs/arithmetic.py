@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from rl_lora.envs.split import check_split, split_of
-from rl_lora.envs.text import Problem, SingleTurnEnv, fill, placeholders
+from rl_lora.envs.templates import fill, placeholders
+from rl_lora.envs.text import Problem, SingleTurnEnv
 from rl_lora.rewards import RewardSpec
 
 OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}

@@ -13,7 +13,8 @@ from rl_lora.envs.jsonl import DataRow
 from rl_lora.envs.prompts import as_text
 from rl_lora.envs.records import is_file, read_records
 from rl_lora.envs.split import check_fraction, check_split, split_of
-from rl_lora.envs.text import Problem, check_placeholders, fill, placeholders
+from rl_lora.envs.templates import check_placeholders, fill, placeholders
+from rl_lora.envs.text import Problem
 from rl_lora.rewards import RewardSpec
 
 QUESTION_COLUMNS = ("question_concat", "question", "problem", "prompt")

@@ -11,7 +11,8 @@ from rl_lora.envs.finite import FiniteEnv
 from rl_lora.envs.jsonl import DataRow
 from rl_lora.envs.records import read_records
 from rl_lora.envs.split import check_fraction, check_split, split_of
-from rl_lora.envs.text import Problem, check_placeholders, fill, placeholders
+from rl_lora.envs.templates import check_placeholders, fill, placeholders
+from rl_lora.envs.text import Problem
 from rl_lora.rewards import Judge, Messages, RewardSpec
 from rl_lora.system.messages import shown_as_text
 

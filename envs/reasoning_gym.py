@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from rl_lora.envs.split import check_fraction, check_split, split_of
-from rl_lora.envs.text import Problem, SingleTurnEnv, fill, placeholders
+from rl_lora.envs.templates import fill, placeholders
+from rl_lora.envs.text import Problem, SingleTurnEnv
 from rl_lora.envs.worked import WORKED
 from rl_lora.rewards import RewardSpec, Score, Unscorable
 

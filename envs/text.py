@@ -10,11 +10,9 @@ A trainer reads four keys of the info of `step`, each of them optional:
 from __future__ import annotations
 
 import copy
-import difflib
 import functools
-import re
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -308,28 +306,3 @@ def _reported(verdict: Callable[[], Score | Unscorable], where: str) -> tuple[fl
     if result.answer is not None:
         info["answer"] = result.answer
     return float(result.value), info
-
-
-_PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
-
-
-def placeholders(template: str) -> set[str]:
-    """What stands between single braces in `template`. Raises ValueError if that is not a text."""
-    if not isinstance(template, str):
-        raise ValueError(f"template must be a text, got {template!r}")
-    return set(_PLACEHOLDER.findall(template))
-
-
-def check_placeholders(what: str, template: str, names: Collection[str]) -> None:
-    """Raise ValueError for a name in braces that is nearly one of these: it would stand in the text as it is. Other
-    braces are meant, such as those of LaTeX."""
-    for placeholder in sorted(placeholders(template) - set(names)):
-        if near := difflib.get_close_matches(placeholder, sorted(names), 1, cutoff=0.75):
-            raise ValueError(
-                f"{what} names {{{placeholder}}}: did you mean {{{near[0]}}}? There are {', '.join(names)}"
-            )
-
-
-def fill(template: str, values: Mapping[str, str]) -> str:
-    """`template` with {name} replaced for each name in `values`; all other braces, in values too, stay as they are."""
-    return _PLACEHOLDER.sub(lambda match: values.get(match[1], match[0]), template)

@@ -23,7 +23,7 @@ from rl_lora.envs import SingleTurnEnv, TextEnv, TextSpace
 from rl_lora.envs.arithmetic import ArithmeticEnv
 from rl_lora.envs.prompts import PromptsEnv
 from rl_lora.envs.split import split_of
-from rl_lora.envs.text import fill
+from rl_lora.envs.templates import fill
 from rl_lora.rewards import RewardError, Score, Unscorable
 from tests import ROOT
 
