@@ -93,9 +93,10 @@ class Group:
 
 @dataclass(frozen=True)
 class StepStats:
-    """What one optimizer step of one adapter did. Means are over the tokens that were learned from."""
+    """What one optimizer step of one trainable did. Means are over the tokens that were learned from."""
 
-    adapter: str
+    adapter: str | None
+    """Tag of the trainable."""
     version: int
     n_groups: int
     n_groups_learned: int
@@ -110,10 +111,9 @@ class StepStats:
     grad_norm: float | None
     """Before clipping."""
     step_norm: float | None
-    """Of the change of A and B together; None, as the gradient's, where nothing was learned."""
-    A_norm: float
-    B_norm: float
-    """Of the adapter after the step, scale apart."""
+    """Of the change of all weights together; None, as the gradient's, where nothing was learned."""
+    norms: dict[str, float]
+    """Of parts of the weights after the step; of an adapter, A_norm and B_norm, scale apart."""
     learning_rate: float
     n_layers_recomputed: int
     """Of the micro-batch with the most."""

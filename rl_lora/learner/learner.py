@@ -1,4 +1,4 @@
-"""Groups -> gradient -> one optimizer step for each adapter. The gradient is the only thing that processes exchange.
+"""Groups -> gradient -> one optimizer step for each trainable. The gradient is the only thing that processes exchange.
 
     maximise  sum_t weight_t objective_t / denominator        over all completion tokens of the step, of all processes
 
@@ -21,6 +21,8 @@ from rl_lora.learner.advantages import advantages
 from rl_lora.learner.batch import Batch
 from rl_lora.learner.packing import pack
 from rl_lora.learner.recompute import Recompute
+from rl_lora.learner.trainable import Trainable
+from rl_lora.lora.trainable_adapter import TrainableAdapter
 from rl_lora.policy.policy import Policy
 from rl_lora.settings.algorithm import advantage_of, objective_of, objective_options
 from rl_lora.system.memory import budget
@@ -32,31 +34,45 @@ class SamplerLearnerMismatch(FloatingPointError):
 
 
 class Learner:
-    """AdamW over the bank's adapters, fed with groups.
+    """AdamW over trainables, fed with groups.
 
     Args:
+        trainables: by default all adapters of the policy's bank. Groups with the tag of none of them are left out.
         temperature: at which the groups were sampled.
         accelerator: sums gradients and counts over its processes. None is a single process.
     """
 
     def __init__(
-        self, policy: Policy, config: LearnerConfig, *, temperature: float = 1.0, accelerator: Accelerator | None = None
+        self,
+        policy: Policy,
+        config: LearnerConfig,
+        trainables: Sequence[Trainable] | None = None,
+        *,
+        temperature: float = 1.0,
+        accelerator: Accelerator | None = None,
     ):
         self.policy, self.config, self.temperature, self.accelerator = policy, config, temperature, accelerator
-        self.optimizers: dict[str, torch.optim.AdamW] = {}
+        self.trainables = None if trainables is None else {trainable.tag: trainable for trainable in trainables}
+        self.optimizers: dict[str | None, torch.optim.AdamW] = {}
         self.objective, self.options = objective_of(config), objective_options(config)
         self.recompute = Recompute(policy, budget(config.max_activation_gib, policy.device))
 
-    def optimizer(self, adapter: str) -> torch.optim.AdamW:
-        """The adapter's own optimizer; made at its first step."""
-        if adapter not in self.optimizers:
-            self.optimizers[adapter] = torch.optim.AdamW(
-                [self.policy.bank[adapter].flat],
+    def trainable(self, tag: str | None) -> Trainable | None:
+        """What groups of this tag train, if anything."""
+        if self.trainables is not None:
+            return self.trainables.get(tag)
+        return None if tag is None else TrainableAdapter(self.policy.bank, tag)
+
+    def optimizer(self, trainable: Trainable) -> torch.optim.AdamW:
+        """The trainable's own optimizer; made at its first step."""
+        if trainable.tag not in self.optimizers:
+            self.optimizers[trainable.tag] = torch.optim.AdamW(
+                list(trainable.weights),
                 lr=self.config.learning_rate,
                 betas=self.config.betas,
                 weight_decay=self.config.weight_decay,
             )
-        return self.optimizers[adapter]
+        return self.optimizers[trainable.tag]
 
     def step(
         self,
@@ -64,12 +80,12 @@ class Learner:
         on_tokens: Callable[[int], None] | None = None,
         before_update: Callable[[], None] | None = None,
     ) -> list[StepStats]:
-        """Learn from the groups of this process: `updates_per_step` optimizer steps of every adapter in them.
+        """Learn from the groups of this process: `updates_per_step` optimizer steps of every trainable in them.
 
-        All processes must hold groups of the same adapters. `on_tokens` is told how many tokens were learned from.
+        All processes must hold groups of the same tags. `on_tokens` is told how many tokens were learned from.
         `before_update` is called before anything moves, in every update.
 
-        Returns one record for each update and adapter, over all processes.
+        Returns one record for each update and trainable, over all processes.
 
         Raises:
             SamplerLearnerMismatch: before anything has moved, see `LearnerConfig.max_sampler_learner_kl`.
@@ -89,20 +105,21 @@ class Learner:
         on_tokens: Callable[[int], None] | None,
         before_update: Callable[[], None] | None,
     ) -> list[StepStats]:
-        names = sorted({group.adapter for group in groups if group.adapter is not None})
+        tags = sorted({group.adapter for group in groups}, key=lambda tag: tag or "")
+        trained = {tag: trainable for tag in tags if (trainable := self.trainable(tag)) is not None}
         share = self.objective.aggregation.share
-        counts = self._sum([[_n_groups(groups, name), _shares(groups, name, share)] for name in names])
-        denominators: dict[str | None, float] = {name: shares for name, (_, shares) in zip(names, counts, strict=True)}
+        counts = self._sum([[_n_groups(groups, tag), _shares(groups, tag, share)] for tag in trained])
+        denominators = {tag: shares for tag, (_, shares) in zip(trained, counts, strict=True)}
         estimator = advantage_of(self.config)
         signal = [
             (group, advantages_G)
             for group in groups
-            if group.adapter is not None and (advantages_G := advantages(group, estimator)) is not None
+            if group.adapter in trained and (advantages_G := advantages(group, estimator)) is not None
         ]
-        n_learned = self._sum([[_n_groups([group for group, _ in signal], name)] for name in names])
-        for name in names:
-            self.policy.bank[name].zero_grad()
-        tallies = {name: _Tally(self.policy.device) for name in names}
+        n_learned = self._sum([[_n_groups([group for group, _ in signal], tag)] for tag in trained])
+        for trainable in trained.values():
+            trainable.zero_grad()
+        tallies = {tag: _Tally(self.policy.device) for tag in trained}
         n_recomputed = 0
         for batch in pack(
             signal,
@@ -120,18 +137,20 @@ class Learner:
             if on_policy:
                 self._check_agreement(tally)
         norms = [
-            self._reduce_gradient(name) if n_signal else None
-            for name, (n_signal,) in zip(names, n_learned, strict=True)
+            self._reduce_gradient(trainable) if n_signal else None
+            for trainable, (n_signal,) in zip(trained.values(), n_learned, strict=True)
         ]
         if before_update is not None:
             before_update()
         return [  # only now does anything move
-            self._finish(name, tallies[name], int(n_groups), int(n_signal), norm, on_policy, n_recomputed)
-            for name, (n_groups, _), (n_signal,), norm in zip(names, counts, n_learned, norms, strict=True)
+            self._finish(trainable, tallies[tag], int(n_groups), int(n_signal), norm, on_policy, n_recomputed)
+            for (tag, trainable), (n_groups, _), (n_signal,), norm in zip(
+                trained.items(), counts, n_learned, norms, strict=True
+            )
         ]
 
-    def _accumulate(self, batch: Batch, tallies: dict[str, _Tally]) -> int:
-        """One forward and backward pass; the gradient adds up in each adapter's `flat.grad`.
+    def _accumulate(self, batch: Batch, tallies: dict[str | None, _Tally]) -> int:
+        """One forward and backward pass; the gradient adds up in the `grad` of all weights.
 
         Returns how many layers were computed twice.
         """
@@ -141,8 +160,8 @@ class Learner:
         loss = -(objective * batch.weights)  # (N,)
         loss.sum().backward()
         entry = batch.index // (batch.tokens.numel() // len(batch.adapters))  # (N,): the entry of each target
-        for name, tally in tallies.items():
-            mine = torch.tensor([adapter == name for adapter in batch.adapters], device=entry.device)[entry]
+        for tag, tally in tallies.items():
+            mine = torch.tensor([adapter == tag for adapter in batch.adapters], device=entry.device)[entry]
             tally.add(loss, logprobs.detach() - batch.behaviour_logprobs, entropy, clipped, mine)
         return len(recompute)
 
@@ -155,20 +174,20 @@ class Learner:
                 "the value stays, the sampler does not run the policy that is trained"
             )
 
-    def _reduce_gradient(self, name: str) -> float:
-        """Add up the processes' gradients of an adapter; their norm."""
-        grad = self.policy.bank[name].flat.grad
-        assert grad is not None
+    def _reduce_gradient(self, trainable: Trainable) -> float:
+        """Add up the processes' gradients of a trainable; their norm."""
+        grads = [_grad(weight) for weight in trainable.weights]
         if self.accelerator is not None:
-            grad.copy_(self.accelerator.reduce(grad, reduction="sum"))
-        norm = float(grad.norm())
+            for grad in grads:
+                grad.copy_(self.accelerator.reduce(grad, reduction="sum"))
+        norm = math.hypot(*(float(grad.norm()) for grad in grads))
         if not math.isfinite(norm):
-            raise FloatingPointError(f"the gradient of adapter {name!r} is {norm}; no step was taken")
+            raise FloatingPointError(f"the gradient of adapter {trainable.tag!r} is {norm}; no step was taken")
         return norm
 
     def _finish(
         self,
-        name: str,
+        trainable: Trainable,
         tally: _Tally,
         n_groups: int,
         n_learned: int,
@@ -177,19 +196,20 @@ class Learner:
         n_recomputed: int,
     ) -> StepStats:
         """Clip the gradient and take the step; without any signal (no norm) nothing moves, momentum included."""
-        adapter, step_norm = self.policy.bank[name], None
+        step_norm = None
         if grad_norm is not None:
-            assert adapter.flat.grad is not None
-            before = adapter.flat.detach().clone()
+            weights = trainable.weights
+            before = [weight.detach().clone() for weight in weights]
             if 0 < self.config.max_grad_norm < grad_norm:
-                adapter.flat.grad.mul_(self.config.max_grad_norm / grad_norm)
-            self.optimizer(name).step()
-            adapter.version += 1
-            step_norm = float((adapter.flat.detach() - before).norm())
-        A_norm, B_norm = adapter.norms()
+                for weight in weights:
+                    _grad(weight).mul_(self.config.max_grad_norm / grad_norm)
+            self.optimizer(trainable).step()
+            trainable.version += 1
+            changes = (weight.detach() - old for weight, old in zip(weights, before, strict=True))
+            step_norm = math.hypot(*(float(change.norm()) for change in changes))
         return StepStats(
-            adapter=name,
-            version=adapter.version,
+            adapter=trainable.tag,
+            version=trainable.version,
             n_groups=n_groups,
             n_groups_learned=n_learned,
             n_tokens_learned=round(tally.n),
@@ -200,8 +220,7 @@ class Learner:
             clip_fraction=tally.mean(tally.clipped),
             grad_norm=grad_norm,
             step_norm=step_norm,
-            A_norm=A_norm,
-            B_norm=B_norm,
+            norms=trainable.norms(),
             learning_rate=self.config.learning_rate,
             n_layers_recomputed=n_recomputed,
         )
@@ -226,17 +245,22 @@ def target_logprobs(
     return policy.head.logprobs(hidden.flatten(0, 1)[batch.index], batch.targets, temperature)
 
 
-def _n_groups(groups: Sequence[Group], adapter: str) -> int:
-    return sum(group.adapter == adapter for group in groups)
+def _grad(weight: nn.Parameter) -> Tensor:
+    assert weight.grad is not None
+    return weight.grad
 
 
-def _shares(groups: Sequence[Group], adapter: str, share: Callable[[int], float]) -> float:
+def _n_groups(groups: Sequence[Group], tag: str | None) -> int:
+    return sum(group.adapter == tag for group in groups)
+
+
+def _shares(groups: Sequence[Group], tag: str | None, share: Callable[[int], float]) -> float:
     """What the episodes add to the denominator."""
-    return sum(share(episode.n_tokens) for group in groups if group.adapter == adapter for episode in group.episodes)
+    return sum(share(episode.n_tokens) for group in groups if group.adapter == tag for episode in group.episodes)
 
 
 class _Tally:
-    """Sums over the tokens that one adapter learns from; on the device until `reduce`."""
+    """Sums over the tokens that one trainable learns from; on the device until `reduce`."""
 
     def __init__(self, device: torch.device):
         self.sums = torch.zeros(5, device=device)

@@ -30,7 +30,7 @@ class Recompute:
         self.policy, self.max_bytes = policy, max_bytes
         self._bytes_per_token: list[float] | None = None
 
-    def layers(self, n_tokens: int, adapter: str) -> list[nn.Module]:
+    def layers(self, n_tokens: int, adapter: str | None) -> list[nn.Module]:
         """Those to recompute in a pass over so many tokens."""
         if self._bytes_per_token is None:
             self._bytes_per_token = activation_bytes(self.policy, adapter)
@@ -46,19 +46,20 @@ class Recompute:
         return chosen
 
 
-def activation_bytes(policy: Policy, adapter: str) -> list[float]:
+def activation_bytes(policy: Policy, adapter: str | None) -> list[float]:
     """What each layer keeps for the backward pass, in bytes a token: seen in two short passes."""
     n = min(PROBE_TOKENS, policy.context_length // 2)
     short, long = (_kept(policy, adapter, n_tokens) for n_tokens in (n, 2 * n))
     return [(b - a) / n for a, b in zip(short, long, strict=True)]
 
 
-def _kept(policy: Policy, adapter: str, n_tokens: int) -> list[int]:
+def _kept(policy: Policy, adapter: str | None, n_tokens: int) -> list[int]:
     layers = layers_of(policy.backbone)
     place: dict[nn.Module, int] = {layer: i for i, layer in enumerate(layers)}
     kept = [0] * len(layers)
     # Weights are there anyway; storages that several operations keep count once.
-    weights = (*policy.model.parameters(), *policy.model.buffers(), policy.bank[adapter].flat)
+    own = () if adapter is None else (policy.bank[adapter].flat,)
+    weights = (*policy.model.parameters(), *policy.model.buffers(), *own)
     seen = {weight.untyped_storage().data_ptr() for weight in weights}
     alive: list[Tensor] = []  # a freed storage's address would be taken for one that was seen
 

@@ -95,12 +95,11 @@ def summarize_groups(groups: Sequence[Group]) -> Record:
 
 
 def summarize_updates(updates: Sequence[StepStats]) -> Record:
-    """The optimizer steps of one training step: sums of counts, the first `sampler_learner_kl`, the adapter's norms
-    after the last, means of the rest."""
+    """The optimizer steps of one training step: sums of counts, the first `sampler_learner_kl`, norms of the
+    weights after the last, means of the rest."""
     record: Record = {
         "version": updates[-1].version,
-        "A_norm": updates[-1].A_norm,
-        "B_norm": updates[-1].B_norm,
+        **updates[-1].norms,
         "learning_rate": updates[-1].learning_rate,
         "layers_recomputed": max(stats.n_layers_recomputed for stats in updates),
         "tokens_learned": sum(stats.n_tokens_learned for stats in updates),

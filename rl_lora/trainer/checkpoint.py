@@ -1,4 +1,4 @@
-"""Checkpoints: adapter, optimizer, random states, curriculum, step and config in one folder, there whole or not at all.
+"""Checkpoints: weights, optimizer, random states, curriculum, step and config in one folder, there whole or not at all.
 
 A folder is written under a temporary name and renamed, and removed the other way round. `state.json` has a hash of
 every file and of itself: a checkpoint that was damaged later is told from a whole one. The sampling needs no state:
@@ -11,6 +11,7 @@ import io
 import random
 import re
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from rl_lora.lora.adapter import Adapter
-from rl_lora.lora.peft_io import check_adapter, save_adapter
+from rl_lora.learner.trainable import Trainable
+from rl_lora.lora.peft_io import check_adapter
 from rl_lora.metrics.samples import content_hash
 from rl_lora.system import files
 from rl_lora.system import finite_json as json
@@ -45,7 +46,7 @@ class Checkpoint:
 
     @property
     def adapter(self) -> Path:
-        """The adapter, as a PEFT folder."""
+        """The folder of an adapter, in PEFT's format."""
         return self.folder / "adapter"
 
     @property
@@ -107,11 +108,18 @@ class Checkpoint:
                 return f"{path} is damaged ({error})"
         return None
 
-    def restore(self, adapter: Adapter, optimizer: torch.optim.Optimizer, rank: int = 0) -> None:
-        """Put the optimizer, the adapter's version and the random states back. The adapter's weights come first:
-        `adapter_io.load_adapter(checkpoint.adapter, ...)`."""
-        optimizer.load_state_dict(_load(self.folder / OPTIMIZER, adapter.flat.device))
-        adapter.version = self.state["version"]
+    def restore(
+        self, trainable: Trainable, optimizer_of: Callable[[Trainable], torch.optim.Optimizer], rank: int = 0
+    ) -> None:
+        """Put weights, optimizer, version and random states back. `optimizer_of` is asked when the weights are there.
+
+        Raises:
+            ValueError: a file cannot be read, or is of something else.
+        """
+        trainable.load(self.folder / trainable.folder)
+        device = trainable.weights[0].device
+        optimizer_of(trainable).load_state_dict(_load(self.folder / OPTIMIZER, device))
+        trainable.version = self.state["version"]
         states = _load(self.folder / RANDOM, "cpu")
         if rank < len(states):  # a further process keeps what its seed gave it
             set_random_state(states[rank])
@@ -198,10 +206,9 @@ class Checkpoints:
     def save(
         self,
         step: int,
-        adapter: Adapter,
+        trainable: Trainable,
         optimizer: torch.optim.Optimizer,
         *,
-        base_model: str,
         config: dict[str, Any],
         score: float | None,
         random_states: list[dict[str, Any]] | None = None,
@@ -218,7 +225,7 @@ class Checkpoints:
         """
         final = self.folder / f"step-{step:06d}"
         with files.new_folder(final) as partial:
-            save_adapter(adapter, partial / "adapter", base_model)
+            trainable.save(partial / trainable.folder)
             _save(optimizer.state_dict(), partial / OPTIMIZER)
             _save(random_states or [random_state()], partial / RANDOM)
             if curriculum is not None:
@@ -228,7 +235,7 @@ class Checkpoints:
                 path.relative_to(partial).as_posix(): {"bytes": path.stat().st_size, "sha256": files.file_hash(path)}
                 for path in written
             }
-            state = {"step": step, "version": adapter.version, "score": score, "config": config, **more}
+            state = {"step": step, "version": trainable.version, "score": score, "config": config, **more}
             state = json.loads(json.dumps(state | {"files": hashes}))  # as it will be read
             files.write_text(partial / STATE, json.dumps(state | {"hash": content_hash(state)}, indent=1))
         self._found[_signature(final)] = None

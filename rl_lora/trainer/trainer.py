@@ -21,8 +21,10 @@ from accelerate.utils import ProjectConfiguration, gather_object, set_seed
 from rl_lora.config import TrainConfig
 from rl_lora.learner.advantages import advantages, shuffle_rewards
 from rl_lora.learner.learner import Learner
+from rl_lora.learner.trainable import Trainable
 from rl_lora.lora.adapter import Adapter
-from rl_lora.lora.peft_io import load_adapter, lora_dropout, save_adapter
+from rl_lora.lora.peft_io import load_adapter, lora_dropout
+from rl_lora.lora.trainable_adapter import TrainableAdapter
 from rl_lora.metrics.collapse import reply_warning
 from rl_lora.metrics.records import MetricsFile, Record, Stopwatch, summarize_groups, summarize_updates, with_speed
 from rl_lora.metrics.summary import Evaluation
@@ -204,8 +206,14 @@ class Trainer:
             self.policy = Policy.from_config(config.model, self.accelerator.device)
         self.task["model"] = model_record(self.policy)
         set_seed(config.seed, device_specific=True)  # nothing here draws from these; environments and rewards may
+        self.trainables: list[Trainable] = [TrainableAdapter(self.policy.bank, ADAPTER, self.policy.name)]
+        """All that this run trains, in the same batches: one adapter."""
         self.learner = Learner(
-            self.policy, config.learner, temperature=config.rollout.temperature, accelerator=self.accelerator
+            self.policy,
+            config.learner,
+            self.trainables,
+            temperature=config.rollout.temperature,
+            accelerator=self.accelerator,
         )
         self.step = self._start_or_resume()
         self.sampler = make_sampler(self.policy, config.rollout, compile=compiles)
@@ -313,7 +321,7 @@ class Trainer:
     def _sample(self, seeds: list[int], deal: np.random.Generator) -> list[Group]:
         groups = self.source.collect(
             seeds,
-            adapters=[ADAPTER],
+            adapters=[trainable.tag for trainable in self.trainables],
             n=self.config.rollout.group_size,
             random_seed=(self.config.seed, self.step),
             temperature=self.config.rollout.temperature,
@@ -367,11 +375,11 @@ class Trainer:
             self._save(self.finished)
 
     def _save(self, finished: Finished) -> Checkpoint:
+        (trainable,) = self.trainables
         return self.checkpoints.save(
             finished.step,
-            self.policy.bank[ADAPTER],
-            self.learner.optimizer(ADAPTER),
-            base_model=self.policy.name,
+            trainable,
+            self.learner.optimizer(trainable),
             config=flatten(self.config),
             score=self.scores.get(finished.step),
             random_states=finished.random_states,
@@ -412,8 +420,8 @@ class Trainer:
             known = latest.state.get("task") or {}  # older ones have none, or not of the model
             if "model" in known and (changed := model_changes(known["model"], self.task["model"], config.model.name)):
                 raise another_task(config, latest, changed)
-            adapter = load_adapter(latest.adapter, bank, ADAPTER)
-            latest.restore(adapter, self.learner.optimizer(ADAPTER), self.rank)
+            for trainable in self.trainables:
+                latest.restore(trainable, self.learner.optimizer, self.rank)
             if self.curriculum is not None:
                 self.curriculum.restore(latest.curriculum)
             self.task |= known
@@ -453,7 +461,8 @@ class Trainer:
     def _close(self) -> None:
         """Save the adapter, and say where everything is."""
         if self.accelerator.is_main_process:
-            save_adapter(self.policy.bank[ADAPTER], self.run_dir / "adapter", self.policy.name, overwrite=True)
+            for trainable in self.trainables:
+                trainable.save(self.run_dir / trainable.folder)
             best, adapter = self.checkpoints.best(), self.run_dir / "adapter"
             write_results(
                 self.run_dir,

@@ -21,6 +21,7 @@ from rl_lora.algorithms.objectives import grpo, reinforce
 from rl_lora.config import LearnerConfig
 from rl_lora.learner.advantages import advantages, shuffle_rewards
 from rl_lora.learner.learner import Learner, SamplerLearnerMismatch
+from rl_lora.lora.trainable_adapter import TrainableAdapter
 from rl_lora.policy.policy import Policy
 from rl_lora.sampler.native import NativeSampler
 from rl_lora.sampler.protocol import Request
@@ -80,7 +81,7 @@ def gradients(policy: Policy, groups: Sequence[Group], config: LearnerConfig = L
     with torch.no_grad():
         for name, flat in before.items():
             policy.bank[name].flat.copy_(flat)
-    return {s.adapter: gradient(policy.bank[s.adapter].flat).clone() for s in stats}
+    return {a: gradient(policy.bank[a].flat).clone() for s in stats if (a := s.adapter) is not None}
 
 
 def ratio_times_advantage(logprobs: Tensor, behaviour: Tensor, advantage: float) -> Tensor:
@@ -118,7 +119,7 @@ def test_the_gradient_and_the_record_are_those_of_the_formula(
 
     assert [r.adapter for r in records] == ["a", "b"]
     for record in records:
-        a = record.adapter
+        a = record.adapter or ""
         grad = gradient(policy.bank[a].flat)
         assert relative_error(grad, expected[a]) < 1e-4
         assert policy.bank[a].hash() != before[a]
@@ -198,17 +199,18 @@ def test_without_any_signal_nothing_moves_momentum_included() -> None:
     learner = Learner(policy, replace(LOOSE, weight_decay=0.1))
     learner.step(problems())
     hashes = {name: policy.bank[name].hash() for name in "ab"}
-    state = {k: v.clone() for k, v in learner.optimizer("a").state[policy.bank["a"].flat].items()}
+    optimizer = learner.optimizer(TrainableAdapter(policy.bank, "a"))
+    state = {k: v.clone() for k, v in optimizer.state[policy.bank["a"].flat].items()}
     silent = [problem("a", 1, [1.0, 1.0, 1.0]), problem("a", 2, [0.5])]
     a, b = learner.step([*silent, problem("b", 3, [0.0, 1.0])])
     assert policy.bank["a"].hash() == hashes["a"]
     assert policy.bank["b"].hash() != hashes["b"]
-    after = learner.optimizer("a").state[policy.bank["a"].flat]
+    after = optimizer.state[policy.bank["a"].flat]
     assert all(torch.equal(after[k], v) for k, v in state.items())
     assert (a.version, b.version) == (1, 2)
     assert (a.n_groups, a.n_groups_learned, a.n_tokens_learned) == (2, 0, 0)
     assert {a.loss, a.entropy, a.sampler_learner_kl, a.ratio_max, a.clip_fraction, a.grad_norm, a.step_norm} == {None}
-    assert (a.A_norm, a.B_norm) == policy.bank["a"].norms()
+    assert (a.norms["A_norm"], a.norms["B_norm"]) == policy.bank["a"].norms()
     assert learner.step([]) == []
 
 
@@ -277,7 +279,7 @@ def test_a_step_is_that_of_adamw_on_separate_tensors() -> None:
             torch.testing.assert_close(parameter.detach(), twin.detach(), rtol=1e-6, atol=1e-7)
         moved = torch.cat([(twin - old).flatten() for twin, old in zip(twins, before, strict=True)])
         assert record.step_norm == pytest.approx(float(moved.detach().norm()), rel=1e-4)
-        for norm, matrices in ((record.A_norm, twins[0::2]), (record.B_norm, twins[1::2])):
+        for norm, matrices in ((record.norms["A_norm"], twins[0::2]), (record.norms["B_norm"], twins[1::2])):
             assert norm == pytest.approx(math.sqrt(sum(float((m.detach() ** 2).sum()) for m in matrices)), rel=1e-5)
     assert adapter.version == 2
 

@@ -18,7 +18,6 @@ import rl_lora.envs  # noqa: F401  registers the environments
 from rl_lora.config import EnvConfig, TrainConfig
 from rl_lora.envs import Problem, SingleTurnEnv
 from rl_lora.metrics.records import MetricsFile
-from rl_lora.policy.policy import Policy
 from rl_lora.system import files
 from rl_lora.trainer.checkpoint import Checkpoints
 from rl_lora.trainer.task import Problem as Known
@@ -26,7 +25,7 @@ from rl_lora.trainer.task import _record, problems_of, task_changes
 from rl_lora.trainer.trainer import train
 from tests import ROOT
 from tests.tiny import tiny_folder, tiny_model
-from tests.trainer.test_trainer import adapter_hash, assert_same_run, metrics, tiny_config
+from tests.trainer.test_trainer import adapter_hash, assert_same_run, metrics, tiny_config, trainable_adapter
 
 
 @pytest.fixture(scope="module")
@@ -121,17 +120,17 @@ def test_without_a_whole_checkpoint_the_error_says_which_files_are_damaged(two: 
 
 
 def test_the_last_whole_checkpoint_is_not_removed_for_damaged_newer_ones(model: Path, tmp_path: Path) -> None:
-    adapter = Policy.load(str(model), dtype="float32").bank.add("a")
-    optimizer = torch.optim.AdamW([adapter.flat])
+    trainable = trainable_adapter(model)
+    optimizer = torch.optim.AdamW(trainable.weights)
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step in (1, 5, 6):
-        checkpoints.save(step, adapter, optimizer, base_model="tiny", config={}, score=None)
+        checkpoints.save(step, trainable, optimizer, config={}, score=None)
     for step in (5, 6):
         flip(tmp_path / f"step-00000{step}" / "optimizer.pt")
     shutil.copytree(tmp_path / "step-000005", tmp_path / "step-000001", dirs_exist_ok=True)
     checkpoints = Checkpoints(tmp_path, keep=1)
     for step in (2, 3):
-        checkpoints.save(step, adapter, optimizer, base_model="tiny", config={}, score=None)
+        checkpoints.save(step, trainable, optimizer, config={}, score=None)
         assert [checkpoint.step for checkpoint in checkpoints.whole()] == [step]
 
 
@@ -423,11 +422,11 @@ def test_options_that_an_older_version_did_not_have_are_at_their_defaults(two: P
     without_hashes(two)
     path = two / "checkpoints" / "step-000002" / "state.json"
     state = json.loads(path.read_text())
-    for name in ("rollout.max_turns", "learner.clip_high", "checkpoint.keep"):
+    for name in ("rollout.max_turns", "learner.max_grad_norm", "checkpoint.keep"):
         del state["config"][name]
     path.write_text(json.dumps(state))
-    with pytest.raises(ValueError, match=r"learner.clip_high: 0.2 -> 0.3"):
-        train(short(model, two, steps=3, resume=True, learner__clip_high=0.3))
+    with pytest.raises(ValueError, match=r"learner.max_grad_norm: 1.0 -> 0.5"):
+        train(short(model, two, steps=3, resume=True, learner__max_grad_norm=0.5))
     assert adapter_hash(train(short(model, two, steps=3, resume=True))) == adapter_hash(runs / "three")
     state["config"]["rollout.forgotten"] = 3
     (two / "checkpoints" / "step-000003" / "state.json").write_text(json.dumps(state | {"step": 3, "version": 3}))

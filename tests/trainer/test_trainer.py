@@ -31,6 +31,7 @@ from rl_lora.config import (
 )
 from rl_lora.learner.learner import SamplerLearnerMismatch
 from rl_lora.lora.peft_io import load_adapter
+from rl_lora.lora.trainable_adapter import TrainableAdapter
 from rl_lora.policy.policy import Policy
 from rl_lora.rollout.held_out import evaluate_adapters, held_out
 from rl_lora.rollout.worker import RolloutWorker
@@ -304,13 +305,18 @@ def test_the_newest_checkpoints_and_the_best_are_kept(model: Path, tmp_path: Pat
     assert (found.step, found.state["score"]) == (best, scores[best])
 
 
-def test_the_best_checkpoint_outlives_newer_worse_ones(model: Path, tmp_path: Path) -> None:
+def trainable_adapter(model: Path) -> TrainableAdapter:
     bank = Policy.load(str(model), dtype="float32").bank
-    adapter = bank.add("a")
-    optimizer = torch.optim.AdamW([adapter.flat])
+    bank.add("a")
+    return TrainableAdapter(bank, "a", "tiny")
+
+
+def test_the_best_checkpoint_outlives_newer_worse_ones(model: Path, tmp_path: Path) -> None:
+    trainable = trainable_adapter(model)
+    optimizer = torch.optim.AdamW(trainable.weights)
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step, score in enumerate([0.1, 0.5, None, 0.5, 0.2, 0.3], 1):
-        checkpoints.save(step, adapter, optimizer, base_model="tiny", config={}, score=score)
+        checkpoints.save(step, trainable, optimizer, config={}, score=score)
     best, latest = checkpoints.best(), checkpoints.latest()
     assert best is not None
     assert latest is not None
@@ -319,16 +325,16 @@ def test_the_best_checkpoint_outlives_newer_worse_ones(model: Path, tmp_path: Pa
 
 
 def test_a_checkpoint_brings_the_random_states_back_for_what_users_bring_along(model: Path, tmp_path: Path) -> None:
-    adapter = Policy.load(str(model), dtype="float32").bank.add("a")
-    optimizer = torch.optim.AdamW([adapter.flat])
-    saved = Checkpoints(tmp_path, 1).save(1, adapter, optimizer, base_model="tiny", config={}, score=None)
+    trainable = trainable_adapter(model)
+    optimizer = torch.optim.AdamW(trainable.weights)
+    saved = Checkpoints(tmp_path, 1).save(1, trainable, optimizer, config={}, score=None)
 
     def draw() -> tuple[float, ...]:
         return random.random(), random.gauss(), np.random.rand(), np.random.randn(), float(torch.rand(()))
 
     following = draw()
     assert draw() != following
-    saved.restore(adapter, optimizer)
+    saved.restore(trainable, lambda _: optimizer)
     assert draw() == following
 
 
