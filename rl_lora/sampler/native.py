@@ -104,9 +104,10 @@ class NativeSampler:
         scheduler.run()
         return [[results[i, k] for k in range(request.n)] for i, request in enumerate(requests)]
 
-    def weights_changed(self, adapter: str, version: int) -> None:
+    def weights_changed(self, adapter: str | None, version: int) -> None:
         """See `Sampler`. There is nothing to copy: the adapter in the policy's bank is the one that the learner steps.
         That is proven by its version."""
+        assert adapter is not None, "this engine decodes with copies of a frozen base's weights"
         found = self.policy.bank[adapter].version
         if found != version:
             raise ValueError(

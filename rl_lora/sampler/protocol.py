@@ -90,7 +90,7 @@ class Sampler(Protocol):
         """
         ...
 
-    def weights_changed(self, adapter: str, version: int) -> None:
+    def weights_changed(self, adapter: str | None, version: int) -> None:
         """The weights of an adapter have changed; `version` counts its optimizer steps.
 
         When this returns, every later completion under the adapter is sampled from that version.

@@ -267,8 +267,8 @@ class Trainer:
             with later() as hold:
                 with seconds("learn"):
                     updates = self.learner.step(groups, self.display.learning, lambda: self._moving(hold))
-                    for adapter, version in {update.adapter: update.version for update in updates}.items():
-                        self.sampler.weights_changed(adapter, version)
+                    for trainable in self.trainables:
+                        self.sampler.weights_changed(trainable.tag, trainable.version)
                 self.step += 1
                 self.log(with_speed(record | summarize_updates(updates), seconds.seconds), everything)
                 self._stands(evaluated=not self.evaluation_due)

@@ -489,7 +489,7 @@ def test_a_run_without_evaluation_has_no_before_and_after(model: Path, tmp_path:
 def test_the_sampler_that_the_factory_makes_samples_and_is_told_of_every_change_of_weights(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: list[tuple[str, int]] = []
+    told: list[tuple[str | None, int]] = []
 
     class Told(NativeSampler):
         sampled = 0
@@ -498,7 +498,7 @@ def test_the_sampler_that_the_factory_makes_samples_and_is_told_of_every_change_
             type(self).sampled += 1
             return super().generate(*args)
 
-        def weights_changed(self, adapter: str, version: int) -> None:
+        def weights_changed(self, adapter: str | None, version: int) -> None:
             super().weights_changed(adapter, version)
             told.append((adapter, version))
 
