@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rl_lora.kernels.verify import difference
+from rl_lora.kernels.verify import Mismatch, compare
 from rl_lora.policy.head import Head
 
 LARGEST = 9.0
@@ -27,24 +27,22 @@ def check_head(model: PreTrainedModel, head: Head, ids: Tensor, states: Tensor, 
     """Raises ValueError if the model's logits of `ids`, int64 (B, L), are not those that `head` makes of `states`, the
     last hidden states (B, L, d) of `ids`, or not for the same reason. `tolerance`: the largest mean difference, in
     standard deviations, that rounding in the model explains."""
-    seen = _observe(model, ids)
-    if len(seen) == 4:
-        before, reason = _scale_before(seen["into"], seen["states"])
-        reason = reason or _not_linear(head, seen["into"], seen["out"])
-        if not reason and before:
+    try:
+        seen = _observe(model, ids)
+        if len(seen) == 4:
+            before = _scale_before(seen["into"], seen["states"])
+            _check_linear(head, seen["into"], seen["out"])
             behind = Head(head.weight, head.bias, head.scale / before, head.softcap)
-            V = len(head.weight)
-            reason = _not_finished(behind, seen["logits"], seen["out"].shape[-1])
-            own = behind.scaled(seen["out"][..., :V].float())
-    else:  # its parts are not called as modules
-        reason, own = "", model(input_ids=ids, use_cache=False).logits.float()
-    if not reason and not (gap := difference(head.logits(states), own)) <= tolerance:
-        reason = f"its logits differ from ours by {gap:.2g} standard deviations"
-    if reason:
+            _check_finish(behind, seen["logits"], seen["out"].shape[-1])
+            own = behind.scaled(seen["out"][..., : len(head.weight)].float())
+        else:  # its parts are not called as modules
+            own = model(input_ids=ids, use_cache=False).logits.float()
+        compare("its logits differ from ours", head.logits(states), own, tolerance)
+    except Mismatch as error:
         raise ValueError(
             f"the output head of {type(model).__name__} is more than a linear layer, a scale and a soft cap that its "
-            f"config names: {reason}; it is not supported"
-        )
+            f"config names: {error}; it is not supported"
+        ) from error
 
 
 def _ramp(n: int, like: Tensor) -> Tensor:
@@ -74,36 +72,33 @@ def _observe(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
     return {**seen, "logits": logits} if seen.keys() == {"states", "into", "out"} else seen
 
 
-def _scale_before(into: Tensor, states: Tensor) -> tuple[float, str]:
-    """What the hidden states are multiplied by before the linear layer, or a reason why it is no number."""
+def _scale_before(into: Tensor, states: Tensor) -> float:
+    """The number that the hidden states are multiplied by before the linear layer."""
     if into.shape == states.shape:
         scale = float((into.double() * states).sum() / states.double().square().sum())
         eps = max(torch.finfo(x.dtype).eps for x in (into, states))
-        if ((into - scale * states).abs() <= 4 * eps * into.abs()).all():
-            return scale, ""
-    return 1.0, "what goes into its linear layer is not the hidden states times a number"
+        if scale and ((into - scale * states).abs() <= 4 * eps * into.abs()).all():
+            return scale
+    raise Mismatch("what goes into its linear layer is not the hidden states times a number")
 
 
-def _not_linear(head: Head, into: Tensor, out: Tensor) -> str:
+def _check_linear(head: Head, into: Tensor, out: Tensor) -> None:
     some = torch.linspace(0, len(head.weight) - 1, min(SAMPLED, len(head.weight)), device=into.device).long()
     bias = None if head.bias is None else head.bias[some].float()
     expected = torch.nn.functional.linear(into.float(), head.weight[some].float(), bias)
-    gap = difference(expected, out[..., some].float())
-    if not gap <= max(4 * torch.finfo(out.dtype).eps, 1e-4):
-        return f"its linear layer gives something else than its weights, by {gap:.2g} standard deviations"
-    return ""
+    tolerance = max(4 * torch.finfo(out.dtype).eps, 1e-4)
+    compare("its linear layer gives something else than its weights,", expected, out[..., some].float(), tolerance)
 
 
-def _not_finished(behind: Head, logits: Tensor, n: int) -> str:
+def _check_finish(behind: Head, logits: Tensor, n: int) -> None:
     """Each number is off by roundings of the model's dtype, their mean by next to nothing."""
     V, eps = len(behind.weight), max(torch.finfo(behind.weight.dtype).eps, 1e-5)
     expected = behind.scaled(_ramp(n, behind.weight)[:V].float())
     if logits.shape[-1] != V:
-        return f"it has logits of {logits.shape[-1]} tokens, its config says {V}"
+        raise Mismatch(f"it has logits of {logits.shape[-1]} tokens, its config says {V}")
     known = expected.abs() > 1e-3
     off = logits.flatten(0, -2)[0].float()[known] / expected[known] - 1
     if not (off.abs().max() <= 4 * eps and abs(float(off.mean())) <= eps / 4):
         k = int(off.abs().argmax())
         found, ours = float(logits.flatten(0, -2)[0][known][k]), float(expected[known][k])
-        return f"where we compute a logit of {ours:.4g}, it has {found:.4g}"
-    return ""
+        raise Mismatch(f"where we compute a logit of {ours:.4g}, it has {found:.4g}")
