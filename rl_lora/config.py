@@ -35,13 +35,13 @@ class ModelConfig:
     """The frozen base."""
 
     name: str = DEFAULT_MODEL
-    """A local folder, a Hugging Face hub id, or `smollm2-135m`: the hub's HuggingFaceTB/SmolLM2-135M-Instruct where the
-    hub has it in its cache or answers in two seconds, else `smollm2-135m-q4`, which needs no hub: the same model from a
-    4-bit file. What it stands for is decided once on a machine, and a run writes down which it was; a resumed run and
-    an evaluation take the base of the run."""
+    """Model: a local folder, a Hugging Face hub id, or `smollm2-135m`. That name stands for the hub's
+    HuggingFaceTB/SmolLM2-135M-Instruct where it is in the hub's cache or the hub answers in two seconds, else for
+    `smollm2-135m-q4`, the same model from a 4-bit file, which needs no hub. The choice is made once on a machine, and a
+    run writes down which it was. A resumed run and an evaluation take the base of the run."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the base and of the activations; auto: bfloat16 where the device multiplies it fast, which on a CPU is timed,
-    else float32. Adapters: float32."""
+    """Dtype of the base and of the activations; auto: bfloat16 where the device multiplies it fast, which on a CPU is
+    timed, else float32. Adapters are float32."""
     compile: bool | None = None
     """Compile the layers for decoding: fewer and faster operations, for some 10 s at the beginning and a C++ compiler
     (on a GPU: triton). By default in training on a CPU where steps x rollout.max_tokens is 1,000 or more and the
@@ -50,9 +50,10 @@ class ModelConfig:
     """Tokens that end a reply, beside the model's own, and all that contain their text; for base models that never
     learned to stop, e.g. the empty line behind few-shot examples: ["\\n\\n"]."""
     template_kwargs: dict[str, Any] = field(default_factory=dict)
-    """What the model's chat template takes besides the messages, e.g. --model.template_kwargs.enable_thinking false."""
+    """Arguments of the model's chat template beside the messages, e.g. --model.template_kwargs.enable_thinking
+    false."""
     trust_remote_code: bool = False
-    """Run code that comes with a model. Off, whatever the model says."""
+    """Permission for the code that comes with a model to run."""
 
     def __post_init__(self) -> None:
         expand_home(self, "name")
@@ -63,14 +64,14 @@ class AdapterConfig:
     """The adapter that is trained."""
 
     rank: Annotated[int, Ge(1)] = 1
-    """r of W' = W + (alpha / r) B A. Experts of an MoE model get rank / active experts."""
+    """Rank of the adapter: r of W' = W + (alpha / r) B A. Experts of an MoE model get rank / active experts."""
     alpha: Annotated[float, Gt(0), Lt(inf)] = 32.0
     """Scale of the update. The best learning rate does not depend on rank as long as this stays."""
     targets: str | list[str] = "all-linear"
     """Layers to adapt: all linear ones but the head, or names (ends of their paths) such as [q_proj, v_proj]. Of a
     model that reads images or sound too, those of its language model; others where only they have that name."""
     init_from: str | None = None
-    """Start from an adapter folder (PEFT format) instead of a fresh one; its rank and targets then hold."""
+    """Adapter folder (PEFT format) to start from in place of a fresh adapter; its rank and targets then hold."""
 
     def __post_init__(self) -> None:
         expand_home(self, "init_from")
@@ -81,7 +82,7 @@ class EnvConfig:
     """The task."""
 
     id: str = "rl_lora/Arithmetic-v0"
-    """A gymnasium id; `module:id` imports the module that registers it."""
+    """Gymnasium id of the environment; `module:id` imports the module that registers it."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments of the environment, e.g. --env.kwargs.digits 3."""
 
@@ -98,15 +99,15 @@ class EpisodeConfig:
     system_prompt: str | None = None
     """First message of every conversation."""
     max_turns: Annotated[int, Ge(1)] = 16
-    """Replies of an episode, at most."""
+    """Limit of the replies of an episode."""
     max_rows: Annotated[int, Ge(1)] = 256
-    """Completions that are decoded at a time: less takes less memory."""
+    """Completions that are decoded at a time; fewer take less memory."""
     max_cache_gib: Annotated[float, Ge(0), Unit("GiB")] | None = None
-    """GiB of keys and values of the completions under way and of their prompts; fewer are decoded at a time where they
-    would take more. By default half of the memory that is free."""
+    """GiB of the KV cache: keys and values of the completions under way and of their prompts. Fewer completions are
+    decoded at a time where they would take more. By default half of the memory that is free."""
     check_every: Annotated[int, Ge(1)] | None = None
-    """Tokens between looks at which completions have ended. By default 8 on a GPU, which has to wait for a look, and 1
-    elsewhere."""
+    """Tokens between checks for completions that have ended. By default 8 on a GPU, which has to wait for a check, and
+    1 elsewhere."""
     max_failed: Annotated[float, Ge(0), Le(1)] = 0.1
     """Share of the episodes of the last ten steps that may fail: the environment or the reward function raises, or
     returns what it may not, or the prompt does not fit the model. They are left out and counted, never scored 0. Beyond
@@ -115,9 +116,9 @@ class EpisodeConfig:
     """Calls of reward functions, or of an environment's reset and step, that run at a time while sampling goes on,
     where they wait for something, such as a judge on a network; 1: one after another, in the main thread."""
     wait_for_steps: bool = False
-    """Let decoding wait for the steps of environments of several turns, all that began together. An environment that
-    waits for something then does not decide which episodes are decoded together: the same seed gives the same run to
-    the last bit. Without, the other episodes are decoded meanwhile, and the same seed gives the same run but for
+    """Whether decoding waits for the steps of environments of several turns, all that began together. An environment
+    that waits for something then does not decide which episodes are decoded together: the same seed gives the same run
+    to the last bit. Without it, the other episodes are decoded meanwhile, and the same seed gives the same run but for
     rounding. Nothing changes for environments that do not wait."""
 
 
@@ -126,29 +127,30 @@ class RolloutConfig(EpisodeConfig):
     """How episodes are sampled."""
 
     prompts_per_step: Annotated[int, Ge(1)] = 16
-    """Groups a step: different problems."""
+    """Problems of a step, each sampled by one group of episodes."""
     group_size: Annotated[int, Ge(1)] = 8
     """Episodes of one problem. The group's mean reward is the baseline."""
     max_replaced: Annotated[int, Ge(0)] = 0
-    """Groups a step, at most, that are replaced by groups of other problems because their rewards are all the same,
-    which teaches nothing (dynamic sampling: DAPO, arXiv:2503.14476). A replacement may be replaced in turn."""
+    """Limit of the groups of a step that are replaced by groups of other problems because their rewards are all the
+    same, which teaches nothing (dynamic sampling: DAPO, arXiv:2503.14476). A replacement may be replaced in turn."""
     curriculum: Literal["none", "success_rate"] = "none"
-    """none: the problems in their order. success_rate: more of those that succeed about half of the time, for an
-    environment with a finite list of problems; see `rl_lora/rollout/curriculum.py`."""
+    """Order of the training problems; none: their own order; success_rate: more of those that succeed about half of the
+    time, for an environment with a finite list of problems (`rl_lora/rollout/curriculum.py`)."""
     curriculum_explore: Annotated[float, Ge(0), Le(1)] = 0.5
-    """success_rate: this share of a step's problems, at least, are those not played for longest, untried ones first."""
+    """Least share of a step's problems that the curriculum success_rate gives to those not played for longest, untried
+    ones first."""
     curriculum_half_life: Annotated[float, Gt(0)] = 20.0
-    """success_rate: steps after which what came of a problem counts half."""
+    """Steps after which the outcome of a problem counts half for the curriculum success_rate."""
     overlong_tokens: Annotated[int, Ge(0)] = 0
-    """A reply that comes so near to max_tokens, in tokens, is punished: from 0 at that distance down to -1 at the limit
-    (soft over-long punishment: DAPO, arXiv:2503.14476); 0: none. The reward part `overlong`."""
+    """Distance from max_tokens, in tokens, at which the punishment of a long reply begins: it falls from 0 there to -1
+    at the limit (soft over-long punishment: DAPO, arXiv:2503.14476), and is the reward part `overlong`; 0: none."""
     overlong_weight: Annotated[float, Ge(0), Lt(inf)] = 1.0
-    """Of that punishment in the reward; 0 only reports it."""
+    """Weight of the reward part `overlong`, the punishment of long replies; 0 only reports it."""
     brevity_weight: Annotated[float, Ge(0), Lt(inf)] | None = None
     """Weight of the reward part `brevity`: 0.5 for the shortest episode of a group down to -0.5 for the longest, never
     above 0 for an unsolved one (Kimi k1.5, arXiv:2501.12599). 0 only reports it; null: none."""
     temperature: Annotated[float, Gt(0), "a policy gradient needs samples"] = 1.0
-    """Of sampling, and of the log-probabilities that are learned."""
+    """Temperature of sampling, and of the log-probabilities that are learned."""
 
 
 @dataclass
@@ -163,28 +165,28 @@ class LearnerConfig:
     """Function from the rewards of a group to the advantages of its episodes, or `module:name` of one of your own. By
     default the one that belongs to the objective."""
     learning_rate: Annotated[float, Gt(0), Lt(inf)] = 3e-4
-    """Constant, without warm-up; for A and B alike. 3e-4 suits the embedded model (hidden size 576); models of 1B and
-    more want 1e-5 to 1e-4: about ten times what full fine-tuning would take."""
+    """Learning rate of AdamW, constant and without warm-up, for A and B alike. 3e-4 suits the embedded model (hidden
+    size 576); models of 1B and more want 1e-5 to 1e-4, about ten times the rate of full fine-tuning."""
     betas: tuple[Annotated[float, Ge(0), Lt(1)], Annotated[float, Ge(0), Lt(1)]] = (0.9, 0.95)
-    """Of AdamW."""
+    """AdamW betas."""
     weight_decay: Annotated[float, Ge(0)] = 0.0
-    """Of AdamW, on A and B."""
+    """AdamW weight decay, on A and B."""
     max_grad_norm: Annotated[float, Ge(0)] = 1.0
-    """The gradient of an adapter is scaled down to this norm; 0 leaves it."""
+    """Norm that the gradient of an adapter is scaled down to; 0 leaves it."""
     updates_per_step: Annotated[int, Ge(1)] = 1
     """Optimizer steps on the episodes of one step, each on its own share of the groups."""
     clip_low: Annotated[float, Ge(0), Le(1)] = 0.2
-    """grpo: the ratio is clipped at 1 - clip_low ..."""
+    """Lower clipping of the ratio by the objective grpo, at 1 - clip_low."""
     clip_high: Annotated[float, Ge(0)] = 0.2
-    """... and at 1 + clip_high."""
+    """Upper clipping of the ratio by the objective grpo, at 1 + clip_high."""
     tokens_per_microbatch: Annotated[int, Ge(1)] = 4096
-    """Positions of one forward and backward pass: less takes less memory, and changes nothing else."""
+    """Positions of one forward and backward pass; fewer take less memory, and change nothing else."""
     max_activation_gib: Annotated[float, Ge(0), Unit("GiB")] | None = None
     """GiB that the layers may keep from a forward pass for its backward pass; where it would be more, as many layers as
     it takes are computed again (at 0 all: a third more time). By default half of the memory that is free."""
     max_sampler_learner_kl: Annotated[float, Gt(0)] = 0.5
-    """The run stops when mean |log p_learner - log p_sampler| passes this: sampler and learner disagree about what the
-    policy is, and what would be learned is noise."""
+    """Limit of the mean |log p_learner - log p_sampler|, beyond which the run stops: sampler and learner disagree about
+    the policy, and would learn noise."""
 
 
 @dataclass
@@ -192,11 +194,11 @@ class EvalConfig:
     """Held-out evaluation before, during and after training."""
 
     every: Annotated[int, Ge(0)] = 5
-    """Steps between evaluations; 0 evaluates before and after only."""
+    """Steps between evaluations; 0 evaluates before and after training only."""
     episodes: Annotated[int, Ge(0)] = 256
-    """Held-out problems, the same ones every time; 0 evaluates nothing."""
+    """Held-out problems of an evaluation, the same ones every time; 0 evaluates nothing."""
     temperature: Annotated[float, Ge(0)] = 0.0
-    """0 is greedy."""
+    """Temperature of sampling in evaluation; 0 is greedy."""
     env_kwargs: dict[str, Any] | None = None
     """Arguments of the environment that differ in evaluation. Where the environment takes a split, {split: eval} is
     added unless given; where it takes none, far away seeds of it are played."""
@@ -209,7 +211,7 @@ class CheckpointConfig:
     every: Annotated[int, Ge(1)] = 5
     """Steps between checkpoints."""
     keep: Annotated[int, Ge(1)] = 2
-    """The newest ones that are kept; the best one by held-out accuracy (or reward) is kept beside them."""
+    """Newest checkpoints that are kept; the best one by held-out accuracy (or reward) is kept beside them."""
 
 
 @dataclass
@@ -217,13 +219,13 @@ class LogConfig:
     """What is shown and recorded; metrics.jsonl always is."""
 
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
-    """Any of accelerate's: tensorboard, wandb, mlflow, comet_ml, aim, clearml, trackio, ..."""
+    """Experiment trackers, any of accelerate's: tensorboard, wandb, mlflow, comet_ml, aim, clearml, trackio."""
     samples_every: Annotated[int, Ge(0)] = 5
-    """Steps between tables of sampled completions on the terminal; 0 shows none."""
+    """Steps between tables of sampled completions on the terminal; 0: no tables."""
     samples_per_step: Annotated[int, Ge(0)] = 32
-    """Sampled episodes of each step that are written to samples/ and shown in report.html, in whole groups; 0: none."""
+    """Sampled episodes of each step that are written to samples/ and shown in report.html, in whole groups."""
     samples_mib: Annotated[float, Ge(0), Unit("MiB")] = 100.0
-    """MiB that samples/ may take. Beyond it, steps between others are removed, so that those left are spread evenly."""
+    """MiB that samples/ may take. Beyond that, steps between others are removed, so that the rest is spread evenly."""
 
 
 @dataclass
@@ -231,16 +233,16 @@ class TrainConfig:
     """Train a LoRA adapter on a causal language model by policy gradient."""
 
     run_dir: str = "runs/arithmetic"
-    """Where everything of this run is written."""
+    """Folder for everything that this run writes."""
     steps: Annotated[int, Ge(1)] = 20
-    """Rollouts, each followed by learner.updates_per_step optimizer steps."""
+    """Training steps: rollouts, each followed by learner.updates_per_step optimizer steps."""
     seed: Annotated[int, Ge(0), Le(2999)] = 0
-    """Of the adapter, the training problems and the sampling. The same seed gives the same run."""
+    """Seed of the adapter, the training problems and the sampling. The same seed gives the same run."""
     resume: bool = False
     """Continue the run in run_dir from its last checkpoint; a finished run only shows its summary again."""
     shuffle_rewards: bool = False
-    """A control: rewards are dealt out anew among the episodes of a step (of each process), so that there is nothing to
-    learn. Held-out accuracy that rises all the same was not taught by the reward."""
+    """Control in which rewards are dealt out anew among the episodes of a step (of each process), so that there is
+    nothing to learn. Held-out accuracy that rises all the same was not taught by the reward."""
     model: ModelConfig = field(default_factory=ModelConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     env: EnvConfig = field(default_factory=EnvConfig)
@@ -285,19 +287,19 @@ class EvaluateConfig(EpisodeConfig):
     n: Annotated[int, Ge(1)] = 1
     """Samples of each problem and adapter."""
     temperature: Annotated[float, Ge(0), Lt(inf)] = 0.0
-    """0 is greedy."""
+    """Temperature of sampling; 0 is greedy."""
     k: list[int] = field(default_factory=list)
-    """pass@k and maj@k to compute, such as 1,4,16, none above n. By default 1, 2, 4, ... and n."""
+    """Numbers k of pass@k and maj@k, such as 1,4,16, none above n. By default 1, 2, 4, ... and n."""
     against: str | None = None
-    """A row, as the table names it, that all others are compared with, beside the base."""
+    """Row, as the table names it, that all others are compared with, beside the base."""
     seed: Annotated[int, Ge(0)] = 0
-    """Of sampling, and of the permutations of the tests."""
+    """Seed of sampling, and of the permutations of the tests."""
     out: str = "evaluation"
     """Folder for results.json, samples.jsonl and report.html. Samples that it holds and that are asked for again are
     not drawn again; samples that are not asked for are kept in earlier.jsonl."""
     resume: bool = True
-    """false: draw everything again. Needed where code has changed that is not looked at: what the modules of your own
-    environments and reward functions import."""
+    """Use of the samples that the folder `out` holds; false: all samples are drawn again. That is needed where code has
+    changed that is not checked: modules that those of your own environments and reward functions import."""
     _: KW_ONLY
     max_tokens: Annotated[int, Ge(1)] = FROM_RUN
     system_prompt: str | None = FROM_RUN

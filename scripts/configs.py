@@ -39,7 +39,7 @@ class PlotConfig:
     runs: list[str] = field(default_factory=list)
     """Run folders. A run whose adapter.init_from is the adapter of another one starts where that one ended."""
     out: str = "accuracy.png"
-    """Picture: .png, .svg or .pdf."""
+    """File for the picture: .png, .svg or .pdf."""
 
     def __post_init__(self) -> None:
         expand_home(self, "runs", "out")
