@@ -234,7 +234,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(command: Callable[..., Res
     assert {path: path.stat().st_mtime_ns for path in Path(finished.run_dir).rglob("*")} == before
     shown = command("--config", recorded, "--resume")
     assert shown.code == 0
-    assert "1 steps in" in shown.out
+    assert "1 step in" in shown.out
 
 
 def test_the_config_on_disk_counts_where_there_is_no_checkpoint_yet(
