@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge
 
 from rl_lora.config import LearnerConfig, ModelConfig, RolloutConfig, TrainConfig, expand_home
 
@@ -66,9 +68,9 @@ class BenchmarkConfig:
     """Interpreter of the environment that holds vllm."""
     peer_dtype: Literal["float32", "bfloat16"] | None = None
     """Dtype of the peers' base and activations; by default that of ours."""
-    rounds: int = 3
+    rounds: Annotated[int, Ge(1)] = 3
     """Times that each side is measured, after one for warming up."""
-    rank: int = 1
+    rank: Annotated[int, Ge(1)] = 1
     """Rank of the adapter."""
     seed: int = 0
     """Seed of problems, adapters and sampling, of peers too."""

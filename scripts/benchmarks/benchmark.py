@@ -25,6 +25,7 @@ from rl_lora.scripts.benchmarks.measurements import Bench, Shape, shape
 from rl_lora.scripts.benchmarks.peer_process import Figures, Peers
 from rl_lora.scripts.benchmarks.peers import PEERS
 from rl_lora.scripts.configs import BenchmarkConfig
+from rl_lora.settings.validation import validate_bounds
 from rl_lora.system.terminal import Terminal, in_line
 
 LAST = 3
@@ -35,9 +36,7 @@ def run(config: BenchmarkConfig) -> Figures:
     """Measure, print the tables, write the file."""
     console = Terminal(width=None if sys.stdout.isatty() else 120)
     rollouts, steps = ([shape(text) for text in texts] for texts in (config.rollouts, config.steps))
-    for name in ("rounds", "rank"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be >= 1, got {getattr(config, name)}")
+    validate_bounds(config)
     if not rollouts and not steps:
         raise ValueError("there is nothing to measure: name rollouts, or steps")
     for name in config.peer:
