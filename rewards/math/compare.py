@@ -19,14 +19,16 @@ import mpmath
 from rl_lora.rewards.math.clocks import clock
 from rl_lora.rewards.math.compounds import compound, same_compound
 from rl_lora.rewards.math.dress import clean
-from rl_lora.rewards.math.expression import TooLarge, Tree, Undefined, Unreadable, evaluate, read, same_value, variables
+from rl_lora.rewards.math.formula import TooLarge, Tree, Undefined, Unreadable, variables
 from rl_lora.rewards.math.lines import side_by_side
 from rl_lora.rewards.math.names import is_name
 from rl_lora.rewards.math.numbers import quantity
+from rl_lora.rewards.math.reader import read
 from rl_lora.rewards.math.sets import same_set
 from rl_lora.rewards.math.text import base_numeral, canonical, roman
 from rl_lora.rewards.math.unit_names import units_conflict
 from rl_lora.rewards.math.units import split_unit
+from rl_lora.rewards.math.values import evaluate, same_value
 
 EQUAL, DIFFERENT, UNREADABLE = "equal", "different", "unreadable reference"
 MAX_ITEMS = 64
@@ -422,8 +424,6 @@ def _proportional(a: Tree, b: Tree) -> bool:
 
 
 def _variables(tree: Tree) -> frozenset[str]:
-    from rl_lora.rewards.math.expression import variables
-
     return variables(tree)
 
 

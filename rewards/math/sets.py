@@ -11,7 +11,9 @@ from typing import Any
 
 import mpmath
 
-from rl_lora.rewards.math.expression import TooLarge, Undefined, Unreadable, evaluate, read, variables
+from rl_lora.rewards.math.formula import TooLarge, Undefined, Unreadable, variables
+from rl_lora.rewards.math.reader import read
+from rl_lora.rewards.math.values import evaluate
 
 Split = Callable[[str, str], list[str]]
 Piece = tuple[Any, bool, Any, bool]  # low end, whether it is in, high end, whether it is in

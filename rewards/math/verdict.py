@@ -1,7 +1,7 @@
 r"""The math verifier: is the answer in a completion mathematically the reference?
 
-    completion --math_extraction--> answer --math_numbers--> exact verdict (plain numbers, text: most answers)
-                                           \--math_workers--> math_compare, math_expression, Math-Verify (formulas)
+    completion --extraction--> answer --numbers--> exact verdict (plain numbers, text: most answers)
+                                      \--workers--> compare, reader, values, Math-Verify (formulas)
 
 Plain numbers and text are judged here and exactly. Formulas are judged in worker processes under a deadline and a cap
 of memory. Nothing that a model wrote is ever evaluated as code, in any process.
