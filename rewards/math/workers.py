@@ -199,7 +199,8 @@ def serve() -> None:
         replies.write(json.dumps(answer).encode() + b"\n")
 
     try:
-        from rl_lora.rewards.math.compare import compare, warm_up
+        from rl_lora.rewards.math.compare import compare
+        from rl_lora.rewards.math.symbolic import warm_up
 
         warm_up()
     except Exception as error:
