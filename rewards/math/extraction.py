@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rl_lora.rewards.math.characters import ascii_text
-from rl_lora.rewards.math.marked import boxed, boxes, hashes, last_match
+from rl_lora.rewards.math.markers import boxed, boxes, hashes, last_match
 from rl_lora.rewards.math.phrases import phrase
 from rl_lora.rewards.math.prose import in_json, told, without_html
 from rl_lora.rewards.math.spans import last_expression, last_number, whole

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from rl_lora.rewards.math.marked import last_match
+from rl_lora.rewards.math.markers import last_match
 
 _ANSWERS = "respuesta réponse antwort risposta resposta lösung odpowiedź antwoord svar cevap vastaus ответ відповідь"
 ANSWER_ELSEWHERE = "|".join(_ANSWERS.split())

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import re
 
-from rl_lora.rewards.math.dress import clean
+from rl_lora.rewards.math.cleaning import clean
 from rl_lora.rewards.math.numbers import quantity
 from rl_lora.rewards.math.text import canonical
 from rl_lora.rewards.math.units import split_unit

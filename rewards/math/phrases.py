@@ -11,7 +11,7 @@ from rl_lora.rewards.math.languages import (
     unsure_elsewhere,
     without_another,
 )
-from rl_lora.rewards.math.marked import boxed, last_match
+from rl_lora.rewards.math.markers import boxed, last_match
 from rl_lora.rewards.math.spans import (
     MATH,
     NUMBER,

@@ -11,7 +11,7 @@ from rl_lora.rewards.math.hedges import bounded, unsettled
 from rl_lora.rewards.math.languages import (
     denied_near,
 )
-from rl_lora.rewards.math.marked import last_match
+from rl_lora.rewards.math.markers import last_match
 from rl_lora.rewards.math.numbers import DECIMAL
 from rl_lora.rewards.math.prose import labelled
 from rl_lora.rewards.math.text import nothing

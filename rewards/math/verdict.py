@@ -21,9 +21,9 @@ from numbers import Integral
 from typing import Any
 
 from rl_lora.rewards.math import workers
+from rl_lora.rewards.math.cleaning import clean
 from rl_lora.rewards.math.clocks import Clock, clock
 from rl_lora.rewards.math.compounds import Compound, compound, same_compound
-from rl_lora.rewards.math.dress import clean
 from rl_lora.rewards.math.extraction import boxed, extract, methods_of
 from rl_lora.rewards.math.numbers import Quantity, quantity
 from rl_lora.rewards.math.prose import told

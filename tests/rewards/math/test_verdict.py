@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 
 from rl_lora.rewards import Outcome, RewardError, Score, Unscorable, math_match, resolve, score, verify
 from rl_lora.rewards.math import workers
-from rl_lora.rewards.math.dress import clean
+from rl_lora.rewards.math.cleaning import clean
 from rl_lora.rewards.math.extraction import FLEXIBLE, METHODS, STRICT, extract
 from rl_lora.rewards.math.numbers import quantity
 from tests import ROOT
