@@ -24,7 +24,7 @@ def adapter_in(folder: Path) -> Path:
     if (folder / "adapter").is_dir():
         return folder / "adapter"
     checkpoints = Checkpoints(folder / "checkpoints", 1)
-    latest = checkpoints.latest() or next(reversed(checkpoints.all()), None)  # a damaged one is named by `differences`
+    latest = checkpoints.latest() or next(reversed(checkpoints.all()), None)  # a damaged one is named by `mismatches`
     return latest.adapter if latest else folder
 
 
@@ -33,7 +33,7 @@ def is_unfinished(folder: Path) -> bool:
     return (folder / "config.yaml").is_file() and adapter_in(folder) == folder
 
 
-def named(paths: Sequence[str]) -> dict[str, Path]:
+def adapter_folders(paths: Sequence[str]) -> dict[str, Path]:
     """A short name for every adapter folder: the shortest end of its path that no other shares, and not the base's."""
     folders = [adapter_in(Path(path)) for path in paths]
     names: dict[str, Path] = {}
@@ -45,7 +45,7 @@ def named(paths: Sequence[str]) -> dict[str, Path]:
     return names
 
 
-def stand_ins(paths: Sequence[str], names: dict[str, Path]) -> Iterator[str]:
+def path_notes(paths: Sequence[str], names: dict[str, Path]) -> Iterator[str]:
     """What the table does not show of the paths that were named: runs that stand for a checkpoint, and repetitions."""
     name_of, seen = {folder: name for name, folder in names.items()}, set()
     for path in paths:
@@ -67,7 +67,7 @@ def step_of(adapter: Path) -> int | None:
     return int(read_json(summary, "the run writes it again with --resume true").get("steps", 0)) or None
 
 
-def differences(folder: Path, config: EvaluateConfig) -> Iterator[str]:
+def mismatches(folder: Path, config: EvaluateConfig) -> Iterator[str]:
     """Where an adapter comes from something else than it is evaluated on. Raises ValueError if it cannot be read."""
     check_whole(folder)
     base = base_of(folder)

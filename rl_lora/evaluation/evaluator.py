@@ -18,11 +18,11 @@ from accelerate import PartialState
 from rich.text import Text
 
 from rl_lora.config import EvaluateConfig
-from rl_lora.evaluation.candidates import BASE, differences, is_unfinished, named, stand_ins
+from rl_lora.evaluation.candidates import BASE, adapter_folders, is_unfinished, mismatches, path_notes
 from rl_lora.evaluation.missing import Decoding, draw_missing
-from rl_lora.evaluation.plan import Asked, hash_of, planned, sampling_settings
+from rl_lora.evaluation.plan import SampleSet, adapter_hash, plan_batches, sampling_settings
 from rl_lora.evaluation.results import results_of, savings
-from rl_lora.evaluation.run_task import whose_task
+from rl_lora.evaluation.run_task import resolve_task
 from rl_lora.evaluation.sample_store import SampleStore
 from rl_lora.lora.peft_io import base_of, load_adapter
 from rl_lora.metrics.records import Record
@@ -31,9 +31,9 @@ from rl_lora.policy.default_choice import settled
 from rl_lora.policy.policy import Policy
 from rl_lora.report.evaluation_page import evaluation_page
 from rl_lora.report.evaluation_table import show
-from rl_lora.rollout.given import with_given
 from rl_lora.rollout.held_out import held_out
 from rl_lora.rollout.problems import check_problems
+from rl_lora.rollout.python_objects import with_objects
 from rl_lora.rollout.worker import MakeEnv, RolloutWorker
 from rl_lora.sampler.compiled import should_compile
 from rl_lora.sampler.factory import make_sampler
@@ -43,7 +43,7 @@ from rl_lora.system import finite_json as json
 from rl_lora.system.distributed import no_accelerator
 from rl_lora.system.terminal import Terminal, in_line
 from rl_lora.trainer.preflight import check_model
-from rl_lora.trainer.task import Problem, problems_of
+from rl_lora.trainer.task import ProblemRecord, problems_of
 
 
 def evaluate(config: EvaluateConfig, *, reward: Any = None, data: Any = None, eval_data: Any = None) -> Record:
@@ -61,11 +61,11 @@ def evaluate(config: EvaluateConfig, *, reward: Any = None, data: Any = None, ev
     for path in unfinished:
         console.print(f"{in_line(path)} has no checkpoint yet, and is left out", style="yellow")
     paths = [path for path in config.adapters if path not in unfinished]
-    whose = whose_task(config, paths)
-    settings = replace(whose.settings, env=with_given(whose.settings.env, reward, data, eval_data))
+    task = resolve_task(config, paths)
+    settings = replace(task.settings, env=with_objects(task.settings.env, reward, data, eval_data))
     validate_evaluation(settings)
     check_out(settings.out)
-    console.print(whose.line)
+    console.print(task.line)
     prepared = prepare(settings, paths, console)
     results, decoding = run(prepared, console)
     show(console, results)
@@ -85,7 +85,7 @@ class Prepared:
     folders: dict[str, Path]
     """Adapter folders by the names of their rows."""
     make_env: MakeEnv
-    problems: list[Problem]
+    problems: list[ProblemRecord]
     notes: list[str]
     """Where adapters come from something else than they are evaluated on."""
     device: torch.device
@@ -102,14 +102,14 @@ def prepare(config: EvaluateConfig, paths: Sequence[str], console: Terminal) -> 
     state = PartialState(cpu=no_accelerator())
     if state.num_processes > 1:
         raise ValueError(f"evaluation runs in one process, got {state.num_processes}; start it without a launcher")
-    folders = named(paths)
-    for note in stand_ins(paths, folders):
+    folders = adapter_folders(paths)
+    for note in path_notes(paths, folders):
         console.print(in_line(note))
     if config.against not in (None, BASE, *folders):
         raise ValueError(f"against must be one of the rows {', '.join([BASE, *folders])}, got {config.against!r}")
     base = settled(config.model.name, [base_of(folder) for folder in folders.values()])
     config = replace(config, model=replace(config.model, name=base))
-    notes = [note for folder in folders.values() for note in differences(folder, config)]
+    notes = [note for folder in folders.values() for note in mismatches(folder, config)]
     make_env, seeds = held_out(config.env, config.env_kwargs, config.limit)
     problems = problems_of(make_env, seeds)
     chat, context_length = check_model(config.model)
@@ -126,13 +126,13 @@ def run(prepared: Prepared, console: Terminal) -> tuple[Record, Decoding]:
         policy = Policy.from_config(config.model, prepared.device)
     seconds_loading = time.perf_counter() - start
     hashes = {BASE: BASE}
-    hashes |= {name: hash_of(load_adapter(folder, policy.bank, name)) for name, folder in prepared.folders.items()}
+    hashes |= {name: adapter_hash(load_adapter(folder, policy.bank, name)) for name, folder in prepared.folders.items()}
     settings = sampling_settings(config, policy, prepared.make_env)
     for note in prepared.notes:
         console.print(in_line(note), style="yellow")
-    plan = planned(config, prepared.problems, hashes, content_hash(settings))
+    plan = plan_batches(config, prepared.problems, hashes, content_hash(settings))
     rows_of = {weights: [name for name in names if hashes[name] == weights] for weights in hashes.values()}
-    wanted = {asked.key(k): rows_of[asked.weights] for batch in plan for asked in batch for k in range(config.n)}
+    wanted = {samples.key(k): rows_of[samples.weights] for batch in plan for samples in batch for k in range(config.n)}
     sampler = make_sampler(policy, config, compile=prepared.compiles)
     worker = RolloutWorker(
         prepared.make_env,
@@ -169,7 +169,7 @@ def run(prepared: Prepared, console: Terminal) -> tuple[Record, Decoding]:
 def _draw(
     config: EvaluateConfig,
     worker: RolloutWorker,
-    plan: Sequence[Sequence[Asked]],
+    plan: Sequence[Sequence[SampleSet]],
     store: SampleStore,
     decoding: Decoding,
     console: Terminal,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from rich.progress import Progress
 
 from rl_lora.config import EvaluateConfig
-from rl_lora.evaluation.plan import Asked
+from rl_lora.evaluation.plan import SampleSet
 from rl_lora.evaluation.sample_store import SampleStore
 from rl_lora.metrics.samples import sample_of
 from rl_lora.rollout.worker import EpisodeRequest, RolloutWorker
@@ -36,7 +36,7 @@ class Decoding:
 def draw_missing(
     config: EvaluateConfig,
     worker: RolloutWorker,
-    plan: Sequence[Sequence[Asked]],
+    plan: Sequence[Sequence[SampleSet]],
     store: SampleStore,
     decoding: Decoding,
     console: Terminal,
@@ -50,17 +50,17 @@ def draw_missing(
             progress.advance(task, n_tokens)
 
         for batch in plan:
-            missing: list[tuple[Asked, int]] = []
-            for asked in batch:
-                first = next((k for k in range(config.n) if asked.key(k) not in store.samples), config.n)
+            missing: list[tuple[SampleSet, int]] = []
+            for samples in batch:
+                first = next((k for k in range(config.n) if samples.key(k) not in store.samples), config.n)
                 if first < config.n:
-                    missing.append((asked, first))
+                    missing.append((samples, first))
             if not missing:
                 continue
             played = worker.play(
                 [
-                    EpisodeRequest(asked.adapter, asked.problem.seed, config.n - first, first)
-                    for asked, first in missing
+                    EpisodeRequest(samples.adapter, samples.problem.seed, config.n - first, first)
+                    for samples, first in missing
                 ],
                 random_seed=(config.seed,),
                 temperature=config.temperature,
@@ -70,12 +70,12 @@ def draw_missing(
                 sample_of(
                     episode,
                     first + i,
-                    problem=asked.problem.hash,
-                    reference=asked.problem.reference,
-                    adapter_hash=asked.weights,
-                    sampling_hash=asked.sampling_hash,
+                    problem=samples.problem.hash,
+                    reference=samples.problem.reference,
+                    adapter_hash=samples.weights,
+                    sampling_hash=samples.sampling_hash,
                 )
-                for (asked, first), episodes in zip(missing, played, strict=True)
+                for (samples, first), episodes in zip(missing, played, strict=True)
                 for i, episode in enumerate(episodes)
             )
             progress.update(task, completed=(len(store.samples) - store.n_found) * config.max_tokens)

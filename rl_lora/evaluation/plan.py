@@ -15,7 +15,7 @@ from rl_lora.metrics.records import Record
 from rl_lora.metrics.samples import content_hash
 from rl_lora.policy.policy import Policy
 from rl_lora.rollout.worker import MakeEnv
-from rl_lora.trainer.task import Problem, sources
+from rl_lora.trainer.task import ProblemRecord, sources
 
 AHEAD = 4
 """Rows of a batch of problems for each row that is decoded at a time: how much is lost when the process dies, against
@@ -23,20 +23,20 @@ the rows that wait for the last ones of a batch to end."""
 
 
 @dataclass(frozen=True)
-class Asked:
+class SampleSet:
     """The samples of one problem under one model, which is one adapter (None: the base) with these weights."""
 
     adapter: str | None
     weights: str
     sampling_hash: str
-    problem: Problem
+    problem: ProblemRecord
 
     def key(self, k: int) -> Key:
         """What sample number k is known by: `samples.IDENTITY`."""
         return self.weights, self.sampling_hash, self.problem.hash, k
 
 
-def hash_of(adapter: Adapter) -> str:
+def adapter_hash(adapter: Adapter) -> str:
     """Of all that decides what an adapter computes; its name and its folder do not."""
     return content_hash(adapter.hash(), adapter.ranks, adapter.alphas, adapter.rslora)
 
@@ -63,9 +63,9 @@ def sampling_settings(config: EvaluateConfig, policy: Policy, make_env: MakeEnv)
     }
 
 
-def planned(
-    config: EvaluateConfig, problems: Sequence[Problem], hashes: dict[str, str], sampling_hash: str
-) -> list[list[Asked]]:
+def plan_batches(
+    config: EvaluateConfig, problems: Sequence[ProblemRecord], hashes: dict[str, str], sampling_hash: str
+) -> list[list[SampleSet]]:
     """Batches of equal shares of the problems, each under every model: the same ones when an evaluation goes on, so
     that it comes to the same in any arithmetic. A batch has about AHEAD * max_rows rows; adapters with the same weights
     are one model."""
@@ -73,7 +73,7 @@ def planned(
     order = dict.fromkeys(hashes.values())
     n_batches = max(1, round(len(problems) * len(models) * config.n / (AHEAD * config.max_rows)))
     return [
-        [Asked(models[weights], weights, sampling_hash, problems[i]) for weights in order for i in part]
+        [SampleSet(models[weights], weights, sampling_hash, problems[i]) for weights in order for i in part]
         for part in np.array_split(np.arange(len(problems)), n_batches)
         if len(part)
     ]

@@ -1,4 +1,4 @@
-"""Whose task and base an evaluation takes: what the user says, else what the adapters' runs agree on, else defaults."""
+"""The task and the base of an evaluation: as the user says, else as the adapters' runs agree, else the defaults."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from rl_lora.system.model_names import EMBEDDED_MODEL, canonical
 from rl_lora.system.terminal import in_line
 
 TASK = ("env.id", "env.kwargs", "env_kwargs")
-"""What belongs together: a task of the user's own has nothing of a run's."""
+"""What belongs together: a task that the user names has nothing of a run's."""
 
 
 @dataclass(frozen=True)
-class Whose:
+class ResolvedTask:
     """What is evaluated, and where the task comes from."""
 
     settings: EvaluateConfig
@@ -38,44 +38,46 @@ class Whose:
         return in_line(f"task  {s.env.id}{kwargs}, max_tokens {s.max_tokens}, {s.model.name}: {self.origin}")
 
 
-def whose_task(config: EvaluateConfig, paths: Sequence[str]) -> Whose:
+def resolve_task(config: EvaluateConfig, paths: Sequence[str]) -> ResolvedTask:
     """Fill in what `config` leaves open. `paths`: the adapters that are there.
 
     Raises:
         ValueError: the runs disagree about what is open, or a run's config.yaml cannot be read.
     """
     said = flatten(config)
-    given = {name: value for name, value in said.items() if name in OF_RUN and value is not None}
-    own_task = "env.id" in given
-    records = {shown(record.parent): task_of(record) for path in paths if (record := record_of(adapter_in(Path(path))))}
-    open_names = [name for name in OF_RUN if name not in given and not (own_task and name in TASK)]
-    if "env.kwargs" in given and not own_task:
+    chosen = {name: value for name, value in said.items() if name in OF_RUN and value is not None}
+    user_task = "env.id" in chosen
+    records = {
+        relative(record.parent): task_of(record) for path in paths if (record := record_of(adapter_in(Path(path))))
+    }
+    open_names = [name for name in OF_RUN if name not in chosen and not (user_task and name in TASK)]
+    if "env.kwargs" in chosen and not user_task:
         open_names.append("env.kwargs")  # what is given goes over the run's
     found, wrong = {}, {}
     for name in open_names:
         answers = [task[name] for task in records.values()]
         if answers and all(answer == answers[0] for answer in answers):
             found[name] = answers[0]
-        elif answers and not own_task:
+        elif answers and not user_task:
             wrong[name] = ", ".join(f"{as_typed(task[name])} in {folder}" for folder, task in records.items())
     if wrong:
         what = "; ".join(f"{name}: {each}" for name, each in wrong.items())
         options = " ".join(f"--{name} ..." for name in wrong)
         raise ValueError(f"the runs differ in what they were trained on ({what}): say what to evaluate with {options}")
-    if "model.name" not in given | found and (base := base_of(paths)):
+    if "model.name" not in chosen | found and (base := common_base(paths)):
         found["model.name"] = base
-    values = without_run() | {name: value for name, value in found.items() if value is not None} | given
-    if "env.kwargs" in found and "env.kwargs" in given:
-        values["env.kwargs"] = found["env.kwargs"] | given["env.kwargs"]
+    values = without_run() | {name: value for name, value in found.items() if value is not None} | chosen
+    if "env.kwargs" in found and "env.kwargs" in chosen:
+        values["env.kwargs"] = found["env.kwargs"] | chosen["env.kwargs"]
     values["system_prompt"] = values["system_prompt"] or None
-    if own_task or not records:
-        origin = "as given" if own_task else "the default task"
+    if user_task or not records:
+        origin = "as given" if user_task else "the default task"
     else:
-        origin = f"the task of {', '.join(records)}" + (", with what is given" if given else "")
-    return Whose(with_values(config, values), origin)
+        origin = f"the task of {', '.join(records)}" + (", with what is given" if chosen else "")
+    return ResolvedTask(with_values(config, values), origin)
 
 
-def shown(folder: Path) -> str:
+def relative(folder: Path) -> str:
     """A path as it would be typed here."""
     return str(folder.relative_to(Path.cwd())) if folder.is_relative_to(Path.cwd()) else str(folder)
 
@@ -102,7 +104,7 @@ def task_of(record: Path) -> dict[str, Any]:
     return found | {"model.name": canonical(found["model.name"])}
 
 
-def base_of(paths: Sequence[str]) -> str | None:
+def common_base(paths: Sequence[str]) -> str | None:
     """The base that all adapters were made for, if they say the same one and it is on this machine."""
     bases = {peft_io.base_of(adapter_in(Path(path))) for path in paths}
     if len(bases) != 1:

@@ -11,7 +11,7 @@ import gymnasium as gym
 
 from rl_lora.config import EnvConfig
 from rl_lora.rollout.contract import Env, close, raised
-from rl_lora.rollout.given import resolved
+from rl_lora.rollout.python_objects import resolve_objects
 from rl_lora.rollout.worker import MakeEnv
 from rl_lora.system.user_code import user_frames, user_lines
 
@@ -28,7 +28,7 @@ def environment(config: EnvConfig, **overrides: Any) -> MakeEnv:
     def make() -> Env:
         try:
             # The passive checker would warn about text observations that are fine; `check_env` is for tests.
-            return gym.make(with_module(config.id), disable_env_checker=True, **resolved(kwargs))
+            return gym.make(with_module(config.id), disable_env_checker=True, **resolve_objects(kwargs))
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # SystemExit among them

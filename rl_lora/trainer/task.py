@@ -35,7 +35,7 @@ MOST_NUMBERS = 1024
 
 
 @dataclass(frozen=True)
-class Problem:
+class ProblemRecord:
     """A problem, known by its content: `hash` is of its text, its reference, and what else it is judged by."""
 
     seed: int
@@ -45,7 +45,7 @@ class Problem:
     failed: bool = False
 
 
-def problems_of(make_env: MakeEnv, seeds: Iterable[int]) -> list[Problem]:
+def problems_of(make_env: MakeEnv, seeds: Iterable[int]) -> list[ProblemRecord]:
     """What the environment asks, and the reference that it shows in `info["reference"]`, if it does. What else of the
     data it judges a reply by is its `record`, where it has one."""
     env = make_env()
@@ -54,7 +54,7 @@ def problems_of(make_env: MakeEnv, seeds: Iterable[int]) -> list[Problem]:
         try:
             start = reset_env(env, seed)
         except TaskError as error:  # it is left out when its turn comes
-            problems.append(Problem(seed, None, content_hash(env_id(env), seed, error.reason), failed=True))
+            problems.append(ProblemRecord(seed, None, content_hash(env_id(env), seed, error.reason), failed=True))
             continue
         reference = start.info.get("reference")
         try:
@@ -64,7 +64,7 @@ def problems_of(make_env: MakeEnv, seeds: Iterable[int]) -> list[Problem]:
         record = getattr(env.unwrapped, "record", None)
         more = () if record is None else (record,)
         digest = content_hash(env_id(env), seed, start.observation, reference, *more)
-        problems.append(Problem(seed, reference, digest, start.info.get("demonstration")))
+        problems.append(ProblemRecord(seed, reference, digest, start.info.get("demonstration")))
     close(env)
     return problems
 
@@ -132,7 +132,7 @@ def model_changes(old: dict[str, Any], new: dict[str, Any], name: str) -> list[s
     return changes
 
 
-def _record(problems: list[Problem]) -> dict[str, Any]:
+def _record(problems: list[ProblemRecord]) -> dict[str, Any]:
     """How many there are, and a hash of each; of so many that it would be long, of a few together. A problem that could
     not be asked has none: it may be another time."""
     size = max(1, math.ceil(len(problems) / MAX_HASHES))

@@ -36,8 +36,8 @@ from rl_lora.report.run_summary import finished_at, read_summary, write_results
 from rl_lora.rollout.curriculum import SEED_STRIDE, curriculum_of
 from rl_lora.rollout.demonstrations import Demonstrations
 from rl_lora.rollout.environments import environment
-from rl_lora.rollout.given import in_python, with_given
 from rl_lora.rollout.held_out import evaluate_adapters, held_out
+from rl_lora.rollout.python_objects import in_python, with_objects
 from rl_lora.rollout.shaping import shaped
 from rl_lora.rollout.source import GroupSource
 from rl_lora.rollout.worker import RolloutWorker
@@ -84,7 +84,7 @@ def train(config: TrainConfig, *, reward: Any = None, data: Any = None, eval_dat
             loaded wherever it can be known before.
         FileError: the disk is full, say. What is there is whole, and can be resumed.
     """
-    config = with_base(replace(config, env=with_given(config.env, reward, data, eval_data)))
+    config = with_base(replace(config, env=with_objects(config.env, reward, data, eval_data)))
     run_dir = Path(config.run_dir)
     display = RunDisplay(is_first_process())
     if config.resume and is_finished(config, display):

@@ -23,7 +23,7 @@ import rl_lora.envs  # noqa: F401
 from rl_lora import EvaluateConfig, Policy, evaluate, save_adapter
 from rl_lora.config import EnvConfig, ModelConfig
 from rl_lora.envs.text import SingleTurnEnv
-from rl_lora.evaluation.candidates import named, stand_ins
+from rl_lora.evaluation.candidates import adapter_folders, path_notes
 from rl_lora.evaluation.sample_store import SampleStore, key_of, read_samples
 from rl_lora.rollout.worker import EpisodeRequest, RolloutWorker
 from rl_lora.scripts.command import parse
@@ -415,9 +415,9 @@ def test_what_stands_for_something_else_in_the_table_is_said(models: Path, tmp_p
     shutil.copytree(models / "a", run / "checkpoints" / "step-000005" / "adapter")
     (run / "checkpoints" / "step-000005" / "state.json").write_text("{}")
     paths = [str(models / "b"), str(run / "checkpoints" / "step-000005"), str(models / "b")]
-    folders = named(paths)
-    assert list(stand_ins(paths, folders)) == [f"{models / 'b'} stands for b, and is shown once"]
-    assert list(stand_ins([str(models / "b")], named([str(models / "b")]))) == []
+    folders = adapter_folders(paths)
+    assert list(path_notes(paths, folders)) == [f"{models / 'b'} stands for b, and is shown once"]
+    assert list(path_notes([str(models / "b")], adapter_folders([str(models / "b")]))) == []
 
 
 def test_a_chosen_row_is_compared_with_and_shown(config: EvaluateConfig, capsys: pytest.CaptureFixture[str]) -> None:

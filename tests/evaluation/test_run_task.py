@@ -14,7 +14,7 @@ import yaml
 import rl_lora.envs  # noqa: F401
 from rl_lora import EvaluateConfig, Policy, evaluate, save_adapter, train
 from rl_lora.config import EnvConfig, EpisodeConfig, ModelConfig, RolloutConfig, TrainConfig, model_of_run
-from rl_lora.evaluation.run_task import whose_task
+from rl_lora.evaluation.run_task import resolve_task
 from rl_lora.report.next_command import next_command
 from rl_lora.scripts.options import parse
 from rl_lora.settings.dotted import flatten
@@ -55,7 +55,7 @@ def other_run(run: TrainConfig, folder: Path, **changes: Any) -> str:
 
 def settings(*args: str) -> EvaluateConfig:
     config = parse(EvaluateConfig, list(args))
-    return whose_task(config, config.adapters).settings
+    return resolve_task(config, config.adapters).settings
 
 
 @pytest.mark.parametrize("part", ["", "adapter", "checkpoints/step-000001", "checkpoints/step-000001/adapter"])
@@ -85,7 +85,7 @@ def test_what_is_said_wins_also_where_it_is_the_default(run: TrainConfig, args: 
 
 def test_in_python_too_what_is_given_wins_and_the_rest_is_the_runs(run: TrainConfig) -> None:
     config = EvaluateConfig(adapters=[run.run_dir], model=ModelConfig(name=run.model.name), max_tokens=16)
-    found = whose_task(config, config.adapters).settings
+    found = resolve_task(config, config.adapters).settings
     assert (found.model.stop_tokens, found.max_tokens, found.env) == ([], 16, run.env)
 
 
@@ -129,7 +129,7 @@ def test_without_adapters_the_defaults_hold() -> None:
 
 def test_a_part_of_the_base_may_be_given_in_python(run: TrainConfig) -> None:
     config = EvaluateConfig([run.run_dir], model=model_of_run(stop_tokens=["8"]))
-    found = whose_task(config, config.adapters).settings
+    found = resolve_task(config, config.adapters).settings
     assert (found.model.name, found.model.stop_tokens, found.max_tokens) == (run.model.name, ["8"], 5)
 
 

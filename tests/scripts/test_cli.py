@@ -16,7 +16,7 @@ import yaml
 
 import rl_lora
 from rl_lora.config import EvaluateConfig, TrainConfig
-from rl_lora.evaluation.candidates import named, other_task
+from rl_lora.evaluation.candidates import adapter_folders, other_task
 from rl_lora.scripts.cli import main
 from rl_lora.scripts.command import parse, run
 from rl_lora.settings.dotted import flatten
@@ -309,7 +309,7 @@ def test_a_run_folder_stands_for_its_adapter_or_its_last_checkpoint_and_names_st
     done, going, elsewhere = tmp_path / "done", tmp_path / "going", tmp_path / "x" / "done"
     for folder in (done / "adapter", going / "checkpoints" / "step-000007" / "adapter", elsewhere):
         folder.mkdir(parents=True)
-    assert named([str(done), str(going), str(elsewhere)]) == {
+    assert adapter_folders([str(done), str(going), str(elsewhere)]) == {
         f"{tmp_path.name}/done": done / "adapter",
         "step-000007": going / "checkpoints" / "step-000007" / "adapter",
         "x/done": elsewhere,

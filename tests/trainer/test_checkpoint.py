@@ -20,8 +20,7 @@ from rl_lora.envs import Problem, SingleTurnEnv
 from rl_lora.metrics.records import MetricsFile
 from rl_lora.system import files
 from rl_lora.trainer.checkpoint import Checkpoints
-from rl_lora.trainer.task import Problem as Known
-from rl_lora.trainer.task import _record, problems_of, task_changes
+from rl_lora.trainer.task import ProblemRecord, _record, problems_of, task_changes
 from rl_lora.trainer.trainer import train
 from tests import ROOT
 from tests.tiny import tiny_folder, tiny_model
@@ -380,7 +379,7 @@ def test_a_column_that_the_reward_reads_belongs_to_the_problem_and_others_do_not
 
 def test_a_problem_that_cannot_be_asked_at_the_moment_is_no_change_of_the_task() -> None:
     def record(failing: set[int], n: int = 5, changed: int | None = None) -> dict[str, Any]:
-        part = _record([Known(i, None, f"{i} {i == changed}", failed=i in failing) for i in range(n)])
+        part = _record([ProblemRecord(i, None, f"{i} {i == changed}", failed=i in failing) for i in range(n)])
         return {"environment": "e", "reward": "r", "problems": part, "held_out": part}
 
     assert task_changes(record({1}), record({2}), "E") == []

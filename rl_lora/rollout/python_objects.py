@@ -1,7 +1,7 @@
 """Reward functions and rows that a script hands to `train` or `evaluate`, where a configuration could only name them.
 
 The configuration holds a text in their place, so that a run can be written down. Whether a resumed run is given the
-same again is `task.py`'s business, which knows problems and code by their content.
+same again is what `trainer/task.py` finds out, which knows problems and code by their content.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ OBJECTS: dict[str, Any] = {}
 """What this process was given, by the text in its place."""
 
 
-def with_given(env: EnvConfig, reward: Any = None, data: Any = None, eval_data: Any = None) -> EnvConfig:
+def with_objects(env: EnvConfig, reward: Any = None, data: Any = None, eval_data: Any = None) -> EnvConfig:
     """The environment's configuration with these as its arguments `reward`, `path` and `eval_path`; where there are
     data and no environment but the default, that of `PROMPTS`."""
-    given = {"reward": reward, "path": data, "eval_path": eval_data}
-    named = {name: _named(value, name) for name, value in given.items() if value is not None}
+    objects = {"reward": reward, "path": data, "eval_path": eval_data}
+    named = {name: _named(value, name) for name, value in objects.items() if value is not None}
     if not named:
         return env
     prompts = data is not None and env.id == EnvConfig().id
     return replace(env, id=PROMPTS if prompts else env.id, kwargs={**env.kwargs, **named})
 
 
-def resolved(kwargs: dict[str, Any]) -> dict[str, Any]:
+def resolve_objects(kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of an environment, what was given in place of its text. Raises ValueError for what was not."""
     for name, value in kwargs.items():
         if isinstance(value, str) and value.startswith(PREFIX) and value not in OBJECTS:
@@ -47,10 +47,10 @@ def resolved(kwargs: dict[str, Any]) -> dict[str, Any]:
 def in_python(env: EnvConfig, adapter: str) -> str | None:
     """The call that evaluates an adapter on the task of a run, where a command could not name the task."""
     names = {"reward": "reward", "path": "data", "eval_path": "eval_data"}
-    given = [name for name in names if str(env.kwargs.get(name, "")).startswith(PREFIX)]
-    if not given:
+    found = [name for name in names if str(env.kwargs.get(name, "")).startswith(PREFIX)]
+    if not found:
         return None
-    arguments = ", ".join(f"{names[name]}=..." for name in given)
+    arguments = ", ".join(f"{names[name]}=..." for name in found)
     return f"rl_lora.evaluate(rl_lora.EvaluateConfig(adapters=[{adapter!r}], ...), {arguments})"
 
 

@@ -53,7 +53,7 @@ def test_a_function_and_rows_are_trained_on_and_the_run_is_the_same_from_a_file(
     written = yaml.safe_load((run_dir / "config.yaml").read_text())["env"]
     assert written["id"] == "rl_lora/Prompts-v0"
     assert written["kwargs"] == {
-        "reward": "given in Python: the reward tests.rollout.test_given.length",
+        "reward": "given in Python: the reward tests.rollout.test_python_objects.length",
         "path": "given in Python: 20 rows of path",
     }
     sources = {"generator": (row for row in ROWS), "tuple": tuple(ROWS)}
@@ -62,7 +62,7 @@ def test_a_function_and_rows_are_trained_on_and_the_run_is_the_same_from_a_file(
         assert len(records(tmp_path / name)) == len(records(run_dir))
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(f"{__import__('json').dumps(row)}\n" for row in ROWS))
-    rl_lora.train(tiny(model, tmp_path / "file"), reward="tests.rollout.test_given:length", data=file)
+    rl_lora.train(tiny(model, tmp_path / "file"), reward="tests.rollout.test_python_objects:length", data=file)
     assert records(tmp_path / "file") == records(run_dir)
 
 
