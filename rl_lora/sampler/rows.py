@@ -66,7 +66,7 @@ class Row:
         return np.random.Generator(np.random.Philox(sequence)).random(self.request.max_tokens, dtype=np.float32)
 
 
-OF_ROWS = ("temperature", "limit", "n", "stop_ids", "uniforms", "tokens", "logprobs")
+OF_ROWS = ("temperature", "limit", "n", "stop_set", "uniforms", "tokens", "logprobs")
 """Tensors of `SamplingState` that are set when a row starts."""
 
 
@@ -78,8 +78,9 @@ class SamplingState:
         self.sample_from = InverseCDF(policy.head)
         self.hidden = torch.empty(0, policy.head.weight.shape[1], dtype=policy.dtype, device=device)
         self.temperature = torch.empty(0, device=device)
-        self.limit, self.n = torch.empty(2, 0, dtype=torch.int64, device=device)
-        self.stop_ids = torch.empty(0, 0, dtype=torch.int64, device=device)  # (R, S), filled up with -1
+        self.limit, self.n, self.stop_set = torch.empty(3, 0, dtype=torch.int64, device=device)
+        self.is_stop = torch.empty(0, len(policy.head.weight), dtype=torch.bool, device=device)  # (sets, V)
+        self.stop_sets: dict[frozenset[int], int] = {}
         self.uniforms = torch.empty(0, 0, device=device)  # (R, T)
         self.tokens = torch.empty(0, 1, dtype=torch.int64, device=device)  # (R, T + 1); the last column takes anything
         self.logprobs = torch.empty(0, 1, device=device)
@@ -109,11 +110,7 @@ class SamplingState:
         self.plain = self.plain and all(row.request.temperature == 1 for row in rows)
         self.limit[at] = torch.tensor([row.request.max_tokens for row in rows], device=device)
         self.n[at] = 0
-        stop_ids = np.full((len(rows), self.stop_ids.shape[1]), -1)
-        for i, row in enumerate(rows):
-            own = self._stop_ids(row)
-            stop_ids[i, : len(own)] = sorted(own)
-        self.stop_ids[at] = torch.from_numpy(stop_ids).to(device)
+        self.stop_set[at] = torch.tensor([self._stop_set(row) for row in rows], device=device)
         uniforms = np.zeros((len(rows), T), np.float32)
         for i, row in enumerate(rows):
             uniforms[i, : row.request.max_tokens] = row.uniforms()
@@ -122,13 +119,21 @@ class SamplingState:
     def _stop_ids(self, row: Row) -> frozenset[int]:
         return self.policy.chat.stop_ids if row.request.stop_ids is None else row.request.stop_ids
 
+    def _stop_set(self, row: Row) -> int:
+        """The row of `is_stop` that says which tokens end this row's completion."""
+        ids = self._stop_ids(row)
+        if ids not in self.stop_sets:
+            self.stop_sets[ids] = len(self.stop_sets)
+            is_stop = self.is_stop.new_zeros(1, self.is_stop.shape[1])
+            is_stop[0, [i for i in ids if i < is_stop.shape[1]]] = True  # a tokenizer may know more than the head
+            self.is_stop = torch.cat([self.is_stop, is_stop])
+        return self.stop_sets[ids]
+
     def _widen(self, rows: Sequence[Row]) -> None:
-        """Make room for the tokens and the stop tokens of new requests."""
+        """Make room for the tokens of new requests."""
         if (more := max(row.request.max_tokens for row in rows) - self.uniforms.shape[1]) > 0:
             for name in ("uniforms", "tokens", "logprobs"):
                 setattr(self, name, torch.nn.functional.pad(getattr(self, name), (0, more)))
-        if (more := max(len(self._stop_ids(row)) for row in rows) - self.stop_ids.shape[1]) > 0:
-            self.stop_ids = torch.nn.functional.pad(self.stop_ids, (0, more), value=-1)
 
     def keep(self, rows: Tensor) -> None:
         for name in ("hidden", *OF_ROWS):
@@ -145,7 +150,7 @@ class SamplingState:
         self.tokens.scatter_(1, torch.where(running[:, None], at, self.tokens.shape[1] - 1), sampled[:, None])
         self.logprobs.scatter_(1, torch.where(running[:, None], at, self.tokens.shape[1] - 1), logprob[:, None])
         self.n += running
-        return sampled, running & ~(sampled[:, None] == self.stop_ids).any(1) & (self.n < self.limit)
+        return sampled, running & ~self.is_stop[self.stop_set, sampled] & (self.n < self.limit)
 
     def completion(self, place: int, row: Row) -> Completion:
         n = int(self.n[place])
