@@ -1,4 +1,4 @@
-"""Where samplers are made: the one place that chooses what turns requests into completions."""
+"""The one place that makes samplers, and so the one to choose them in."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rl_lora.sampler.protocol import Sampler
 def make_sampler(policy: Policy, config: EpisodeConfig, *, compile: bool = False) -> Sampler:
     """The sampler of a policy, with the limits of a configuration.
 
-    `compile`: run decoding steps with compiled layers. `should_compile` decides, best before the policy is loaded.
+    `compile`: run decode steps with compiled layers. `should_compile` decides, best before the policy is loaded.
     """
     return NativeSampler(
         policy,

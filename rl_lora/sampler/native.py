@@ -1,9 +1,9 @@
 """The native sampler: completions sampled with the policy's own forward.
 
-Prompts are prefilled once for all their completions, what they begin with once for all prompts; finished rows make room
-for waiting ones, and a conversation goes on in its row. Every row has its own stream of uniform numbers, so what it
-samples does not depend on its neighbours. The distribution is never filtered (top-k, top-p): the log-probabilities
-returned are those of what was sampled from, and of what is learned.
+A prompt is prefilled once for all its completions, and a prefix that prompts share once for all of them. Finished rows
+make room for waiting ones, and a conversation goes on in its row. Every row has its own stream of uniform numbers, so
+its tokens do not depend on its neighbours. The distribution is never filtered (top-k, top-p): the log-probabilities
+returned are those of the distribution that is sampled from, and that is learned.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rl_lora.system.memory import budget
 
 
 class NativeSampler:
-    """Samples from the policy itself: it reads the adapters that the learner writes, nothing is synchronised.
+    """The engine that samples from the policy itself: it reads the adapters that the learner writes, without a copy.
 
     Args:
         max_rows: completions that are decoded at a time.
@@ -32,7 +32,7 @@ class NativeSampler:
             `max_rows` alone.
         check_every: tokens between looks at which rows have finished: by default 8 on a GPU, which each look makes
             wait, else 1. Models that cannot share prompts are looked at after each token.
-        compiled: what decoding steps run in place of the policy's layers; None: the layers.
+        compiled: layers that decode steps run in place of the policy's; None: the policy's.
     """
 
     def __init__(
@@ -116,6 +116,7 @@ class NativeSampler:
             )
 
     def _check(self, request: Request) -> None:
+        """Raises ValueError for a request that cannot be served."""
         if not request.temperature >= 0:
             raise ValueError(f"temperature must be >= 0, got {request.temperature}")
         if request.max_tokens < 1 or request.n < 1 or not request.prompt_ids:

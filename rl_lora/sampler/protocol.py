@@ -58,8 +58,8 @@ class Later:
 
 
 Follow = Callable[[int, int, Completion], Request | Later | None]
-"""Told completion k of request i as soon as it ends; may answer with what is asked for next, n = 1, such as the next
-turn of a conversation. Its completion comes under the same i and k."""
+"""Called with i, k and completion k of request i as soon as it ends. May answer with the next request, of n = 1, such
+as the next turn of a conversation; its completion comes under the same i and k."""
 
 
 class Sampler(Protocol):

@@ -47,13 +47,15 @@ Finish = Callable[[Job, int, Completion], Next]
 
 
 class Row:
-    """One completion in the making, and the conversation it goes on from."""
+    """A row of the batch: completion number `place` of a job, and the conversation that it goes on from."""
 
     def __init__(self, job: Job, place: int):
         self.job, self.place = job, place
         self.adapter = job.request.adapter
-        self.ids = job.request.prompt_ids  # what the row's keys and values are of, but for the last token sampled
-        self.base = len(self.ids)  # how many of those are the prompt's that the row came in with
+        self.ids = job.request.prompt_ids
+        """Tokens that the row has keys and values of, and the last one that was sampled."""
+        self.base = len(self.ids)
+        """How many of them were its first prompt."""
         self.finished = False
 
     @property
@@ -61,6 +63,7 @@ class Row:
         return self.job.request
 
     def uniforms(self) -> np.ndarray:
+        """One uniform random number for each token, float32 (max_tokens,), from the seed alone."""
         seed = self.request.seed if isinstance(self.request.seed, tuple) else (self.request.seed,)
         sequence = np.random.SeedSequence((*seed, self.job.first + self.place))
         return np.random.Generator(np.random.Philox(sequence)).random(self.request.max_tokens, dtype=np.float32)
@@ -97,7 +100,7 @@ class SamplingState:
         self._start(range(R, R + len(rows)), rows)
 
     def restart(self, places: Sequence[int], rows: Sequence[Row], hidden: Tensor) -> None:
-        """Rows that go on with a new request."""
+        """Rows at these places go on with a new request."""
         self._widen(rows)
         self.hidden[torch.tensor(places, device=hidden.device)] = hidden
         self._start(places, rows)
@@ -136,6 +139,7 @@ class SamplingState:
                 setattr(self, name, torch.nn.functional.pad(getattr(self, name), (0, more)))
 
     def keep(self, rows: Tensor) -> None:
+        """Go on with these rows, int64 (R',)."""
         for name in ("hidden", *OF_ROWS):
             setattr(self, name, getattr(self, name)[rows])
 
@@ -153,6 +157,7 @@ class SamplingState:
         return sampled, running & ~self.is_stop[self.stop_set, sampled] & (self.n < self.limit)
 
     def completion(self, place: int, row: Row) -> Completion:
+        """The tokens of the row at a place. Raises FloatingPointError if the model gave no finite probabilities."""
         n = int(self.n[place])
         tokens, logprobs = self.tokens[place, :n].tolist(), self.logprobs[place, :n].tolist()
         if not all(map(math.isfinite, logprobs)):

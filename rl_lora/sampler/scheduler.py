@@ -1,6 +1,7 @@
-"""Which rows are decoded together: requests wait, are admitted, and their rows leave.
+"""The schedulers of the native sampler: which rows are decoded together, when they come in and when they leave.
 
-`ContinuousScheduler` keeps the batch full; `StaticScheduler` does for models that cannot share prompts.
+`ContinuousScheduler` fills the places of finished rows while others are decoded. `StaticScheduler` is for models that
+cannot share prompts.
 """
 
 from __future__ import annotations
@@ -23,20 +24,25 @@ from rl_lora.sampler.cuda_graph import RecordedStep, StepRecorder
 from rl_lora.sampler.rows import Finish, Job, Next, Row, SamplingState
 
 TURNOVER = 0.2
-"""Share of the rows that must stand still before next turns, or other prompts in their place, are read in."""
+"""Share of the rows that must have finished before next turns, or other prompts in their place, are prefilled."""
 LEAVING = {"cpu": 0.05, "cuda": 0.2}
-"""Share of the rows that must be done with before the others close up: on a CPU that costs less than what a step
-computes for them in vain; a GPU has to record its steps anew."""
+"""Share of the rows that must have finished for good before they are removed. On a CPU removing them soon costs less
+than computing them in vain; a GPU has to record its decode steps anew."""
 PREFILL_TOKENS = 4096
-"""Prompt tokens that are read in at a time."""
+"""Prompt tokens of one prefill, at most."""
 
 
 class ContinuousScheduler:
-    """One call of `generate`: rows come, sample, and leave.
+    """One call of `generate`, by continuous batching.
 
     Each round samples `check_every` tokens a row and then looks which rows have finished. Their completions are handed
-    over, and either the row has another turn or it is done with; it stands still while that is not known. When enough
-    rows stand still, they are moved out, and new prompts and next turns are read in.
+    over. A finished row stays in the batch while its next turn is unknown or waits. When enough rows have finished,
+    those without a next turn are removed, and new prompts and next turns are prefilled.
+
+    Args:
+        finish: called with each completion; answers with what comes next.
+        max_bytes: of keys and values.
+        compiled, recorder: see `NativeSampler`.
     """
 
     def __init__(
@@ -56,22 +62,22 @@ class ContinuousScheduler:
         self.max_rows, self.max_bytes, self.check_every, self.compiled = max_rows, max_bytes, check_every, compiled
         self.waiting = deque(part for job in jobs for part in job.split(self.max_rows))
         self.rows: list[Row] = []
-        self.asked: dict[Row, Next] = {}
-        """Rows of which it is not known yet what comes next."""
+        self.unanswered: dict[Row, Next] = {}
+        """Finished rows whose next turn, if there is one, is not known yet."""
         self.turns: dict[Row, Job] = {}
-        """Next turns that wait to be read in, by the row that they go on in."""
+        """Next turns that wait for their prefill, by the row that they go on in."""
         self.state = SamplingState(self.policy)
         self.decode = DecodeCache(self.policy.device)
         self.prefixes: list[Prefix] = []
         self.recorded = RecordedStep(recorder, partial(self.decode.advance_device, -1))
 
     def run(self) -> None:
-        self._read_prefixes()
+        self._prefill_shared()
         while self.rows or self.waiting:
-            self._arrive()
-            if self._stands():
-                next(iter(self.asked.values())).wait()
-                self._hear()
+            self._fill()
+            if self._is_blocked():
+                next(iter(self.unanswered.values())).wait()
+                self._collect_answers()
                 self._compact(self.state.n)
                 continue
             running = torch.tensor([not row.finished for row in self.rows], device=self.policy.device)
@@ -79,63 +85,63 @@ class ContinuousScheduler:
             for i in range(self.check_every):
                 sampled, running = self.state.sample(running)
                 if i + 1 < self.check_every:
-                    self._step(sampled)
-            self._retire(running.tolist())
+                    self._decode_step(sampled)
+            self._hand_over(running.tolist())
             self.on_token(int(self.state.n.sum()) - n_before)
             sampled = self._compact(sampled)
             if not all(row.finished for row in self.rows):
-                self._step(sampled)
-            self._settle()
+                self._decode_step(sampled)
+            self._forget_padding()
 
-    def _step(self, tokens: Tensor) -> None:
-        """Read one token a row, (R,)."""
+    def _decode_step(self, tokens: Tensor) -> None:
+        """Decode one token of each row, int64 (R,), and keep the hidden states that its next one is sampled from."""
         self.decode.make_room()
-        self.state.hidden = self.recorded(self._read, tokens, self.decode.arrangement)
+        self.state.hidden = self.recorded(self._forward, tokens, self.decode.arrangement)
         self.decode.advance_host()
 
-    def _read(self, tokens: Tensor) -> Tensor:
+    def _forward(self, tokens: Tensor) -> Tensor:
         """The device's part of a step: (R,) -> (R, d)."""
-        positions = self.decode.begin().clamp_max(self.policy.context_length - 1)  # rows that stand still run past it
+        positions = self.decode.begin().clamp_max(self.policy.context_length - 1)  # finished rows run past it
         adapters = [row.adapter for row in self.rows]
         with nullcontext() if self.compiled is None else self.compiled.stepping(self.decode, adapters):
             hidden = self.policy.hidden(tokens[:, None], adapters, self.decode, positions, self.decode)
         self.decode.advance_device()
         return hidden[:, 0]
 
-    def _retire(self, running: Sequence[bool]) -> None:
-        """Hand over the completions that have ended."""
+    def _hand_over(self, running: Sequence[bool]) -> None:
+        """Hand over the completions that have ended: those of rows that are not `running` any more."""
         for place, (row, runs) in enumerate(zip(self.rows, running, strict=True)):
             if runs or row.finished:
                 continue
             row.finished = True
             completion = self.state.completion(place, row)
             row.ids = row.ids + completion.token_ids
-            self.asked[row] = self.finish(row.job, row.place, completion)
-        self._hear()
+            self.unanswered[row] = self.finish(row.job, row.place, completion)
+        self._collect_answers()
 
-    def _hear(self) -> None:
-        """What comes next of the rows of which it is known by now."""
-        for row in [row for row, following in self.asked.items() if following.done()]:
-            if (job := self.asked.pop(row).job()) is not None:
+    def _collect_answers(self) -> None:
+        """Take the next turns that are known by now."""
+        for row in [row for row, following in self.unanswered.items() if following.done()]:
+            if (job := self.unanswered.pop(row).job()) is not None:
                 ids = job.request.prompt_ids
                 if job.request.adapter == row.adapter and len(ids) > len(row.ids) and ids[: len(row.ids)] == row.ids:
                     self.turns[row] = job
                 else:
                     self.waiting.append(job)
 
-    def _stands(self) -> bool:
-        """Whether nothing can be sampled before it is known what comes next."""
-        return bool(self.asked) and all(row.finished for row in self.rows)
+    def _is_blocked(self) -> bool:
+        """Whether no row can go on before a next turn is known."""
+        return bool(self.unanswered) and all(row.finished for row in self.rows)
 
-    def _idle(self) -> bool:
-        """Whether enough rows stand still for others to take their place, apart from those that cannot go on yet."""
-        still = sum(row.finished for row in self.rows) - len(self.asked)
-        n = len(self.rows) - len(self.asked)
-        return still == n or still >= TURNOVER * n
+    def _turnover_is_due(self) -> bool:
+        """Whether enough rows have finished for others to take their places, apart from rows without an answer."""
+        finished = sum(row.finished for row in self.rows) - len(self.unanswered)
+        n = len(self.rows) - len(self.unanswered)
+        return finished == n or finished >= TURNOVER * n
 
     def _compact(self, sampled: Tensor) -> Tensor:
-        """Move out rows that are done with; the tokens sampled by those that stay."""
-        keep = [i for i, row in enumerate(self.rows) if not row.finished or row in self.turns or row in self.asked]
+        """Remove rows that have finished for good; returns the tokens of the others."""
+        keep = [i for i, row in enumerate(self.rows) if not row.finished or row in self.turns or row in self.unanswered]
         least = LEAVING.get(sampled.device.type, LEAVING["cuda"])
         if len(self.rows) - len(keep) < max(1, least * len(self.rows)):
             return sampled
@@ -145,16 +151,16 @@ class ContinuousScheduler:
         self.state.keep(index)
         return sampled[index]
 
-    def _settle(self) -> None:
-        """Rows that stand still have not read the tokens that they were given to keep the batch whole."""
+    def _forget_padding(self) -> None:
+        """Take back the tokens that finished rows were given to keep the batch whole."""
         for place, row in enumerate(self.rows):
             if row.finished:
                 self.decode.set_back(place, len(row.ids) - row.base - 1)
 
-    def _arrive(self) -> None:
-        """Read in next turns and new prompts, where rows stand still or are missing."""
-        if self.turns and self._idle():
-            self._take_turns()
+    def _fill(self) -> None:
+        """Prefill next turns and new prompts, where there are finished rows and free places."""
+        if self.turns and self._turnover_is_due():
+            self._start_turns()
         free = self.max_rows - len(self.rows)
         if self.waiting and (not self.rows or free >= TURNOVER * self.max_rows):
             jobs: list[Job] = []
@@ -165,7 +171,7 @@ class ContinuousScheduler:
                 self._admit(jobs)
 
     def _fits(self, jobs: Sequence[Job]) -> bool:
-        """Whether these can come in beside what is there; a first one always can."""
+        """Whether the keys and values of these fit beside those that are there; a first one always does."""
         if len(jobs) == 1 and not self.rows:
             return True
         rows = len(self.rows) + sum(len(job.of) for job in jobs)
@@ -204,15 +210,15 @@ class ContinuousScheduler:
         assert nodes is not None
         return nodes, torch.cat(hiddens)
 
-    def _read_prefixes(self) -> None:
-        """Prefill what prompts of the same adapter begin with in common."""
+    def _prefill_shared(self) -> None:
+        """Prefill the prefixes that prompts of an adapter share."""
         self.prefixes = find_shared_prefixes((job.request.adapter, job.request.prompt_ids) for job in self.waiting)
         if self.prefixes:
             self.decode.prefixes, _ = self._prefill(self.prefixes, [0] * len(self.prefixes))
             self.decode.prefixes.append_empty()  # for prompts that begin otherwise
 
-    def _take_turns(self) -> None:
-        """Read in what is new in the next turns of conversations: the last token sampled, and what came in reply."""
+    def _start_turns(self) -> None:
+        """Prefill the new tokens of next turns: the last one sampled, and the reply of the environment."""
         places = [place for place, row in enumerate(self.rows) if row in self.turns]
         rows = [self.rows[place] for place in places]
         new = []
@@ -246,9 +252,9 @@ def _parts(lengths: Sequence[int], budget: int) -> list[slice]:
 
 
 class StaticScheduler:
-    """The same for architectures that our attention does not cover: the model's own attention and cache.
+    """The same by static batching, for architectures that need their own attention and cache.
 
-    Without our own mask, rows of a batch need prompts of one length, and nobody comes in before all have left.
+    Their masks allow prompts of one length in a batch, and no row comes in before all have left.
     """
 
     def __init__(
@@ -260,12 +266,12 @@ class StaticScheduler:
     def run(self) -> None:
         while self.waiting:
             jobs = sorted(self.waiting, key=lambda job: len(job.request.prompt_ids))
-            asked: list[Next] = []
+            unanswered: list[Next] = []
             for _, alike in itertools.groupby(jobs, key=lambda job: len(job.request.prompt_ids)):
                 rows = [Row(job, place) for job in alike for place in range(len(job.of))]
                 for i in range(0, len(rows), self.max_rows):
-                    asked += self._batch(rows[i : i + self.max_rows])
-            self.waiting = [job for following in asked if (job := following.job()) is not None]
+                    unanswered += self._batch(rows[i : i + self.max_rows])
+            self.waiting = [job for following in unanswered if (job := following.job()) is not None]
 
     def _batch(self, rows: Sequence[Row]) -> list[Next]:
         """Sample completions of prompts of one length, and hand them over."""
