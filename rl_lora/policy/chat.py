@@ -79,7 +79,7 @@ class Chat:
                 "the model's chat template has no generation prompt: rendered with and without one, a conversation is "
                 f"the same text, and the model has to write {beginning!r} itself before it replies; give the tokenizer "
                 "a template that ends with it where add_generation_prompt is set",
-                stacklevel=4,
+                stacklevel=1,  # here, so that the second `Chat` of a run does not warn again
             )
         ids, text = self._encode(end), end.strip()
         token = next((i for i in ids if i in self._units or i in self._exact_ids), None)
@@ -94,7 +94,7 @@ class Chat:
                 f"the model's chat template ends a reply with {text!r}, which is {len(alone)} tokens of this model: "
                 "replies do not stop there, and demonstrations do not end with it; name a single token that ends a "
                 "reply in --model.stop_tokens",
-                stacklevel=4,
+                stacklevel=1,  # here, so that the second `Chat` of a run does not warn again
             )
 
     def start(self, observation: str, system_prompt: str | None = None, messages: Messages | None = None) -> list[int]:

@@ -52,11 +52,14 @@ def plot_accuracy(runs: list[str], out: str) -> None:
 
 
 def curve_of(folder: Path) -> Curve:
-    """What a run folder has to draw. Raises ValueError if that is nothing."""
-    records = MetricsFile(folder / "metrics.jsonl").read("eval")
-    records = [record for record in records if record["accuracy"] is not None]
+    """The evaluations of a run folder. Raises ValueError if there are none with an accuracy."""
+    metrics = MetricsFile(folder / "metrics.jsonl")
+    if not metrics.path.is_file():
+        raise ValueError(f"{folder} is not the folder of a run (--run_dir): {metrics.path.name} is not there")
+    records = [record for record in metrics.read("eval") if record["accuracy"] is not None]
     if not records:
-        raise ValueError(f"{folder} holds no evaluation with an accuracy: it must be the folder of a run (--run_dir)")
+        why = "no evaluation yet" if not metrics.read("eval") else "no accuracy: its environment gives no verdicts"
+        raise ValueError(f"there is nothing to draw of {folder}, which holds {why}")
     before: list[Path] = []
     while (parent := parent_of(before[-1] if before else folder)) is not None:
         before.append(parent)
@@ -108,7 +111,7 @@ def draw(curves: list[Curve]) -> Figure:
         )
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_ylabel("accuracy, held out (95 %)")
+    axes.set_ylabel("held-out accuracy (95 % interval)")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
     axes.grid(alpha=0.3)

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rl_lora.metrics.records import Record
-from rl_lora.report.formats import formatted, p_value
+from rl_lora.report.formats import formatted, p_value, signed
 from rl_lora.system.terminal import Terminal, in_line
 
 Column = Callable[[Record], str]
@@ -63,7 +63,7 @@ def _interval(row: Record) -> str:
 
 
 def _versus(name: str) -> Column:
-    return lambda row: "–" if row[name] is None else f"{100 * row[name]['value']:+.1f}"
+    return lambda row: "–" if row[name] is None else signed(row[name]["value"])
 
 
 def _p(name: str) -> Column:

@@ -26,7 +26,7 @@ from rich.text import Text
 
 from rl_lora.config import TrainConfig
 from rl_lora.metrics.records import Record
-from rl_lora.report.formats import formatted
+from rl_lora.report.formats import formatted, points, signed
 from rl_lora.settings.algorithm import objective_of
 from rl_lora.system.terminal import Terminal, counted, in_line, visible
 from rl_lora.types import Group
@@ -261,8 +261,8 @@ def result_lines(summary: dict[str, Any]) -> Iterator[str]:
         if summary[when]:
             yield f"  {when:<6}  {held_out_line(summary[when])}"
     if gain := summary.get("change"):
-        ends = f"{100 * gain['low']:+.1f} to {100 * gain['high']:+.1f}"
-        yield f"  change  {100 * gain['difference']:+.1f} points (95 %: {ends}), paired by problem"
+        ends = points(gain["low"], gain["high"])
+        yield f"  change  {signed(gain['difference'])} points (95 %: {ends}), paired by problem"
     first, last = summary["reward_first"], summary["reward_last"]
     if first is not None or last is not None:  # demonstrations have none
         ends = f"{formatted(first, '.3f')} in the first step, {formatted(last, '.3f')} in the last"
