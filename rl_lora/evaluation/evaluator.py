@@ -28,6 +28,7 @@ from rl_lora.lora.peft_io import base_of, load_adapter
 from rl_lora.metrics.records import Record
 from rl_lora.metrics.samples import content_hash
 from rl_lora.policy.default_choice import settled
+from rl_lora.policy.inspection import inspect_model
 from rl_lora.policy.policy import Policy
 from rl_lora.report.evaluation_page import evaluation_page
 from rl_lora.report.evaluation_table import show
@@ -42,7 +43,6 @@ from rl_lora.system import files
 from rl_lora.system import finite_json as json
 from rl_lora.system.distributed import no_accelerator
 from rl_lora.system.terminal import Terminal, in_line
-from rl_lora.trainer.preflight import check_model
 from rl_lora.trainer.task import ProblemRecord, problems_of
 
 
@@ -112,7 +112,7 @@ def prepare(config: EvaluateConfig, paths: Sequence[str], console: Terminal) -> 
     notes = [note for folder in folders.values() for note in mismatches(folder, config)]
     make_env, seeds = held_out(config.env, config.env_kwargs, config.limit)
     problems = problems_of(make_env, seeds)
-    chat, context_length = check_model(config.model)
+    chat, context_length = inspect_model(config.model)
     check_problems(make_env, seeds, chat, config, context_length)
     compiles = should_compile(config.model.compile, state.device)
     return Prepared(config, folders, make_env, problems, notes, state.device, compiles)

@@ -1,4 +1,4 @@
-"""What can be known to be wrong with a run before its model is loaded, and before anything is written."""
+"""Faults of a run that show before its model is loaded, and before anything is written."""
 
 from __future__ import annotations
 
@@ -6,15 +6,11 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from transformers import AutoModelForCausalLM
 
-from rl_lora.config import ModelConfig, TrainConfig
-from rl_lora.lora.bank import AdapterBank
+from rl_lora.config import TrainConfig
 from rl_lora.lora.peft_io import check_adapter
-from rl_lora.policy import loading
-from rl_lora.policy.chat import Chat
+from rl_lora.policy.inspection import inspect_model
 from rl_lora.rollout.contract import close
 from rl_lora.rollout.demonstrations import Demonstrations
 from rl_lora.rollout.environments import environment
@@ -29,9 +25,9 @@ from rl_lora.trainer.run_folder import check_run_dir
 
 
 def preflight(config: TrainConfig, seeds: Iterable[int]) -> None:
-    """Raises ValueError. `seeds` are training problems that are looked at where their number is not finite."""
+    """Raises ValueError for a run that cannot be. `seeds`: training problems to check where there is no finite list."""
     validate(config)
-    check_plain(config)
+    check_plain_data(config)
     check_trackers(config.log.trackers)
     check_run_dir(config)
     make_env = environment(config.env)
@@ -39,18 +35,19 @@ def preflight(config: TrainConfig, seeds: Iterable[int]) -> None:
     if config.adapter.init_from is not None:
         check_adapter(Path(config.adapter.init_from))
         check_whole(Path(config.adapter.init_from))
-    chat, context = check_model(config.model, config.adapter.targets)
+    chat, context = inspect_model(config.model, config.adapter.targets)
     objective = objective_of(config.learner)
-    seeds = whole(make_env, seeds)
+    seeds = problems_to_check(make_env, seeds)
     if not objective.needs_samples:
         teacher = Demonstrations(make_env, chat, config.rollout, context_length=context)
         teacher.collect(seeds, adapters=[None])
         teacher.close()
     check_problems(make_env, seeds, chat, config.rollout, context, judged=objective.needs_rewards)
-    check_problems(make_eval_env, eval_seeds and whole(make_eval_env, eval_seeds), chat, config.rollout, context)
+    held_out_seeds = eval_seeds and problems_to_check(make_eval_env, eval_seeds)
+    check_problems(make_eval_env, held_out_seeds, chat, config.rollout, context)
 
 
-def whole(make_env: MakeEnv, seeds: Iterable[int]) -> Sequence[int]:
+def problems_to_check(make_env: MakeEnv, seeds: Iterable[int]) -> Sequence[int]:
     """All problems, where they are a finite list; else those of `seeds`."""
     env = make_env()
     n = getattr(env.unwrapped, "n_problems", None)
@@ -58,19 +55,7 @@ def whole(make_env: MakeEnv, seeds: Iterable[int]) -> Sequence[int]:
     return list(seeds) if n is None else range(int(n))
 
 
-def check_model(config: ModelConfig, targets: str | list[str] = "all-linear") -> tuple[Chat, int]:
-    """Name, tokenizer, stop tokens and targets of a model, without its weights. Returns its chat format and context."""
-    loading.check_model(config.name, config.trust_remote_code)
-    tokenizer = loading.load_tokenizer(config.name, config.trust_remote_code)
-    chat = Chat(tokenizer, None, config.stop_tokens, config.template_kwargs)
-    model_config = loading.load_config(config.name, config.trust_remote_code)
-    if targets != "all-linear" and not config.trust_remote_code:
-        with torch.device("meta"):
-            AdapterBank(AutoModelForCausalLM.from_config(model_config)).match(targets)
-    return chat, loading.context_length(model_config)
-
-
-def check_plain(config: TrainConfig) -> None:
+def check_plain_data(config: TrainConfig) -> None:
     """A run writes its config down, so everything in it must be plain data."""
     for name, value in flatten(config).items():
         try:

@@ -24,8 +24,8 @@ FILES = ("config.yaml", "metrics.jsonl", "adapter", "summary.json", "reward.png"
 
 
 @contextmanager
-def held(run_dir: Path) -> Iterator[None]:
-    """A run has its folder for itself: its first process holds it, until it is gone.
+def lock_run_dir(run_dir: Path) -> Iterator[None]:
+    """While the block runs, no other run writes to the folder: the first process holds a lock until it ends.
 
     Raises:
         ValueError: another run has it.
@@ -98,11 +98,11 @@ def check_run_dir(config: TrainConfig) -> None:
         )
     task = latest.state.get("task") if latest else None  # older ones have none
     if latest and task and (changed := task_changes(task, task_record(config), config.env.id)):
-        raise another_task(config, latest, changed)
+        raise other_task_error(config, latest, changed)
 
 
-def another_task(config: TrainConfig, latest: Checkpoint, changes: list[str]) -> ValueError:
-    """What the run is about is no longer what it was."""
+def other_task_error(config: TrainConfig, latest: Checkpoint, changes: list[str]) -> ValueError:
+    """The error of a run that would be resumed with another task or model."""
     return ValueError(
         f"{config.run_dir} holds a run of another task, and resuming would mix the two: {'; '.join(changes)}. Set "
         "this back, or choose another --run_dir (what was learned here can be its start: --adapter.init_from "

@@ -53,11 +53,11 @@ from rl_lora.system.plain_yaml import dump
 from rl_lora.trainer.checkpoint import Checkpoint, Checkpoints, random_state
 from rl_lora.trainer.preflight import preflight
 from rl_lora.trainer.run_folder import (
-    another_task,
     check_run_dir,
     clear_left_overs,
-    held,
     holds_run,
+    lock_run_dir,
+    other_task_error,
     with_base,
 )
 from rl_lora.trainer.task import model_changes, model_record, task_record
@@ -95,10 +95,10 @@ def train(config: TrainConfig, *, reward: Any = None, data: Any = None, eval_dat
         begun = holds_run(run_dir)
         if begun:  # before anything is said of what is in there: it may be another run's that is going on
             check_writable(run_dir, "run_dir")
-            stack.enter_context(held(run_dir))
+            stack.enter_context(lock_run_dir(run_dir))
         preflight(config, itertools.islice(training_problems(config), MAX_CHECKED))
         if not begun:
-            stack.enter_context(held(run_dir))
+            stack.enter_context(lock_run_dir(run_dir))
             if is_first_process():
                 check_run_dir(config)  # a run may have come and gone
         Trainer(config).run()
@@ -419,7 +419,7 @@ class Trainer:
         if latest is not None:
             known = latest.state.get("task") or {}  # older ones have none, or not of the model
             if "model" in known and (changed := model_changes(known["model"], self.task["model"], config.model.name)):
-                raise another_task(config, latest, changed)
+                raise other_task_error(config, latest, changed)
             for trainable in self.trainables:
                 latest.restore(trainable, self.learner.optimizer, self.rank)
             if self.curriculum is not None:
