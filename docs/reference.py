@@ -86,8 +86,11 @@ def option_lines(config: Any, other: Any = None) -> Iterator[str]:
         for name, option in options_of(config):
             if name.rpartition(".")[0] == section and (name not in there or there[name].default != option.default):
                 yield f"```{{option}} --{name} {metavar(option.hint)}"
-                bounds = f" {option.bounds.capitalize()}." if option.bounds else ""
-                yield f"{escaped(texts.get(name, ''))}{bounds} Default: `{option.shown or ' '}`."
+                text = texts.get(name, "")
+                told = [f"{option.bounds.capitalize()}."] if option.bounds else []
+                if option.shown != "null" or "y default" not in text:  # else the text says it
+                    told.append(f"Default: `{option.shown or ' '}`.")
+                yield " ".join([escaped(text), *told])
                 yield "```\n"
 
 

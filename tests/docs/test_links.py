@@ -44,6 +44,23 @@ def test_every_file_that_is_named_is_there(page: Path) -> None:
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
+def test_every_file_that_the_code_names_is_there() -> None:
+    folders = ("rl_lora", "envs", "rewards", "scripts", "tests", "docs", "recipes")
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*.*") if "_build" not in path.parts]
+    there = {name for path in paths for name in endings(path.relative_to(ROOT))}
+    missing: dict[str, str] = {}
+    for path in paths:
+        if path.suffix in (".py", ".cpp", ".h"):
+            named = re.findall(r"`([\w/]+\.(?:py|cpp|h|md|yaml))`", path.read_text(encoding="utf-8"))
+            missing |= {str(path.relative_to(ROOT)): name for name in named if name not in there}
+    assert missing == {}
+
+
+def endings(path: Path) -> list[str]:
+    """A path and all that it ends with: a/b/c.py, b/c.py, c.py."""
+    return ["/".join(path.parts[i:]) for i in range(len(path.parts))]
+
+
 def test_every_page_is_reached_from_the_readme_or_the_site() -> None:
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     pages = {page.stem for page in PAGES if page.parent == ROOT / "docs"} - {"index"}

@@ -45,4 +45,4 @@ def test_every_room_has_a_page(site: Path) -> None:
     assert rooms
     assert [room for room in rooms if not (site / "rooms" / f"{room}.html").exists()] == []
     page = (site / "rooms" / "learner.html").read_text(encoding="utf-8")
-    assert 'id="rl_lora.learner.advantages.standardized"' in page
+    assert 'id="rl_lora.learner.learner.Learner"' in page

@@ -1,4 +1,4 @@
-"""The promises of `rollout.py`, kept with a tiny policy, the native sampler and real environments: no mocks."""
+"""The promises of `rollout/worker.py`, kept with a tiny policy, the native sampler and real environments: no mocks."""
 
 from __future__ import annotations
 
