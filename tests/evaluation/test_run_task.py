@@ -19,7 +19,7 @@ from rl_lora.report.next_command import next_command
 from rl_lora.scripts.options import parse
 from rl_lora.settings.dotted import flatten
 from rl_lora.settings.from_run import OF_RUN, without_run
-from rl_lora.trainer.trainer import tracker_kwargs
+from rl_lora.trainer.run_log import tracker_kwargs
 from tests import ROOT
 from tests.tiny import tiny_folder
 from tests.trainer.test_trainer import tiny_config

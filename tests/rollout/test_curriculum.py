@@ -15,7 +15,8 @@ from rl_lora.policy.policy import Policy
 from rl_lora.rollout.curriculum import Curriculum, curriculum_of
 from rl_lora.rollout.environments import environment
 from rl_lora.settings.validation import validate
-from rl_lora.trainer.trainer import train, training_problems
+from rl_lora.trainer.problem_order import training_problems
+from rl_lora.trainer.trainer import train
 from rl_lora.types import Episode, Group, Stop
 from tests.tiny import tiny_folder
 from tests.trainer.test_trainer import assert_same_run, interrupt, metrics, tiny_config

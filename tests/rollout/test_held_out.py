@@ -18,7 +18,7 @@ from rl_lora.rollout.environments import environment
 from rl_lora.rollout.held_out import UNSPLIT_OFFSET, evaluate_adapters, held_out
 from rl_lora.rollout.worker import MakeEnv, RolloutWorker
 from rl_lora.sampler.native import NativeSampler
-from rl_lora.trainer.trainer import problem_seeds
+from rl_lora.trainer.problem_order import problem_seeds
 from tests.rollout.test_worker import GuessEnv
 from tests.tiny import randomize, tiny_model, tiny_tokenizer
 

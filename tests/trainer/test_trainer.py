@@ -41,7 +41,8 @@ from rl_lora.sampler.rows import SamplingState
 from rl_lora.system import files
 from rl_lora.trainer import trainer as trainer_module
 from rl_lora.trainer.checkpoint import Checkpoints
-from rl_lora.trainer.trainer import ADAPTER, Trainer, fresh_seeds, problem_seeds, train
+from rl_lora.trainer.problem_order import fresh_seeds, problem_seeds
+from rl_lora.trainer.trainer import ADAPTER, Trainer, train
 from rl_lora.types import Group
 from tests.tiny import tiny_folder, token_ids
 
@@ -351,7 +352,7 @@ def test_a_config_is_the_same_after_it_was_written_and_must_be_what_can_be_writt
 
 def test_metrics_are_those_of_all_episodes_before_any_group_is_filtered(model: Path, tmp_path: Path) -> None:
     trainer = Trainer(tiny_config(model, tmp_path, rollout__group_size=2, rollout__prompts_per_step=8))
-    groups, _ = trainer.rollout()
+    groups, _ = trainer.collector.collect(0)
     trainer.run()
     rewards = [[episode.reward for episode in group.episodes] for group in groups]
     silent = sum(len(set(rewards_G)) == 1 for rewards_G in rewards)
@@ -404,11 +405,13 @@ def test_groups_that_teach_nothing_are_replaced_by_other_problems(model: Path, t
     def silent(groups: list[Group]) -> int:
         return sum(len({episode.reward for episode in group.episodes}) == 1 for group in groups)
 
-    plain, none_replaced = Trainer(tiny_config(model, tmp_path / "plain", **few)).rollout()
+    plain, none_replaced = Trainer(tiny_config(model, tmp_path / "plain", **few)).collector.collect(0)
     assert plain == none_replaced
     n = silent(plain)
     assert n >= 2
-    groups, sampled = Trainer(tiny_config(model, tmp_path / "budget", **few, rollout__max_replaced=n - 1)).rollout()
+    groups, sampled = Trainer(
+        tiny_config(model, tmp_path / "budget", **few, rollout__max_replaced=n - 1)
+    ).collector.collect(0)
     assert sampled[:6] == plain
     assert len(groups) == 6
     assert len(sampled) == 6 + n - 1, "the budget is spent as long as a group is silent"
@@ -417,7 +420,7 @@ def test_groups_that_teach_nothing_are_replaced_by_other_problems(model: Path, t
     assert [group for group in groups if group in plain] == [g for g in plain if g in groups], "others keep their place"
 
     config = tiny_config(model, tmp_path / "run", **few, rollout__max_replaced=20)
-    groups, sampled = Trainer(config).rollout()
+    groups, sampled = Trainer(config).collector.collect(0)
     assert silent(groups) < n
     assert silent(groups) == 0 or len(sampled) == 26
     records = metrics(train(config), "train")
@@ -429,7 +432,8 @@ def test_groups_that_teach_nothing_are_replaced_by_other_problems(model: Path, t
 
 def test_shuffled_rewards_are_the_steps_own(model: Path, tmp_path: Path) -> None:
     plain, shuffled = (
-        Trainer(tiny_config(model, tmp_path, shuffle_rewards=shuffle)).rollout()[0] for shuffle in (False, True)
+        Trainer(tiny_config(model, tmp_path, shuffle_rewards=shuffle)).collector.collect(0)[0]
+        for shuffle in (False, True)
     )
     rewards, dealt = ([e.reward for group in groups for e in group.episodes] for groups in (plain, shuffled))
     assert sorted(rewards) == sorted(dealt)
