@@ -1,4 +1,4 @@
-"""The records that flow through the house, from a model's reply to an optimizer step.
+"""The records that one stage hands to the next, from a model's reply to an optimizer step.
 
 Frozen dataclasses without behaviour beyond what can be read off their fields. All is plain Python, without tensors, so
 that a rollout can be looked at, stored or built by hand.
@@ -25,8 +25,8 @@ class Stop(StrEnum):
 class Turn:
     """One reply of the model.
 
-    `logprobs[t]` is the log-probability under which the sampler drew `completion_ids[t]` (the behaviour policy),
-    temperature included. A stop token that was drawn is part of the completion: ending is learned too.
+    `logprobs[t]` is the log-probability under which `completion_ids[t]` was sampled (the behaviour policy),
+    temperature included. A stop token that was sampled is part of the completion: ending is learned too.
     """
 
     prompt_ids: tuple[int, ...]
@@ -44,7 +44,7 @@ class Episode:
     """One play of an environment: the turns, and what the environment said of them.
 
     `success` is the environment's own verdict (`info["is_success"]`), `None` where it gives none; it is not derived
-    from the reward, which may be shaped. `version` counts the optimizer steps of `adapter` when the episode was drawn.
+    from the reward, which may be shaped. `version` counts the optimizer steps of `adapter` when the episode was sampled.
     """
 
     env_id: str
@@ -58,12 +58,13 @@ class Episode:
     reward_parts: dict[str, float] = field(default_factory=dict)
     observations: tuple[str, ...] = ()
     answer: str | None = None
-    """What the environment took for the answer, in one spelling, so that equal answers are equal texts; None where it
-    found none, or reports none."""
+    """The answer that the environment found, in one spelling: equal answers are equal texts. None: it found none, or
+    reports none."""
     unscorable: str | None = None
-    """Why it could not be judged, where `stop` is UNSCORABLE."""
+    """The reason why the episode could not be judged, where `stop` is UNSCORABLE."""
     failed: bool = False
-    """Whether that is a fault of the task, an exception for example: it may be mended, and the episode played again."""
+    """Whether the reason is a fault of the task, such as an exception. Once the task is mended, the episode may be
+    played again."""
 
     @property
     def n_tokens(self) -> int:
@@ -93,7 +94,7 @@ class Group:
 
 @dataclass(frozen=True)
 class StepStats:
-    """What one optimizer step of one trainable did. Means are over the tokens that were learned from."""
+    """The figures of one optimizer step of one trainable. Means are over the tokens that were learned from."""
 
     adapter: str | None
     """Tag of the trainable."""
@@ -103,17 +104,17 @@ class StepStats:
     n_tokens_learned: int
     loss: float | None
     entropy: float | None
-    """Nats a token, of the whole next-token distribution at the sampling temperature."""
+    """Mean entropy of the next-token distribution at the sampling temperature, in nats."""
     sampler_learner_kl: float | None
-    """Mean |log p_learner - log p_sampler| over the tokens learned from, as long as no weight has moved; then None."""
+    """Mean |log p_learner - log p_sampler|. None once a weight has moved since the tokens were sampled."""
     ratio_max: float | None
     clip_fraction: float | None
     grad_norm: float | None
-    """Before clipping."""
+    """Norm of the gradient before clipping; None where nothing was learned."""
     step_norm: float | None
-    """Of the change of all weights together; None, as the gradient's, where nothing was learned."""
+    """Norm of the change of all weights together; None where nothing was learned."""
     norms: dict[str, float]
-    """Of parts of the weights after the step; of an adapter, A_norm and B_norm, scale apart."""
+    """Norms of parts of the weights after the step; of an adapter, A_norm and B_norm, without the scale."""
     learning_rate: float
     n_layers_recomputed: int
-    """Of the micro-batch with the most."""
+    """Layers whose activations were computed again in the backward pass, in the micro-batch with the most."""

@@ -105,9 +105,10 @@ class NativeSampler:
         return [[results[i, k] for k in range(request.n)] for i, request in enumerate(requests)]
 
     def weights_changed(self, adapter: str | None, version: int) -> None:
-        """See `Sampler`. There is nothing to copy: the adapter in the policy's bank is the one that the learner steps.
-        That is proven by its version."""
-        assert adapter is not None, "this engine decodes with copies of a frozen base's weights"
+        """See `Sampler`. There is nothing to copy: the adapter in the policy's bank is the one that the learner steps,
+        which its version proves. Weights of the base may not change: decode steps read packed copies of them."""
+        if adapter is None:
+            raise ValueError("the weights of the base have changed, and the native sampler has copies of the old ones")
         found = self.policy.bank[adapter].version
         if found != version:
             raise ValueError(

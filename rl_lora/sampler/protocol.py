@@ -91,7 +91,7 @@ class Sampler(Protocol):
         ...
 
     def weights_changed(self, adapter: str | None, version: int) -> None:
-        """The weights of an adapter have changed; `version` counts its optimizer steps.
+        """The weights of an adapter, or those of the base (None), have changed; `version` counts their optimizer steps.
 
         When this returns, every later completion under the adapter is sampled from that version.
 

@@ -240,6 +240,8 @@ def test_the_sampler_proves_that_it_reads_the_weights_that_have_changed() -> Non
         sampler.weights_changed("a", 2)
     with pytest.raises(ValueError, match="no adapter is named 'z'"):
         sampler.weights_changed("z", 0)
+    with pytest.raises(ValueError, match="the weights of the base have changed"):
+        sampler.weights_changed(None, 1)
 
 
 def test_the_context_may_be_filled_to_the_last_token() -> None:
