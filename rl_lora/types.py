@@ -41,10 +41,11 @@ class Turn:
 
 @dataclass(frozen=True)
 class Episode:
-    """One play of an environment: the turns, and what the environment said of them.
+    """One play of an environment: the turns, and the environment's judgement of them.
 
     `success` is the environment's own verdict (`info["is_success"]`), `None` where it gives none; it is not derived
-    from the reward, which may be shaped. `version` counts the optimizer steps of `adapter` when the episode was sampled.
+    from the reward, which may be shaped. `version` counts the optimizer steps of `adapter` before the episode was
+    sampled.
     """
 
     env_id: str

@@ -18,16 +18,17 @@ from rl_lora.system.messages import Messages
 
 
 class Chat:
-    """How one model's conversations are written.
+    """The conversation format of one model.
 
-    What the chat template writes behind a reply ends a reply too, beside what tokenizer and model say, and is what a
-    demonstration ends with. A warning says where that is no token, and where the template begins no reply.
+    A reply ends at the tokens that tokenizer and model name, and at the text that the chat template writes behind a
+    reply; a demonstration ends with that text. A warning says where that text is no token, and where the template has
+    no generation prompt.
 
     Args:
         stop_tokens: further tokens that end a reply, each a single token of the vocabulary, e.g. a newline for a base
             model that never learned to end its turn. Unless it is a special token, every token that contains its text
-            ends a reply too, "}\\n" as well as "\\n"; what stands before it in the token belongs to the reply.
-        template_kwargs: what the chat template is called with besides, e.g. enable_thinking of Qwen3.
+            ends a reply too, "}\\n" as well as "\\n"; the text before it in the token belongs to the reply.
+        template_kwargs: further arguments of the chat template, e.g. enable_thinking of Qwen3.
     """
 
     def __init__(
@@ -47,28 +48,28 @@ class Chat:
         self._exact_ids: set[int] = stop_ids - {None}
         self._before: dict[int, str] = {}
         self._units = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
-        """Tokens that no text is broken into but their own."""
+        """Special and added tokens: only their own text is tokenized into them."""
         for text in stop_tokens:
             ids = self._encode(text)
             if len(ids) != 1:
                 raise ValueError(f"stop token {text!r} is {len(ids)} tokens of this model ({ids}); it must be one")
             self._stop_at(ids[0], text)
         self._end: list[int] = []
-        """What a demonstration ends with, in tokens: the last of them is one that ends a reply."""
+        """The tokens that a demonstration ends with; the last one ends a reply."""
         self._shows_replies = False
         if self.has_template:
             self._read_template(warn=not stop_tokens)
         self.stop_ids = frozenset(self._exact_ids | self._before.keys())
 
     def _stop_at(self, token: int, text: str) -> None:
-        """End replies at a token, and at all that contain its text unless it is a unit."""
+        """End replies at a token; unless it is a special token, also at all tokens that contain its text."""
         self._exact_ids.add(token)
         if token not in self._units:
             pieces = [str(self.tokenizer.decode([i])) for i in range(len(self.tokenizer))]
             self._before |= {i: piece.partition(text)[0] for i, piece in enumerate(pieces) if text in piece}
 
     def _read_template(self, *, warn: bool) -> None:
-        """What ends a reply in the chat template's own conversations, and what begins one."""
+        """Find the end and the beginning of a reply in conversations that the chat template renders."""
         try:
             end, beginning = self._template.end, self._template.without_prompt
         except ValueError:
@@ -146,8 +147,8 @@ class Chat:
         return [*self._encode(self._template.opening.before(text) if self._shows_replies else text), *end]
 
     def _written_end(self) -> list[int]:
-        """What ends a demonstration where the chat template does not say: the beginning of the next turn, if the model
-        names that as its end, else the tokenizer's end."""
+        """The end of a demonstration where the chat template writes none: the beginning of the next turn, if the model
+        names that as its end, else the tokenizer's end token."""
         if self._shows_replies:
             with suppress(ValueError):
                 ends = [i for i in self._encode(self._template.next_turn) if i in self._units]
@@ -159,7 +160,7 @@ class Chat:
         return [end]
 
     def decode(self, completion_ids: Sequence[int]) -> str:
-        """The text of a reply, its stop token apart."""
+        """The text of a reply, without its stop token."""
         ids = list(completion_ids)
         kept = self._before.get(ids.pop(), "") if ids and ids[-1] in self.stop_ids else ""
         return str(self.tokenizer.decode(ids)) + kept

@@ -1,7 +1,7 @@
-"""Which model the default name stands for on this machine: the hub's where it can be had, else the embedded one.
+"""Which model the default name stands for on this machine: the hub's where it can be fetched, else the embedded one.
 
-It is decided once and written down, so that a run, what goes on from it and what evaluates it have the same base. Left
-out: fetching the embedded model (`default_model.py`).
+It is decided once and written down, so that a run, its continuation and its evaluation have the same base. Left out:
+fetching the embedded model (`default_model.py`).
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from rl_lora.system.model_names import DEFAULT_MODEL, EMBEDDED_MODEL, HUB_MODEL,
 NEEDED = ("config.json", "tokenizer.json", "model.safetensors")
 USEFUL = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 SECONDS = 2.0
-"""How long the hub may take to answer."""
+"""Seconds that the hub may take to answer."""
 
 
 def settled(name: str, wanted: Iterable[str] = ()) -> str:
     """The model that a name stands for: for the default name the embedded or the hub's, any other is itself.
 
-    wanted: bases that there is something for already, adapters or a run. The default name follows them where they
-    agree and their base can be had; else it is what has been decided on this machine, now if not before.
+    wanted: bases of adapters or runs that exist already. The default name follows them where they agree and their base
+    is there; else it is the model that was decided for on this machine, now if not before.
 
     Raises:
         ValueError: the decision cannot be written down.
@@ -47,7 +47,7 @@ def settled(name: str, wanted: Iterable[str] = ()) -> str:
 
 
 def hub_folder() -> Path | None:
-    """The hub's model in the hub's cache, of the revision that was decided for if there is one; None if not there."""
+    """The folder of the hub's model in the hub's cache, of the revision that was decided for; None if not there."""
     decided = _written()
     return _cached(decided.revision if decided else None)
 

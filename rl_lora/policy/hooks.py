@@ -1,4 +1,4 @@
-"""The layers of a model, and other forwards in the place of theirs for a while."""
+"""The layers of a model, and wrapped forwards in the place of theirs for a while."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def layers_of(backbone: nn.Module) -> list[GradientCheckpointingLayer]:
 
 @contextmanager
 def forwards(layers: Sequence[nn.Module], wrap: Callable[[nn.Module, Forward], Forward]) -> Iterator[None]:
-    """Inside, the forward of each layer is a wrapped one."""
+    """Inside, each layer runs `wrap(layer, forward)` in place of its forward."""
     before = [layer.__dict__.get("forward") for layer in layers]  # another library may have put its own there
     for layer in layers:
         layer.forward = wrap(layer, layer.forward)

@@ -1,6 +1,6 @@
-"""Where a model name leads (the default one: `default_choice.py`), and loading what is there.
+"""Loading models, tokenizers and configurations by name: a local folder, a hub id, or the default.
 
-Left out: quantised loading, several devices, and anything that knows about adapters (see `policy.py`).
+`default_choice.py` says which model the default is. Left out: quantised loading, several devices, and adapters.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def resolve_model(name: str) -> str:
 
 
 def check_model(name: str, trust_remote_code: bool = False) -> None:
-    """Raise ValueError for what is wrong with a model name, as far as its configuration alone can tell.
+    """Raises ValueError if a name leads to no causal language model, as far as its configuration alone can tell.
 
     The default and the embedded model pass without being fetched.
     """
@@ -92,8 +92,8 @@ def check_model(name: str, trust_remote_code: bool = False) -> None:
 
 
 def refuse_adapter(name: str) -> None:
-    """Raise ValueError for a model that comes with an adapter, where that can be known: `transformers` puts it into
-    the base, without a word, on machines that have `peft`."""
+    """Raises ValueError if a model comes with an adapter, where that can be known: on machines that have `peft`,
+    `transformers` puts it into the base without a word."""
     folder_or_id = resolve_model(name)
     with _explained(name, "configuration"):
         found = _adapter_in(folder_or_id)

@@ -91,7 +91,7 @@ class Policy(AdaptedModel):
         )
 
     def remarks(self, adapter: Adapter) -> list[str]:
-        """What a user should know of the base and of what an adapter leaves alone in it, a line each."""
+        """Remarks for the user, a line each: on the base, and on the layers that an adapter leaves alone in it."""
         lines = []
         if self.name == EMBEDDED_MODEL:
             lines.append(

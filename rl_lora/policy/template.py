@@ -1,4 +1,4 @@
-"""What a model's chat template makes of messages, checked, and what it writes around a reply.
+"""A model's chat template: conversations rendered and checked, and the text that it writes around a reply.
 
 Templates are programs of other people: they may leave a message out, read it in another form, or open a thought. Left
 out: tokens (see `chat.py`).
@@ -20,31 +20,31 @@ from transformers import PreTrainedTokenizerBase
 from rl_lora.system.messages import Messages
 
 QUESTION, REPLY, THOUGHT = "zqquestionzq", "zqreplyzq", "zqthoughtzq"
-"""Stand for the messages while what is around them is rendered."""
+"""Placeholders for messages, while the text around them is rendered."""
 TAG = re.compile(
     r"<(?!/)(?P<angle>[\w:.-]+)>|\[(?!/)(?P<square>[A-Z_]+)\]|◁(?!/)(?P<kimi>\w+)▷|<\|(?P<bar>[\w-]+)\|>|<\|(?P<half>[\w-]+)>"
 )
-"""What may open a thought, as models write it: <think>, [THINK], ◁think▷, <|channel>; <|...|> has no closing form of
-its own."""
+"""Tags that may open a thought, as models write them: <think>, [THINK], ◁think▷, <|channel>. <|...|> has no closing
+form."""
 HEADER = re.compile("assistant|model|bot|answer|response|output|start|turn|eos|bos|sep")
-"""What the name of a tag that opens a reply, and no thought, has in it."""
+"""Words in the names of tags that open a reply, and no thought."""
 CLOSING = {"angle": "</{}>", "square": "[/{}]", "kimi": "◁/{}▷", "half": "<{}|>"}
 ALTERNATIVES = "choose another model, or pass what its template takes for that with --model.template_kwargs"
 
 
 @dataclass(frozen=True)
 class Opening:
-    """What stands between the prompt that a template renders and a reply that was written elsewhere."""
+    """The text between the prompt that a template renders and a reply that was written elsewhere."""
 
     text: str = ""
-    """Goes before the reply: the end of a thought that the prompt has opened, or a channel."""
+    """Text that goes before the reply: the end of a thought that the prompt has opened, or a channel."""
     opened: str = ""
     """The tag of a thought that the prompt has opened, e.g. <think>."""
     close: str = ""
     """The tag that ends it. A reply that holds it brings a thought of its own."""
 
     def before(self, reply: str) -> str:
-        """The reply, with what has to stand before it."""
+        """The reply, behind the text that has to stand before it."""
         if self.close and self.close in reply:
             return reply.lstrip().removeprefix(self.opened).lstrip("\n")
         first = TAG.match(self.text)
@@ -80,19 +80,19 @@ class ChatTemplate:
 
     @functools.cached_property
     def end(self) -> str:
-        """What the template writes behind the last reply of a conversation."""
+        """The text that the template writes behind the last reply of a conversation."""
         return self.render(_TURN, prompt=False).partition(REPLY)[2]
 
     @functools.cached_property
     def next_turn(self) -> str:
-        """What it writes between a reply and the message that answers it."""
+        """The text that the template writes between a reply and the message that answers it."""
         answered = self.render([*_TURN, {"role": "user", "content": THOUGHT}])
         return answered.partition(REPLY)[2].partition(THOUGHT)[0]
 
     @functools.cached_property
     def without_prompt(self) -> str:
-        """What the model has to write before its reply, where the template renders the same text with and without the
-        beginning of a reply; empty where it renders one, or a reply stands right behind the question."""
+        """The text that the model has to write before its reply, where the template renders the same with and without
+        the beginning of a reply. Empty where it renders one, or where a reply stands right behind the question."""
         asked = self.render(_TURN[:1])
         if asked != self.render(_TURN[:1], prompt=False):
             return ""
@@ -101,7 +101,7 @@ class ChatTemplate:
 
     @functools.cached_property
     def opening(self) -> Opening:
-        """What a reply that was written elsewhere needs before it: a prompt and a whole turn, compared.
+        """The text that a reply from elsewhere needs before it, found by comparing a prompt with a whole turn.
 
         Raises:
             ValueError: the prompt opens something that cannot be told how to end.
@@ -128,11 +128,11 @@ class ChatTemplate:
 
     @property
     def _until_reply(self) -> str:
-        """What the template writes between a question and its reply."""
+        """The text that the template writes between a question and its reply."""
         return self.render(_TURN, prompt=False).partition(REPLY)[0].rpartition(QUESTION)[2]
 
     def _end_of_thought(self, prompt: str) -> str:
-        """What the template itself writes between a thought and the reply, where it opens one as `prompt` does."""
+        """The text that the template writes between a thought and the reply, where it opens one as `prompt` does."""
         for name in ("reasoning_content", "reasoning", "thinking"):
             thought = {**_TURN[1], name: THOUGHT}
             try:
@@ -145,7 +145,7 @@ class ChatTemplate:
         return ""
 
     def _form(self, roles: tuple[str, ...]) -> tuple[bool, ...]:
-        """Which of the messages the template takes as lists of parts: found out with messages that stand out."""
+        """Which of the messages the template takes as lists of parts, found out with placeholders."""
         if roles not in self._forms:
             probes = [{"role": role, "content": f"zq{role}{i}zq"} for i, role in enumerate(roles)]
             error, lost = None, list(roles)
@@ -219,7 +219,7 @@ def _leaves_out(role: str) -> str:
 
 
 def _open_tag(text: str) -> re.Match[str] | None:
-    """The last tag of a text, unless it is closed behind or begins a reply: what a thought begins with."""
+    """The tag that opens a thought: the last one of a text, unless it is closed behind or begins a reply."""
     last = next(reversed(list(TAG.finditer(text))), None)
     if last is None or HEADER.search(last.group()):
         return None
