@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rl_lora.system.plurals import counted
+
 
 class Source(NamedTuple):
     """A file at one moment: a file that has changed since is another source."""
@@ -133,7 +135,8 @@ def _separated(content: bytes, path: str, delimiter: str) -> list[DataRow]:
                 if len(set(names)) < len(names) or not all(names):
                     raise ValueError(f"{where}: the first line must name each column once, got {names}")
             elif len(cells) != len(names):
-                raise ValueError(f"{where}: {len(cells)} cells, but {len(names)} columns ({', '.join(names)})")
+                n_cells, n_columns = counted(len(cells), "cell"), counted(len(names), "column")
+                raise ValueError(f"{where}: {n_cells}, but {n_columns} ({', '.join(names)})")
             else:
                 rows.append(DataRow(begin - 1, dict(zip(names, cells, strict=True)), where))
     except csv.Error as error:

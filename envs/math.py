@@ -16,6 +16,7 @@ from rl_lora.envs.split import check_fraction, check_split, split_of
 from rl_lora.envs.templates import check_placeholders, fill, placeholders
 from rl_lora.envs.text import Problem
 from rl_lora.rewards import RewardSpec
+from rl_lora.system.plurals import counted
 
 QUESTION_COLUMNS = ("question_concat", "question", "problem", "prompt")
 ANSWER_COLUMNS = ("answer", "final_answer", "result", "solution")
@@ -253,7 +254,7 @@ def _items(side: Side | None, templates: Templates) -> tuple[Item, ...]:
     if not is_file(side.data):  # nobody can mend a row of somebody else's data set
         whole = [row for row in rows if all(_there(row.columns.get(c)) for c in (question, answer))]
         if n := len(rows) - len(whole):
-            warnings.warn(f"{side.data}: {n} rows without question or answer left out", stacklevel=2)
+            warnings.warn(f"{side.data}: {counted(n, 'row')} without question or answer left out", stacklevel=2)
         rows = whole
     read = [_texts(row, question, answer, f"{side.data}, row {row.line}") for row in rows]
     asked = _filled(templates.template, "template", read, answers=False)

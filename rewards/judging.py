@@ -22,6 +22,7 @@ from rl_lora.rewards.score import (
     name_of,
 )
 from rl_lora.rewards.signature import Signature, read
+from rl_lora.system.plurals import counted
 
 Verdicts = list[Score | Unscorable]
 """One for each reply."""
@@ -170,7 +171,8 @@ class Judge:
                 f"{value!r}"
             )
         if len(values) != n:
-            raise RewardError(f"the reward function {self.name} returned {len(values)} rewards for {n} completions")
+            rewards, completions = counted(len(values), "reward"), counted(n, "completion")
+            raise RewardError(f"the reward function {self.name} returned {rewards} for {completions}")
         return list(values)
 
     def _verdict(self, value: Any, metrics: dict[str, float]) -> Score | Unscorable:

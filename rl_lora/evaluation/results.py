@@ -13,6 +13,7 @@ from rl_lora.evaluation.missing import Decoding
 from rl_lora.metrics.collapse import reply_warning
 from rl_lora.metrics.records import Record
 from rl_lora.metrics.summary import compared, pairs, row
+from rl_lora.system.plurals import counted
 
 
 def ks_of(config: EvaluateConfig) -> list[int]:
@@ -45,7 +46,8 @@ def savings(config: EvaluateConfig, results: Record, n_problems: int, decoding: 
     """What was done, and what it cost less than one command for each row."""
     n_rows, seconds, loading = len(results["rows"]), results["seconds"], results["seconds_loading"]
     found = f", {results['n_found']} of them from before" if results["n_found"] else ""
-    text = f"{n_rows} x {n_problems} problems x {config.n}{found}, in {seconds:.0f} s"
+    what = f"{counted(n_rows, 'row')} x {counted(n_problems, 'problem')} x {counted(config.n, 'sample')}"
+    text = f"{what}{found}, in {seconds:.0f} s"
     if decoding.tokens:
         text += f" ({decoding.tokens / seconds:.0f} tokens/s)"
     if n_rows > 1:

@@ -31,6 +31,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from rl_lora.policy.default_choice import hub_folder, settled
 from rl_lora.policy.default_model import prepare_default_model, without_progress_bars
 from rl_lora.system.model_names import DEFAULT_MODEL, EMBEDDED_MODEL, HUB_MODEL
+from rl_lora.system.plurals import counted
 
 LOAD_ERRORS = (OSError, ValueError, ImportError, RuntimeError, SafetensorError)
 ADAPTER = "adapter_config.json"
@@ -167,7 +168,9 @@ def load_causal_lm(
         )
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"model {name!r} lacks {len(missing)} weights of its causal LM, among them {missing[:3]}")
+        raise ValueError(
+            f"model {name!r} lacks {counted(len(missing), 'weight')} of its causal LM, among them {missing[:3]}"
+        )
     model.to(device)  # type: ignore[arg-type]
     return model.eval()
 

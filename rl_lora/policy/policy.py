@@ -21,6 +21,7 @@ from rl_lora.policy.self_check import self_check
 from rl_lora.system.dtype import Dtype, compute_dtype
 from rl_lora.system.memory import ready_memory
 from rl_lora.system.model_names import DEFAULT_MODEL, EMBEDDED_MODEL, HUB_MODEL
+from rl_lora.system.plurals import counted
 
 
 class Policy(AdaptedModel):
@@ -99,6 +100,6 @@ class Policy(AdaptedModel):
                 f"--model.name {HUB_MODEL} is"
             )
         if alone := self.bank.left_alone(adapter):
-            parts = ", ".join(f"{n} linear layers of {part}" for part, n in alone.items())
+            parts = ", ".join(f"{counted(n, 'linear layer')} of {part}" for part, n in alone.items())
             lines.append(f"adapts the language model; {parts} are left alone")
         return lines

@@ -28,7 +28,8 @@ from rl_lora.config import TrainConfig
 from rl_lora.metrics.records import Record
 from rl_lora.report.formats import formatted, points, signed
 from rl_lora.settings.algorithm import objective_of
-from rl_lora.system.terminal import Terminal, counted, in_line, visible
+from rl_lora.system.plurals import counted
+from rl_lora.system.terminal import Terminal, in_line, visible
 from rl_lora.types import Group
 
 WAIT = 0.1

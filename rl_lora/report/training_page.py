@@ -20,7 +20,7 @@ from rl_lora.report.formats import duration, p_equation, points, signed
 from rl_lora.report.html import Chart, headline_figure, known_facts, point, render, sample_browser, setting_texts
 from rl_lora.report.run_samples import read_held_out, read_samples, stored_steps
 from rl_lora.system.files import read_yaml
-from rl_lora.system.terminal import counted
+from rl_lora.system.plurals import counted
 
 HELD_OUT, SAMPLED, LEARNED, FURTHER = range(4)
 """Numbers of page.css's colours: what is held out, what was sampled in training, what the learner did; and the first of

@@ -32,11 +32,6 @@ def in_line(text: object) -> str:
     return visible(str(text)).replace("\n", "\\n").replace("\t", "\\t")
 
 
-def counted(n: int, noun: str, nouns: str = "") -> str:
-    """A number and its noun: "1 step", "2,048 steps". `nouns`: the plural that is not made by an s."""
-    return f"{n:,} {noun if n == 1 else nouns or noun + 's'}"
-
-
 class Terminal(Console):
     """A console on which nothing that is printed is a command to the terminal, whoever wrote it: markup is off unless
     asked for, control characters are visible, and what the encoding lacks is written out."""

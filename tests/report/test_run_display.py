@@ -9,7 +9,7 @@ import pytest
 
 from rl_lora.config import TrainConfig
 from rl_lora.report.run_display import ModelFacts, RunDisplay, held_out_line, step_line
-from rl_lora.system.terminal import counted
+from rl_lora.system.plurals import counted
 
 
 @pytest.mark.parametrize(

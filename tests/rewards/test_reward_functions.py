@@ -145,7 +145,7 @@ def test_completions_of_a_conversation_are_messages_as_trl_has_them() -> None:
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        ([1.0], "returned 1 rewards for 2 completions"),
+        ([1.0], "returned 1 reward for 2 completions"),
         (1.0, "must return a list of numbers or Scores, got 1.0"),
         (None, "must return a list"),
         ({"a": 1, "b": 2}, "must return a list"),

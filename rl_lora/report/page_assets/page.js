@@ -98,6 +98,7 @@ function verdict(samples) {
 
 /* ---- one problem ---- */
 
+const counted = (n, noun) => `${n.toLocaleString("en")} ${n === 1 ? noun : `${noun}s`}`;
 const others = (n) => `${n} other ${n === 1 ? "reply" : "replies"}`;
 
 function text(className, content) {
@@ -185,7 +186,7 @@ function group(problem) {
   const [kind, words] = verdict(problem.samples[0]);
   const rewards = problem.samples[0].map((sample) => sample.reward).filter(isNumber);
   const equal = new Set(rewards).size < 2 ? ["all rewards equal: nothing to learn"] : [];
-  const who = el("div", { className: "who" }, el("b", {}, `${problem.samples[0].length} episodes`), el("span", { className: "verdict" }, [words, ...equal].join(" · ")));
+  const who = el("div", { className: "who" }, el("b", {}, counted(problem.samples[0].length, "episode")), el("span", { className: "verdict" }, [words, ...equal].join(" · ")));
   const box = el("div", { className: "replies" }, ...shown);
   if (shown.length < replies.length) {
     box.append(el("details", {}, el("summary", {}, others(replies.length - shown.length)), el("div", { className: "replies" }, ...replies.slice(EPISODES_SHOWN - 1, -1))));
@@ -278,8 +279,8 @@ class Browser {
     this.at = clamp(Math.floor(to) || 0, 0, last);
     const start = this.at * PROBLEMS_A_PAGE, shown = this.found.slice(start, start + PROBLEMS_A_PAGE);
     document.getElementById("problems").replaceChildren(...shown.map((problem) => article(problem, this.pinned)));
-    const all = problems.length.toLocaleString("en"), n = this.found.length.toLocaleString("en");
-    this.count.textContent = shown.length ? `${n} of ${all} problems; ${start + 1} to ${start + shown.length} are shown` : `0 of ${all} problems`;
+    const all = counted(problems.length, "problem"), n = this.found.length.toLocaleString("en");
+    this.count.textContent = shown.length ? `${n} of ${all}; ${start + 1} to ${start + shown.length} are shown` : `0 of ${all}`;
     this.pager.hidden = last === 0;
     this.pager.querySelector(".of").textContent = `of ${last + 1}`;
     Object.assign(this.number, { value: this.at + 1, max: last + 1 });
@@ -300,7 +301,7 @@ if (training) {
   const show = (i) => {
     const { problems } = page.sampled[(step.value = clamp(i, 0, page.sampled.length - 1))];
     const n = problems.reduce((sum, problem) => sum + problem.samples[0].length, 0);
-    document.querySelector("#sampled .count").textContent = `${n} episodes of ${problems.length} problems, as they were sampled`;
+    document.querySelector("#sampled .count").textContent = `${counted(n, "episode")} of ${counted(problems.length, "problem")}, as they were sampled`;
     document.querySelector("#sampled .groups").replaceChildren(...problems.map(group));
     [previous.disabled, next.disabled] = [step.selectedIndex === 0, step.selectedIndex === page.sampled.length - 1];
   };
