@@ -67,7 +67,7 @@ def evaluate(config: EvaluateConfig, *, reward: Any = None, data: Any = None, ev
     check_out(settings.out)
     console.print(task.line)
     prepared = prepare(settings, paths, console)
-    results, decoding = run(prepared, console)
+    results, decoding = run_evaluation(prepared, console)
     show(console, results)
     for warning in results["warnings"]:
         console.print(warning, style="yellow")
@@ -118,7 +118,7 @@ def prepare(config: EvaluateConfig, paths: Sequence[str], console: Terminal) -> 
     return Prepared(config, folders, make_env, problems, notes, state.device, compiles)
 
 
-def run(prepared: Prepared, console: Terminal) -> tuple[Record, Decoding]:
+def run_evaluation(prepared: Prepared, console: Terminal) -> tuple[Record, Decoding]:
     """Load the model, draw what is missing and write the files; returns what results.json holds."""
     config, names = prepared.config, prepared.names
     start = time.perf_counter()

@@ -12,7 +12,7 @@ from rl_lora.evaluation.candidates import BASE, step_of
 from rl_lora.evaluation.missing import Decoding
 from rl_lora.metrics.collapse import reply_warning
 from rl_lora.metrics.records import Record
-from rl_lora.metrics.summary import compared, pairs, row
+from rl_lora.metrics.summary import compared, pairs, table_row
 from rl_lora.system.plurals import counted
 
 
@@ -34,7 +34,7 @@ def results_of(config: EvaluateConfig, folders: dict[str, Path], rows: Sequence[
         versus = {"difference": compared(matrix[i][0])}
         if against is not None:
             versus["against"] = compared(matrix[i][against])
-        records.append({**place, **row(samples, ks), **versus})
+        records.append({**place, **table_row(samples, ks), **versus})
     base, *others = rows
     said = ((name, reply_warning(samples, base)) for name, samples in zip(folders, others, strict=True))
     warnings = [f"{name}: {warning}" for name, warning in said if warning]

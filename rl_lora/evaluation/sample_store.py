@@ -52,7 +52,7 @@ class SampleStore:
 
     def _open(self, earlier: Path, resume: bool) -> None:
         there: dict[Key, Sample] = {}
-        for i, sample in enumerate([*read_samples(earlier), *read_samples(self.path)]):
+        for i, sample in enumerate([*read_sample_file(earlier), *read_sample_file(self.path)]):
             key = key_of(sample)
             there[("unknown", i) if None in key else key] = sample
         found = {key: there.pop(key) for key in self.wanted if key in there}
@@ -102,7 +102,7 @@ class SampleStore:
         self.close()
 
 
-def read_samples(path: Path) -> list[Sample]:
+def read_sample_file(path: Path) -> list[Sample]:
     """The records of a file of samples; none where there is no file. See `SampleStore`."""
     if not path.exists():
         return []

@@ -80,7 +80,7 @@ def summarize(samples: Sequence[Sample]) -> Record:
     return record
 
 
-def row(samples: Sequence[Sample], ks: Sequence[int]) -> Record:
+def table_row(samples: Sequence[Sample], ks: Sequence[int]) -> Record:
     """`summarize`, and pass@k and maj@k with their intervals, by k as text.
 
     Both are means over the problems that have at least k verdicts; maj@k where the environment reports answers.

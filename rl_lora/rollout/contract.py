@@ -119,12 +119,12 @@ def step_env(env: Env, seed: int, reply: str) -> StepResult:
         raise TaskError(f"{where}: {error}; the reply was {shown(reply)}", str(error)) from None
 
 
-def close(env: Env) -> None:
+def close_env(env: Env) -> None:
     """Close an environment. What that raises is said, and costs nothing: all has been played."""
     try:
         env.close()
     except (Exception, SystemExit) as error:
-        warnings.warn(f"{env_id(env)}: close() raised {type(error).__name__}: {error}", stacklevel=1)
+        warnings.warn(f"{env_id(env)}: close_env() raised {type(error).__name__}: {error}", stacklevel=1)
 
 
 def watch_step(env: Env, seed: int) -> AbstractContextManager[None]:
@@ -167,17 +167,17 @@ def read_step(result: Any) -> StepResult:
     text, messages = ("", None) if over else read_observation(observation)
     return StepResult(
         text,
-        number(reward, "the reward"),
+        finite_number(reward, "the reward"),
         **ended,
         success=None if success is None else truth(success, "info['is_success']"),
         answer=None if answer is None else str(answer),
-        reward_parts={str(name): number(value, f"the reward part {name!r}") for name, value in parts.items()},
+        reward_parts={str(name): finite_number(value, f"the reward part {name!r}") for name, value in parts.items()},
         unscorable=_reason(unscorable),
         messages=messages,
     )
 
 
-def number(value: Any, what: str) -> float:
+def finite_number(value: Any, what: str) -> float:
     """A finite number as a float. Raises ValueError, with `what` it is and the value, for anything else."""
     plain = _plain(value)
     try:

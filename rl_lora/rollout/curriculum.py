@@ -14,7 +14,7 @@ import numpy as np
 
 from rl_lora.config import TrainConfig
 from rl_lora.metrics.records import Record, mean
-from rl_lora.rollout.contract import close, env_id
+from rl_lora.rollout.contract import close_env, env_id
 from rl_lora.rollout.environments import environment
 from rl_lora.types import Group
 
@@ -149,7 +149,7 @@ def curriculum_of(config: TrainConfig) -> Curriculum | None:
         return None
     env = environment(config.env)()
     name, n_problems = env_id(env), getattr(env.unwrapped, "n_problems", None)
-    close(env)
+    close_env(env)
     if n_problems is None:
         raise ValueError(
             f"rollout.curriculum={r.curriculum} needs an environment with a finite list of problems, but {name} makes "

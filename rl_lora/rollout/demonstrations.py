@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from rl_lora.config import RolloutConfig
 from rl_lora.policy.chat import Chat
-from rl_lora.rollout.contract import Env, close, env_id, reset_env
+from rl_lora.rollout.contract import Env, close_env, env_id, reset_env
 from rl_lora.rollout.worker import MakeEnv
 from rl_lora.types import Episode, Group, Stop, Turn
 
@@ -56,7 +56,7 @@ class Demonstrations:
     def close(self) -> None:
         """Close the environment."""
         if self._env is not None:
-            close(self._env)
+            close_env(self._env)
             self._env = None
 
     def _group(self, seed: int, adapter: str | None) -> Group:

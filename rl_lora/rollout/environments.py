@@ -10,7 +10,7 @@ from typing import Any
 import gymnasium as gym
 
 from rl_lora.config import EnvConfig
-from rl_lora.rollout.contract import Env, close, raised
+from rl_lora.rollout.contract import Env, close_env, raised
 from rl_lora.rollout.python_objects import resolve_objects
 from rl_lora.rollout.worker import MakeEnv
 from rl_lora.system.user_code import user_frames, user_lines
@@ -34,7 +34,7 @@ def environment(config: EnvConfig, **overrides: Any) -> MakeEnv:
         except BaseException as error:  # SystemExit among them
             raise _not_made(error, config.id, kwargs) from error
 
-    close(make())
+    close_env(make())
     return make
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from rl_lora.config import EnvConfig
 from rl_lora.metrics.summary import Evaluation
-from rl_lora.rollout.contract import TaskError, close, reset_env
+from rl_lora.rollout.contract import TaskError, close_env, reset_env
 from rl_lora.rollout.environments import environment
 from rl_lora.rollout.worker import EpisodeRequest, MakeEnv, RolloutWorker
 
@@ -47,7 +47,7 @@ def held_out(config: EnvConfig, env_kwargs: dict[str, Any] | None, episodes: int
             if n_problems is not None:  # of a list, it is named by preflight; of problems without end, it is left out
                 seed_of[f"\0{seed}"] = seed
     hidden = len(seed_of) == 1 and n_problems is None
-    close(env)
+    close_env(env)
     return make, list(range(start, start + episodes)) if hidden else list(seed_of.values())
 
 
@@ -61,7 +61,7 @@ def _takes_split(config: EnvConfig) -> bool:
         except ValueError:
             raise error from None
         return True
-    close(env)
+    close_env(env)
     return "split" in inspect.signature(type(env.unwrapped).__init__).parameters
 
 

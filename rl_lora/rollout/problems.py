@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from rl_lora.config import EpisodeConfig
 from rl_lora.policy.chat import Chat
-from rl_lora.rollout.contract import Env, TaskError, close, env_id, reset_env
+from rl_lora.rollout.contract import Env, TaskError, close_env, env_id, reset_env
 from rl_lora.rollout.worker import MakeEnv, prompt_of, unsteady
 
 N_STEADY = 4
@@ -48,13 +48,13 @@ def check_problems(
         faults = list(faults_of(env, seeds, chat, config, context, judged))
         made = getattr(env.unwrapped, "n_problems", None) is None
     finally:
-        close(env)
+        close_env(env)
     allowed = max(config.max_failed * len(seeds), A_FEW) if made and config.max_failed else 0
     if len(faults) > allowed or len(faults) == len(seeds):
-        raise ValueError(listed(faults, len(seeds)))
+        raise ValueError(list_faults(faults, len(seeds)))
 
 
-def listed(faults: Sequence[str], n: int) -> str:
+def list_faults(faults: Sequence[str], n: int) -> str:
     """The first faulty problems and how many there are."""
     if len(faults) == 1:
         return faults[0]
@@ -109,4 +109,4 @@ def check_steady(env: Env, make_env: MakeEnv, seeds: Sequence[int]) -> None:
                 if (other := reset_env(again, seed).identity) != identity:
                     raise unsteady(env_id(env), seed, identity, other)
     finally:
-        close(copy)
+        close_env(copy)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from rl_lora.config import EpisodeConfig
 from rl_lora.policy.chat import Chat
 from rl_lora.rollout.calls import CallPool
-from rl_lora.rollout.contract import Env, ResetResult, StepResult, TaskError, close, env_id, reset_env
+from rl_lora.rollout.contract import Env, ResetResult, StepResult, TaskError, close_env, env_id, reset_env
 from rl_lora.rollout.failures import Failures
 from rl_lora.rollout.observations import shown
 from rl_lora.rollout.steps import Steps
@@ -148,7 +148,7 @@ class RolloutWorker:
         self.failures.begin([plays.n for plays in wanted])
         starts = [[self._reset(next(envs), w.seed) for _ in range(w.n)] for w in wanted]
         groups = [
-            [self._opened(env, w.seed, w.adapter, k, start) for k, (env, start) in enumerate(of_group, w.first)]
+            [self._begin(env, w.seed, w.adapter, k, start) for k, (env, start) in enumerate(of_group, w.first)]
             for w, of_group in zip(wanted, starts, strict=True)
         ]
         first_of = {id(play): w.first for w, group in zip(wanted, groups, strict=True) for play in group}
@@ -191,7 +191,7 @@ class RolloutWorker:
     def close(self) -> None:
         """Close the environments."""
         while self._envs:
-            close(self._envs.pop())
+            close_env(self._envs.pop())
 
     def first_prompt(self, seed: int) -> list[int]:
         """The prompt of a problem: what is known of it without a model. Raises TaskError if it cannot be played."""
@@ -204,7 +204,7 @@ class RolloutWorker:
         """Begin to reset an environment: those that wait do so together."""
         return env, self.calls.start(("reset", type(env.unwrapped)), partial(reset_env, env, seed))
 
-    def _opened(self, env: Env, seed: int, adapter: str | None, k: int, reset: Future[ResetResult]) -> _RunningEpisode:
+    def _begin(self, env: Env, seed: int, adapter: str | None, k: int, reset: Future[ResetResult]) -> _RunningEpisode:
         version = self.versions(adapter) if adapter is not None else 0
         play = _RunningEpisode(env, env_id(env), seed, adapter, version, k)
         try:

@@ -11,7 +11,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from rl_lora.config import TrainConfig
 from rl_lora.lora.peft_io import check_adapter
 from rl_lora.policy.inspection import inspect_model
-from rl_lora.rollout.contract import close
+from rl_lora.rollout.contract import close_env
 from rl_lora.rollout.demonstrations import Demonstrations
 from rl_lora.rollout.environments import environment
 from rl_lora.rollout.held_out import held_out
@@ -51,7 +51,7 @@ def problems_to_check(make_env: MakeEnv, seeds: Iterable[int]) -> Sequence[int]:
     """All problems, where they are a finite list; else those of `seeds`."""
     env = make_env()
     n = getattr(env.unwrapped, "n_problems", None)
-    close(env)
+    close_env(env)
     return list(seeds) if n is None else range(int(n))
 
 

@@ -18,7 +18,7 @@ import torch
 from rl_lora.config import TrainConfig
 from rl_lora.metrics.samples import content_hash
 from rl_lora.policy.policy import Policy
-from rl_lora.rollout.contract import TaskError, close, env_id, reset_env
+from rl_lora.rollout.contract import TaskError, close_env, env_id, reset_env
 from rl_lora.rollout.curriculum import SEED_STRIDE
 from rl_lora.rollout.environments import environment
 from rl_lora.rollout.held_out import held_out
@@ -65,7 +65,7 @@ def problems_of(make_env: MakeEnv, seeds: Iterable[int]) -> list[ProblemRecord]:
         more = () if record is None else (record,)
         digest = content_hash(env_id(env), seed, start.observation, reference, *more)
         problems.append(ProblemRecord(seed, reference, digest, start.info.get("demonstration")))
-    close(env)
+    close_env(env)
     return problems
 
 
@@ -77,7 +77,7 @@ def sources(make_env: MakeEnv) -> tuple[list[str], Any]:
     kinds = [kind for kind in type(env.unwrapped).__mro__ if kind not in gym.Env.__mro__]
     code = getattr(env.unwrapped, "code", None)
     judges = user_sources(getattr(env.unwrapped, "code_modules", ()))
-    close(env)
+    close_env(env)
     asks = user_sources(kind.__module__ for kind in kinds)
     return [*(_source(kind) for kind in kinds), *asks], [code, *judges] if judges else code
 
@@ -99,7 +99,7 @@ def task_record(config: TrainConfig) -> dict[str, Any]:
     (asks, judges), (eval_asks, eval_judges) = sources(make_env), sources(make_eval_env)
     env = make_env()
     n = getattr(env.unwrapped, "n_problems", None)
-    close(env)
+    close_env(env)
     first = config.seed * SEED_STRIDE
     seeds = range(first, first + N_ENDLESS) if n is None else range(first // n * n, first // n * n + n)
     return {

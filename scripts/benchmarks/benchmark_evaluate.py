@@ -23,7 +23,7 @@ import torch
 from rich.table import Table
 
 from rl_lora.config import ModelConfig, expand_home
-from rl_lora.evaluation.sample_store import key_of, read_samples
+from rl_lora.evaluation.sample_store import key_of, read_sample_file
 from rl_lora.lora.peft_io import save_adapter
 from rl_lora.policy.policy import Policy
 from rl_lora.scripts.command import main as command
@@ -117,7 +117,7 @@ def differing(folder: Path, sides: Sequence[str]) -> dict[str, int]:
     """How many samples of two sides are the same text, and how many got the same verdict. Others are ties that other
     batch shapes round the other way."""
     one, other = (
-        {key_of(s): s for name in ("samples", "earlier") for s in read_samples(folder / side / f"{name}.jsonl")}
+        {key_of(s): s for name in ("samples", "earlier") for s in read_sample_file(folder / side / f"{name}.jsonl")}
         for side in sides
     )
     assert one.keys() == other.keys()

@@ -24,7 +24,7 @@ from rl_lora import EvaluateConfig, Policy, evaluate, save_adapter
 from rl_lora.config import EnvConfig, ModelConfig
 from rl_lora.envs.text import SingleTurnEnv
 from rl_lora.evaluation.candidates import adapter_folders, path_notes
-from rl_lora.evaluation.sample_store import SampleStore, key_of, read_samples
+from rl_lora.evaluation.sample_store import SampleStore, key_of, read_sample_file
 from rl_lora.rollout.worker import EpisodeRequest, RolloutWorker
 from rl_lora.scripts.command import parse
 from rl_lora.settings.dotted import flatten
@@ -82,7 +82,7 @@ def figures(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def lines(config: EvaluateConfig, name: str = "samples.jsonl") -> list[dict[str, Any]]:
-    return read_samples(Path(config.out) / name)
+    return read_sample_file(Path(config.out) / name)
 
 
 @pytest.fixture
@@ -442,5 +442,5 @@ def test_the_command_takes_lists_as_users_write_them_and_explains_every_option(
     text = " ".join(capsys.readouterr().out.split())
     for name in flatten(EvaluateConfig()):
         assert f"--{name} " in text, name
-    for help in ("Limit of one reply", "Held-out problems, the first ones", "pass@k and maj@k to compute"):
+    for help in ("Limit of one reply", "Held-out problems, the first ones", "Numbers k of pass@k and maj@k"):
         assert help in text

@@ -9,7 +9,7 @@ import pytest
 
 import rl_lora.envs  # noqa: F401  registers the environments
 from rl_lora.metrics.estimates import clustered, pass_at_k, wilson
-from rl_lora.metrics.summary import Evaluation, pairs, row, summarize
+from rl_lora.metrics.summary import Evaluation, pairs, summarize, table_row
 from rl_lora.types import Episode, Stop, Turn
 
 
@@ -38,7 +38,7 @@ def sample(problem: int, k: int, success: bool | None, answer: str | None = None
 def test_a_row_leaves_unscorable_samples_out_of_the_figures_and_counts_them() -> None:
     samples = [sample(0, k, k < 2, str(k < 2)) for k in range(4)]
     samples += [sample(1, 0, True, "True"), *(sample(1, k, None, unscorable=True, reward=0.0) for k in (1, 2, 3))]
-    found = row(samples, [1, 2, 4])
+    found = table_row(samples, [1, 2, 4])
     assert (found["n_problems"], found["n_samples"], found["episodes"]) == (2, 8, 5)
     assert found["accuracy"] == pytest.approx(3 / 5)
     assert (found["unscorable"], found["reward"]) == (3 / 8, 0.25)
@@ -51,14 +51,14 @@ def test_a_row_leaves_unscorable_samples_out_of_the_figures_and_counts_them() ->
 
 
 def test_one_sample_a_problem_has_wilsons_interval_everywhere() -> None:
-    found = row([sample(i, 0, i < 30) for i in range(100)], [1])
+    found = table_row([sample(i, 0, i < 30) for i in range(100)], [1])
     assert (found["accuracy_low"], found["accuracy_high"]) == wilson(30, 100)
     assert found["pass"]["1"] == {"value": 0.3, "low": wilson(30, 100)[0], "high": wilson(30, 100)[1]}
     assert found["majority"] == {}
 
 
 def test_a_majority_needs_answers_and_format_is_the_rewards_part_or_the_share_of_answers() -> None:
-    silent = row([sample(0, k, False) for k in range(2)], [1, 2])
+    silent = table_row([sample(0, k, False) for k in range(2)], [1, 2])
     assert (silent["majority"], silent["format"]) == ({}, None)
     assert summarize([sample(0, 0, True, "7"), sample(1, 0, False)])["format"] == 0.5
     formatted = [
