@@ -124,7 +124,7 @@ def close_env(env: Env) -> None:
     try:
         env.close()
     except (Exception, SystemExit) as error:
-        warnings.warn(f"{env_id(env)}: close_env() raised {type(error).__name__}: {error}", stacklevel=1)
+        warnings.warn(f"{env_id(env)}: close() raised {type(error).__name__}: {error}", stacklevel=1)
 
 
 def watch_step(env: Env, seed: int) -> AbstractContextManager[None]:
