@@ -8,13 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rl_lora.attention.tree import Tree
+from rl_lora.attention.tree import SpanTree
 from rl_lora.kernels import tree_attention
 from rl_lora.kernels.attention_options import AttentionOptions
 from rl_lora.kernels.tree_attention import Spans
 
 
-def supports(tree: Tree, query: Tensor, key: Tensor, value: Tensor) -> bool:
+def supports(tree: SpanTree, query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether `native_attention` may be called with these: float32, on a CPU, behind no keys that were there before."""
     for x in (query, key, value):
         if x.dtype != torch.float32 or x.device.type != "cpu" or x.shape[3] % tree_attention.WIDTHS:
@@ -26,7 +26,7 @@ def supports(tree: Tree, query: Tensor, key: Tensor, value: Tensor) -> bool:
     return tree.past is None and tree.end is not None and tree_attention.library() is not None
 
 
-def native_attention(tree: Tree, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
+def native_attention(tree: SpanTree, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
     """query: (1, H, N, D); key: (1, H_kv, N, D); value: (1, H_kv, N, D_v). Returns (1, H, N, D_v)."""
     assert tree.end is not None
     spans = Spans(tree.table, tree.end, tree.positions[0])

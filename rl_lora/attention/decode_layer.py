@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rl_lora.attention.shared_prefix import Sharing, Source, additive, attend_to_sources
+from rl_lora.attention.shared_prefix import KeySource, Sharing, additive, attend_to_sources
 from rl_lora.kernels import decode_attention
 from rl_lora.kernels.attention_options import AttentionOptions
 
@@ -100,8 +100,8 @@ class DecodeLayer:
         if decode_attention.supports(query, keys, values):
             nodes, lengths = [s.sharing.owner for s in self.shared], [s.lengths for s in self.shared]
             return decode_attention.decode_attention(query, keys, values, nodes, lengths, self.at, options)
-        sources = [Source(shared.key, shared.value, shared.sharing) for shared in self.shared]
-        return attend_to_sources(query, [*sources, Source(key, value)], self.mask(options.window), options)
+        sources = [KeySource(shared.key, shared.value, shared.sharing) for shared in self.shared]
+        return attend_to_sources(query, [*sources, KeySource(key, value)], self.mask(options.window), options)
 
     def mask(self, window: int | None) -> Tensor:
         """float32 (R, 1, n, keys): what each new token may attend to."""

@@ -19,9 +19,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from rl_lora.attention.padded import padded_attention
-from rl_lora.attention.tree import Tree
+from rl_lora.attention.tree import SpanTree
 from rl_lora.kernels.attention_options import AttentionOptions
-from rl_lora.kernels.verify import FastPath, compare
+from rl_lora.kernels.verify import FastPath, require_close
 from rl_lora.system.cache_folder import place_compiler_cache
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -32,12 +32,12 @@ BLOCK = 128
 """Tokens of a side of the blocks that are computed or left out."""
 
 
-def supports(tree: Tree, query: Tensor, options: AttentionOptions) -> bool:
+def supports(tree: SpanTree, query: Tensor, options: AttentionOptions) -> bool:
     """Whether there is anything to gain, and it can be expressed."""
     return query.device.type == "cuda" and tree.past is None and options.sinks is None and tree.end is not None
 
 
-def fused_attention(tree: Tree, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
+def fused_attention(tree: SpanTree, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
     """query: (1, H, N, D); key, value: (1, H_kv, N, D). Returns (1, H, N, D)."""
     attention = _compiled() if query.device.type == "cuda" else flex_attention
     out = attention(
@@ -80,7 +80,7 @@ def mask_mod(end: Tensor, positions: Tensor, window: int | None) -> MaskMod:
     return seen if window is None else seen_in_window
 
 
-def block_mask(tree: Tree, window: int | None) -> BlockMask:
+def block_mask(tree: SpanTree, window: int | None) -> BlockMask:
     """The blocks of BLOCK x BLOCK tokens that have to be computed; kept with the tree, for all layers.
 
     Worked out from what is known of blocks: the matrix of all pairs of tokens, which torch would look at, is as large
@@ -139,7 +139,7 @@ def _compare(query: Tensor, key: Tensor, value: Tensor, options: AttentionOption
     for lengths in ((40, 100, 30, 200, 90, 7), (300, 150, 1, 129, 80, 64)):
         parents = (-1, 0, 1, 1, 0, -1)
         starts = np.cumsum((0, *lengths[:-1])).tolist()
-        tree = Tree(list(zip(starts, lengths, parents, strict=True)), query.device)
+        tree = SpanTree(list(zip(starts, lengths, parents, strict=True)), query.device)
         given = [
             torch.randn(1, x.shape[1], tree.n_tokens, x.shape[3], generator=generator).to(x)
             for x in (query, key, value, query[..., : value.shape[3]])
@@ -159,4 +159,4 @@ def _compare(query: Tensor, key: Tensor, value: Tensor, options: AttentionOption
             results.append((out, *gradients))
         for what, fused, plain in zip(("output", "dq", "dk", "dv"), *results, strict=False):
             tolerance = TOLERANCE.get(query.dtype, 0.05)
-            compare(f"its {what} differs from our own", fused.detach(), plain.detach(), tolerance)
+            require_close(f"its {what} differs from our own", fused.detach(), plain.detach(), tolerance)

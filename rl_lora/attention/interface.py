@@ -16,7 +16,7 @@ from rl_lora.attention import cpu, flex
 from rl_lora.attention.decode_layer import DecodeLayer
 from rl_lora.attention.kv_cache import DecodeCache
 from rl_lora.attention.padded import padded_attention
-from rl_lora.attention.tree import Tree
+from rl_lora.attention.tree import SpanTree
 from rl_lora.kernels.attention_options import AttentionOptions
 
 IMPLEMENTATION = "rl_lora_shared_prefix"
@@ -32,7 +32,7 @@ UNDERSTOOD = {
 }
 """What a model may tell its attention."""
 
-Layout = Tree | DecodeCache | DecodeLayer
+Layout = SpanTree | DecodeCache | DecodeLayer
 """How the tokens of a forward pass lie, and what each of them may attend to."""
 
 
@@ -58,7 +58,7 @@ def shared_prefix_attention(
     )
     layout: Layout = kwargs["layout"]
     layer: int = module.layer_idx  # type: ignore[assignment]
-    if isinstance(layout, Tree):
+    if isinstance(layout, SpanTree):
         out = attend_on_tree(layout, layer, query, key, value, options)
     else:
         out = layout.attend(layer, query, key, value, options)
@@ -66,7 +66,7 @@ def shared_prefix_attention(
 
 
 def attend_on_tree(
-    tree: Tree, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
+    tree: SpanTree, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
 ) -> Tensor:
     """query: (1, H, N, D); key, value: (1, H_kv, N, D). Returns (1, H, N, D), by the fastest that may be used."""
     tree.windows.add(options.window)

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rl_lora.attention.shared_prefix import Source, attend_to_sources, attend_to_sources_backward
-from rl_lora.attention.tree import Chunk, Tree
+from rl_lora.attention.shared_prefix import KeySource, attend_to_sources, attend_to_sources_backward
+from rl_lora.attention.tree import Chunk, SpanTree
 from rl_lora.kernels.attention_options import AttentionOptions
 
 
 def padded_attention(
-    tree: Tree, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions, layer: int = 0
+    tree: SpanTree, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions, layer: int = 0
 ) -> Tensor:
     """query: (1, H, N, D); key, value: (1, H_kv, N, D). Returns (1, H, N, D).
 
@@ -30,7 +30,7 @@ class Padded:
     """What the tokens of a tree have, (H, N, D), by depth: `parts` are (H_kv, n, H / H_kv, L, D), one behind the other
     in memory, so that it takes one gathering to come here and one to go back."""
 
-    def __init__(self, tree: Tree, rows: Tensor, heads: int, kv_heads: int):
+    def __init__(self, tree: SpanTree, rows: Tensor, heads: int, kv_heads: int):
         self.tree, self.rows, self.heads, self.kv_heads = tree, rows, heads, kv_heads
         self.parts: list[Tensor] = []
         sizes = [(kv_heads, len(depth.tokens), heads // kv_heads, depth.tokens.shape[1]) for depth in tree.depths]
@@ -38,7 +38,7 @@ class Padded:
             self.parts.append(part.view(*size, -1))
 
     @classmethod
-    def of(cls, tree: Tree, x: Tensor, kv_heads: int) -> Padded:
+    def of(cls, tree: SpanTree, x: Tensor, kv_heads: int) -> Padded:
         """x: (1, H, N, D)."""
         heads = x.shape[1]
         tokens = x[0].transpose(0, 1).reshape(-1, x.shape[-1])  # (N * H, D), which is how it usually lies in memory
@@ -61,7 +61,7 @@ class _PaddedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, tree: Tree, layer: int, options: AttentionOptions
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, tree: SpanTree, layer: int, options: AttentionOptions
     ) -> Tensor:
         ctx.save_for_backward(query, key, value)
         ctx.tree, ctx.options = tree, options
@@ -114,7 +114,9 @@ def _of_chunk(options: AttentionOptions, chunk: Chunk) -> AttentionOptions:
     return replace(options, sinks=options.sinks.view(chunk.kv_heads, -1).repeat_interleave(blocks, 0))
 
 
-def _pieces(tree: Tree, layer: int, q: Padded, k: Padded, v: Padded) -> Iterator[tuple[Chunk, Tensor, list[Source]]]:
+def _pieces(
+    tree: SpanTree, layer: int, q: Padded, k: Padded, v: Padded
+) -> Iterator[tuple[Chunk, Tensor, list[KeySource]]]:
     """Every chunk, with its queries, (H_kv * blocks, H / H_kv, queries, D), and sources, (H_kv * nodes, 1, keys, D)."""
     for chunk in tree.chunks(q.heads, k.heads):
         sources = []
@@ -125,5 +127,5 @@ def _pieces(tree: Tree, layer: int, q: Padded, k: Padded, v: Padded) -> Iterator
                 key, value = (x.transpose(0, 1).flatten(0, 1)[:, None] for x in of_past)
             else:
                 key, value = (x.parts[a][:, nodes, :, :n_keys].flatten(0, 1) for x in (k, v))
-            sources.append(Source(key, value, sharing))
+            sources.append(KeySource(key, value, sharing))
         yield chunk, _part(q, chunk).flatten(0, 1), sources

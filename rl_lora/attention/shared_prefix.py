@@ -83,7 +83,7 @@ class Sharing:
 
 
 @dataclass(frozen=True)
-class Source:
+class KeySource:
     """Keys and values of n nodes, (n, H_kv, L, D); block b attends to node b where there is no sharing."""
 
     key: Tensor
@@ -97,7 +97,7 @@ class Source:
         return x if self.sharing is None else self.sharing.apart(x)
 
 
-def attend_to_sources(query: Tensor, sources: Sequence[Source], mask: Tensor, options: AttentionOptions) -> Tensor:
+def attend_to_sources(query: Tensor, sources: Sequence[KeySource], mask: Tensor, options: AttentionOptions) -> Tensor:
     """query: (B, H, Q, D). mask: float32, broadcast to (B, 1, Q, all keys), 0 or -inf. Returns (B, H, Q, D).
 
     Query heads outnumber key-value heads; those of one key-value head are rows of one product.
@@ -108,7 +108,7 @@ def attend_to_sources(query: Tensor, sources: Sequence[Source], mask: Tensor, op
 
 
 def attend_to_sources_backward(
-    query: Tensor, sources: Sequence[Source], mask: Tensor, options: AttentionOptions, grad: Tensor
+    query: Tensor, sources: Sequence[KeySource], mask: Tensor, options: AttentionOptions, grad: Tensor
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """Gradients of `attend_to_sources`: with respect to the query, and to each source's key and value.
 
@@ -129,22 +129,22 @@ def attend_to_sources_backward(
     return _weighted(ds, sources, lambda source: source.key).reshape(query.shape), of_sources
 
 
-def _grouped(x: Tensor, sources: Sequence[Source]) -> Tensor:
+def _grouped(x: Tensor, sources: Sequence[KeySource]) -> Tensor:
     """(B, H, Q, D) -> (B, H_kv, H / H_kv * Q, D)"""
     return x.reshape(x.shape[0], sources[0].key.shape[1], -1, x.shape[-1])
 
 
-def _split(x: Tensor, sources: Sequence[Source]) -> Sequence[Tensor]:
+def _split(x: Tensor, sources: Sequence[KeySource]) -> Sequence[Tensor]:
     return x.split([source.key.shape[2] for source in sources], -1) if len(sources) > 1 else [x]
 
 
-def _scores(q: Tensor, sources: Sequence[Source], of: Any) -> Tensor:
+def _scores(q: Tensor, sources: Sequence[KeySource], of: Any) -> Tensor:
     """(B, H_kv, X, D) -> (B, H_kv, X, all keys)"""
     scores = [source.apart(source.together(q) @ of(source).transpose(-1, -2)) for source in sources]
     return torch.cat(scores, -1) if len(scores) > 1 else scores[0]
 
 
-def _weighted(p: Tensor, sources: Sequence[Source], of: Any) -> Tensor:
+def _weighted(p: Tensor, sources: Sequence[KeySource], of: Any) -> Tensor:
     """(B, H_kv, X, all keys) -> (B, H_kv, X, D)"""
     parts = [
         source.apart(source.together(p_s) @ of(source)) for source, p_s in zip(sources, _split(p, sources), strict=True)
@@ -156,7 +156,7 @@ def _weighted(p: Tensor, sources: Sequence[Source], of: Any) -> Tensor:
 
 
 def _probabilities(
-    q: Tensor, sources: Sequence[Source], mask: Tensor, options: AttentionOptions, shape: torch.Size
+    q: Tensor, sources: Sequence[KeySource], mask: Tensor, options: AttentionOptions, shape: torch.Size
 ) -> tuple[Tensor, Tensor | None]:
     """float32 (B, H, Q, all keys), and the slope of the soft cap where there is one."""
     scores = _scores(q, sources, lambda source: source.key).reshape(*shape[:3], -1)

@@ -63,7 +63,7 @@ class Chunk:
     masks: dict[int | None, Tensor] = field(default_factory=dict)
 
 
-class Tree:
+class SpanTree:
     """The layout of a flat forward pass of N tokens, (1, N).
 
     Args:

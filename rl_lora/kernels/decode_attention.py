@@ -19,7 +19,7 @@ from torch import Tensor
 from rl_lora.kernels import native_code
 from rl_lora.kernels.attention_options import AttentionOptions
 from rl_lora.kernels.native_code import OPERATIONS, dense, is_dispatched
-from rl_lora.kernels.verify import FastPath, compare_all
+from rl_lora.kernels.verify import FastPath, require_all_close
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 WIDEST = 256
@@ -143,7 +143,7 @@ def _compare(found: ctypes.CDLL, D: int) -> None:
             for token in range(n):
                 seen = slice(None, k.shape[1] - sizes[-1][1] + int(at[row, token]) + 1)
                 exact = _dense_attention(query[row, :, token], k[:, seen], v[:, seen], options)
-                compare_all("in C++ it differs from float64", out[row, :, token], exact, tolerance)
+                require_all_close("in C++ it differs from float64", out[row, :, token], exact, tolerance)
 
 
 def _dense_attention(query: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from rl_lora.kernels import packed_gemm
 from rl_lora.kernels.native_code import OPERATIONS, is_dispatched
-from rl_lora.kernels.verify import FastPath, compare_all
+from rl_lora.kernels.verify import FastPath, require_all_close
 from rl_lora.system.memory import free_bytes
 
 ROWS = 128
@@ -109,7 +109,7 @@ def _ours() -> Operators | None:
     if packed_gemm.library() is None:
         return None
     return Operators(
-        packed_gemm.pack,
+        packed_gemm.pack_weight,
         lambda x, packed, weight, bias, out: packed_gemm.multiply(x, packed, len(weight), bias, out),
         least_rows=1,
     )
@@ -150,4 +150,4 @@ def _compare(operators: Operators, dtype: torch.dtype) -> None:
                 exact = F.linear(x.double(), weight.double(), bias.double())
                 tolerance = 16 * torch.finfo(dtype).eps * float(exact.abs().max())
                 product = operators.multiply(x, packed, weight, bias, None)
-                compare_all(f"a product of {n} rows differs from that in float64", product, exact, tolerance)
+                require_all_close(f"a product of {n} rows differs from that in float64", product, exact, tolerance)

@@ -31,7 +31,7 @@ def library() -> ctypes.CDLL | None:
     return found
 
 
-def pack(weight: Tensor) -> Tensor:
+def pack_weight(weight: Tensor) -> Tensor:
     """float32 (out, in) -> (panels, in, width): an input's weights for `width` outputs side by side; in bfloat16 where
     that holds all of them exactly, and then outputs j and j + width / 2 are neighbours."""
     found = library()

@@ -22,7 +22,7 @@ from torch.profiler import record_function
 from rl_lora.kernels import native_code
 from rl_lora.kernels.attention_options import AttentionOptions
 from rl_lora.kernels.native_code import dense
-from rl_lora.kernels.verify import FastPath, compare_all
+from rl_lora.kernels.verify import FastPath, require_all_close
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 NAME = "rl_lora::tree_attention"
@@ -153,7 +153,9 @@ def _compare(found: ctypes.CDLL) -> None:
                 results.append([out, *torch.autograd.grad(out, given, grad.to(dtype))])
         for what, ours, exact in zip(("output", "dq", "dk", "dv"), *results, strict=True):
             tolerance = 1e-5 * (1 + float(exact.detach().abs().max()))
-            compare_all(f"in C++ its {what} differs from that in float64", ours.detach(), exact.detach(), tolerance)
+            require_all_close(
+                f"in C++ its {what} differs from that in float64", ours.detach(), exact.detach(), tolerance
+            )
 
 
 def _example() -> Spans:

@@ -58,7 +58,7 @@ def reason_of(error: Exception) -> str:
     return line if isinstance(error, Mismatch) else f"{type(error).__name__}: {line}"
 
 
-def compare(what: str, found: Tensor, expected: Tensor, tolerance: float) -> None:
+def require_close(what: str, found: Tensor, expected: Tensor, tolerance: float) -> None:
     """Raises `Mismatch` where the mean difference, in standard deviations of `expected`, is above the tolerance.
 
     what: the subject and the verb of the message, e.g. "its output differs from the plain one".
@@ -67,7 +67,7 @@ def compare(what: str, found: Tensor, expected: Tensor, tolerance: float) -> Non
         raise Mismatch(f"{what} by {gap:.2g} standard deviations")
 
 
-def compare_all(what: str, found: Tensor, exact: Tensor, tolerance: float) -> None:
+def require_all_close(what: str, found: Tensor, exact: Tensor, tolerance: float) -> None:
     """Raises `Mismatch` where any difference is above the tolerance. exact: float64."""
     if not (error := float((found.double() - exact).abs().max())) <= tolerance:
         raise Mismatch(f"{what} by up to {error:.2g}, more than {tolerance:.2g}")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from rl_lora.attention.tree import Tree
+from rl_lora.attention.tree import SpanTree
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Batch:
     """
 
     tokens: Tensor
-    tree: Tree | None
+    tree: SpanTree | None
     index: Tensor
     targets: Tensor
     behaviour_logprobs: Tensor

@@ -16,7 +16,7 @@ import torch
 
 from rl_lora.algorithms.objectives import TOKEN_MEAN, Aggregation
 from rl_lora.attention.prefixes import Prefix, common_prefix, find_shared_prefixes, prefix_of
-from rl_lora.attention.tree import Span, Tree
+from rl_lora.attention.tree import Span, SpanTree
 from rl_lora.learner.batch import Batch
 from rl_lora.types import Episode, Group
 
@@ -152,7 +152,7 @@ class _Laid:
     """Rows laid out for a forward pass; place[row][member]."""
 
     tokens: np.ndarray
-    tree: Tree | None
+    tree: SpanTree | None
     adapters: tuple[str | None, ...]
     place: list[list[Place]]
 
@@ -186,7 +186,7 @@ def _tree(rows: Sequence[tuple[PackedRow, int]], device: torch.device | str) -> 
             shifts = np.array([spans[shared][0], spans[prompt][0] - n_shared, spans[own][0] - row.prefix])
             bounds = np.array([n_shared, row.prefix])
             place[-1].append(partial(_stand, bounds, shifts))
-    return _Laid(np.array([tokens]), Tree(spans, device), tuple(adapters), place)
+    return _Laid(np.array([tokens]), SpanTree(spans, device), tuple(adapters), place)
 
 
 def _stand(bounds: np.ndarray, shifts: np.ndarray, j: np.ndarray) -> np.ndarray:

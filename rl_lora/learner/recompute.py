@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rl_lora.attention.tree import Tree
+from rl_lora.attention.tree import SpanTree
 from rl_lora.policy.hooks import Forward, forwards, layers_of
 from rl_lora.policy.policy import Policy
 
@@ -78,7 +78,7 @@ def _kept(policy: Policy, adapter: str | None, n_tokens: int) -> list[int]:
 
         return run
 
-    tree = Tree([(0, n_tokens, -1)], policy.device) if policy.not_shared is None else None
+    tree = SpanTree([(0, n_tokens, -1)], policy.device) if policy.not_shared is None else None
     tokens = torch.zeros(1, n_tokens, dtype=torch.int64, device=policy.device)
     adapters = [adapter] * (1 if tree is None else n_tokens)
     with torch.enable_grad(), forwards(layers, watched):

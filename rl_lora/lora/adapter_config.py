@@ -44,7 +44,7 @@ _repr = Repr()
 _repr.maxstring = _repr.maxother = 80
 
 
-def shown(value: object) -> str:
+def excerpt(value: object) -> str:
     """A value of a file in a message: a short text as it is, all else as Python writes it, cut; no control codes."""
     return value if isinstance(value, str) and len(value) <= 200 and value.isprintable() else _repr.repr(value)
 
@@ -67,7 +67,7 @@ def read_config(file: Path) -> dict[str, Any]:
     return config
 
 
-def resolve(
+def resolve_patterns(
     patterns: Mapping[str, Any] | None, names: Sequence[str], default: Any, file: Path, field: str
 ) -> list[Any]:
     """The value of each name by PEFT's rule: of the first pattern that matches the name or a dotted end of it.
@@ -130,7 +130,7 @@ def _match(patterns: Sequence[str], names: Sequence[str], where: str) -> list[in
     except (subprocess.SubprocessError, ValueError) as error:
         raise ValueError(f"{where}: matching its patterns takes too long; name the modules instead") from error
     if found and isinstance(found[0], str):
-        raise ValueError(f"{where}: {shown(found[0])} is not a regular expression: {shown(found[1])}")
+        raise ValueError(f"{where}: {excerpt(found[0])} is not a regular expression: {excerpt(found[1])}")
     return found
 
 
@@ -138,7 +138,7 @@ def _without_repetition(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"it has {shown(key)} twice")
+            raise ValueError(f"it has {excerpt(key)} twice")
         found[key] = value
     return found
 
@@ -152,7 +152,7 @@ def _check(config: Any, file: Path) -> None:
     if kind != "LORA":
         raise ValueError(f"{file}: peft_type is {_repr.repr(kind)}; only LORA adapters are supported")
     for field, value in config.items():
-        what = f"{file}: {shown(field)}"
+        what = f"{file}: {excerpt(field)}"
         if field not in FIELDS:
             if value and value != "none":
                 said = f"{what}={_repr.repr(value)} is not supported"
@@ -172,7 +172,7 @@ def _check(config: Any, file: Path) -> None:
             raise ValueError(f"{file}: {of_pattern} may hold {most}")
         _check_number(config.get(field), f"{file}: {field}", largest, whole)
         for pattern, value in entries.items():
-            _check_number(value, f"{file}: {of_pattern}: {shown(pattern)}", largest, whole)
+            _check_number(value, f"{file}: {of_pattern}: {excerpt(pattern)}", largest, whole)
 
 
 def _is(kind: str, value: Any) -> bool:

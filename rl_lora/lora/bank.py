@@ -21,7 +21,7 @@ from rl_lora.kernels.frozen_linear import may_pack
 from rl_lora.lora.adapter import Adapter, Site
 from rl_lora.lora.layers import LoRAExperts, LoRALinear
 from rl_lora.lora.routing import CurrentRouting, Routing, routing_of
-from rl_lora.lora.targets import find_sites, find_unknown_experts, language_model, named
+from rl_lora.lora.targets import find_sites, find_unknown_experts, language_model, sites_named
 
 ALL_LINEAR = "all-linear"
 
@@ -122,7 +122,7 @@ class AdapterBank:
         names = [targets] if isinstance(targets, str) else list(targets)
         chosen: set[str] = set()
         for name in names:
-            found = next(filter(None, (named(name, sites) for sites in (text, self.sites.values()))), None)
+            found = next(filter(None, (sites_named(name, sites) for sites in (text, self.sites.values()))), None)
             if not found:
                 there = ", ".join(sorted({site.rpartition(".")[2] for site in self.sites}))
                 meant = "" if re.fullmatch(r"[\w.-]*", name) else "; names, not patterns, are meant"

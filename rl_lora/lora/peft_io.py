@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from rl_lora.lora.adapter import Adapter, Site
-from rl_lora.lora.adapter_config import read_config, resolve, shown
+from rl_lora.lora.adapter_config import excerpt, read_config, resolve_patterns
 from rl_lora.lora.bank import AdapterBank
 from rl_lora.system import files
 from rl_lora.system.model_names import canonical, public_name
@@ -143,7 +143,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Levels], dict[str, Te
                     raise ValueError(f"{file}: {key} is of type {dtype}; LoRA weights are floating-point numbers")
             tensors = {key: opened.get_tensor(key).float() for key in slices}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} cannot be read: {shown(str(error))}") from error
+        raise ValueError(f"{file} cannot be read: {excerpt(str(error))}") from error
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{file}: {key} holds values that are not finite in float32; take an earlier checkpoint")
@@ -156,7 +156,7 @@ def _patterns(config: Mapping[str, Any], names: list[str], folder: Path) -> tupl
     # PEFT matches with the path of what it targets: a module, or a parameter of it.
     paths = [f"{name}.weight" if f".{name}.weight".endswith(targets) else name for name in names]
     ranks, alphas = (
-        resolve(config.get(field), paths, config[default], file, field)
+        resolve_patterns(config.get(field), paths, config[default], file, field)
         for field, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
     )
     return dict(zip(names, ranks, strict=True)), dict(zip(names, alphas, strict=True))
@@ -169,7 +169,7 @@ def _pair(shapes: Mapping[str, tuple[int, ...]], file: Path) -> dict[str, Levels
         if len(key) > MAX_KEY or (match := KEY.fullmatch(key)) is None:
             kind = next((kind for mark, kind in FOREIGN.items() if mark in key), "unknown")
             only = "only PEFT's LoRA weights of linear layers and experts are read"
-            raise ValueError(f"{file}: {shown(key)} is {kind}; {only}")
+            raise ValueError(f"{file}: {excerpt(key)} is {kind}; {only}")
         if len(shape) != 2 or 0 in shape:
             raise ValueError(f"{file}: {key} has shape {shape}, expected two dimensions; was a sharded model saved?")
         stem = key.removesuffix(f"{match['factor']}.weight")

@@ -61,6 +61,6 @@ def find_unknown_experts(model: PreTrainedModel) -> Iterator[str]:
                     yield f"{path}.{leaf}"
 
 
-def named(name: str, sites: Iterable[Site]) -> set[str]:
+def sites_named(name: str, sites: Iterable[Site]) -> set[str]:
     """The sites whose path, or whose module's path, is or ends in `name`."""
     return {site.name for site in sites if any(f".{path}".endswith(f".{name}") for path in (site.name, site.module))}

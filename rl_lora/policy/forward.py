@@ -16,7 +16,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from rl_lora.attention.interface import Layout, shared_prefix_attention_of
 from rl_lora.attention.kv_cache import KeyValues, PrefillCache
-from rl_lora.attention.tree import Tree
+from rl_lora.attention.tree import SpanTree
 from rl_lora.lora.bank import AdapterBank
 from rl_lora.policy.head import Head
 from rl_lora.policy.hooks import recomputing
@@ -95,7 +95,7 @@ class AdaptedModel:
             ids = tuple(x[past.lengths[node] :] for x, node in zip(ids, past_of_prompt, strict=True))
         lengths = np.array([len(x) for x in ids])
         spans = [(int(stop - n), int(n), -1) for stop, n in zip(lengths.cumsum(), lengths, strict=True)]
-        tree = Tree(spans, self.device, past, past_of_prompt)
+        tree = SpanTree(spans, self.device, past, past_of_prompt)
         tokens = torch.tensor([list(itertools.chain(*ids))], device=self.device)
         cache = PrefillCache()
         of_tokens = [adapter for adapter, n in zip(adapters, lengths, strict=True) for _ in range(n)]

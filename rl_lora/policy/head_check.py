@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rl_lora.kernels.verify import Mismatch, compare
+from rl_lora.kernels.verify import Mismatch, require_close
 from rl_lora.policy.head import Head
 
 LARGEST = 9.0
@@ -37,7 +37,7 @@ def check_head(model: PreTrainedModel, head: Head, ids: Tensor, states: Tensor, 
             own = behind.scaled(seen["out"][..., : len(head.weight)].float())
         else:  # its parts are not called as modules
             own = model(input_ids=ids, use_cache=False).logits.float()
-        compare("its logits differ from ours", head.logits(states), own, tolerance)
+        require_close("its logits differ from ours", head.logits(states), own, tolerance)
     except Mismatch as error:
         raise ValueError(
             f"the output head of {type(model).__name__} is more than a linear layer, a scale and a soft cap that its "
@@ -87,7 +87,9 @@ def _check_linear(head: Head, into: Tensor, out: Tensor) -> None:
     bias = None if head.bias is None else head.bias[some].float()
     expected = torch.nn.functional.linear(into.float(), head.weight[some].float(), bias)
     tolerance = max(4 * torch.finfo(out.dtype).eps, 1e-4)
-    compare("its linear layer gives something else than its weights,", expected, out[..., some].float(), tolerance)
+    require_close(
+        "its linear layer gives something else than its weights,", expected, out[..., some].float(), tolerance
+    )
 
 
 def _check_finish(behind: Head, logits: Tensor, n: int) -> None:

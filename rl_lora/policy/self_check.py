@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from rl_lora.attention.kv_cache import DecodeCache
-from rl_lora.attention.tree import Tree
-from rl_lora.kernels.verify import Mismatch, compare, reason_of
+from rl_lora.attention.tree import SpanTree
+from rl_lora.kernels.verify import Mismatch, reason_of, require_close
 from rl_lora.policy.forward import AdaptedModel
 from rl_lora.policy.head_check import check_head
 
@@ -61,12 +61,12 @@ def _check_sharing(model: AdaptedModel, ids: Tensor, plain: Tensor) -> SelfCheck
     """ids: (3, n), of which two begin alike; plain: (3, n, d), what the model's own attention makes of them."""
     try:
         packed, windows = _packed(model, ids)
-        compare("its packed hidden states differ from the plain ones", packed, plain, _tolerance(model))
+        require_close("its packed hidden states differ from the plain ones", packed, plain, _tolerance(model))
         if has_window(model.model.config) and windows == {None}:
             raise Mismatch("its config has an attention window that its layers do not pass on")
         decoded, cache_bytes_per_token = _decoded(model, ids)
         plain = plain[:, ids.shape[1] // 2 - 1 :]
-        compare("its decoded hidden states differ from the plain ones", decoded, plain, _tolerance(model))
+        require_close("its decoded hidden states differ from the plain ones", decoded, plain, _tolerance(model))
     except Exception as error:  # whatever a foreign model may raise: there is a way without shared prompts
         return SelfCheck(reason_of(error), 0)
     return SelfCheck(None, cache_bytes_per_token)
@@ -78,7 +78,7 @@ def _packed(model: AdaptedModel, ids: Tensor) -> tuple[Tensor, set[int | None]]:
     p = n // 2
     # The beginning of a prompt, the rest of it, two completions behind that; and a sequence of its own.
     spans = [(0, p // 2, -1), (p // 2, p - p // 2, 0), (p, n - p, 1), (n, n - p, 1), (2 * n - p, n, -1)]
-    tree = Tree(spans, model.device)
+    tree = SpanTree(spans, model.device)
     tokens = torch.cat([ids[0], ids[1, p:], ids[2]])[None]
     flat = model.hidden(tokens, [None] * tokens.shape[1], tree, tree.positions)[0]
     return torch.stack([flat[:n], torch.cat([flat[:p], flat[n : 2 * n - p]]), flat[2 * n - p :]]), tree.windows
@@ -111,7 +111,7 @@ def _check_cache(model: AdaptedModel, ids: Tensor, plain: Tensor) -> None:
         cache = model.cache()
         steps = [model.hidden(part, [None] * 3, cache=cache) for part in (ids[:, :p], *ids[:, p:].split(1, 1))]
         what = "its hidden states differ from those of a whole sequence"
-        compare(what, torch.cat(steps, 1), plain, _tolerance(model))
+        require_close(what, torch.cat(steps, 1), plain, _tolerance(model))
     except Exception as error:
         raise ValueError(
             f"{type(model.model).__name__} cannot be decoded token by token with its cache: {reason_of(error)}"

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from rl_lora.attention.decode_layer import DecodeLayer
 from rl_lora.attention.kv_cache import DecodeCache, KeyValues
 from rl_lora.kernels.native_code import dispatched
-from rl_lora.kernels.verify import FastPath, compare
+from rl_lora.kernels.verify import FastPath, require_close
 from rl_lora.lora.adapter import Adapter
 from rl_lora.lora.layers import LoRALinear
 from rl_lora.policy.hooks import Forward, forwards, layers_of
@@ -181,7 +181,7 @@ class CompiledLayers:
         layout.forget()
         found = [*tree_leaves(compiled.function(*inputs, *call.constants)), *layout.written()]
         for a, b in zip(found, expected, strict=True):
-            compare(f"compiled layer {seen.layer} differs from the layer", a, b, TOLERANCE[self.policy.dtype])
+            require_close(f"compiled layer {seen.layer} differs from the layer", a, b, TOLERANCE[self.policy.dtype])
         return call
 
 

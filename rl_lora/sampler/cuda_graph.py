@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rl_lora.kernels.verify import FastPath, compare
+from rl_lora.kernels.verify import FastPath, require_close
 
 Step = Callable[[Tensor], Tensor]
 """Reads one token a row, int64 (R,), and returns hidden states (R, d). All it changes are tensors, in place."""
@@ -67,7 +67,7 @@ class StepRecorder:
                 undo()
                 found = recording(tokens)
                 undo()
-                compare("hidden states of a recorded step differ", found, expected, TOLERANCE)
+                require_close("hidden states of a recorded step differ", found, expected, TOLERANCE)
                 self.fast_path.verified = True
             return recording
 

@@ -15,7 +15,7 @@ from rl_lora.attention.kv_cache import DecodeCache, KeyValues
 from rl_lora.attention.padded import padded_attention
 from rl_lora.attention.prefixes import common_prefix, find_shared_prefixes, prefix_of
 from rl_lora.attention.shared_prefix import Sharing
-from rl_lora.attention.tree import Tree, ends
+from rl_lora.attention.tree import SpanTree, ends
 from rl_lora.kernels.attention_options import AttentionOptions
 
 
@@ -34,7 +34,7 @@ def random_spans(rng: np.random.Generator, n: int) -> list[tuple[int, int, int]]
     return spans
 
 
-def allowed(tree: Tree, window: int | None) -> Tensor:
+def allowed(tree: SpanTree, window: int | None) -> Tensor:
     """bool (N, N): own span up to here, and all ancestors."""
     in_line = np.eye(len(tree.spans), dtype=bool)  # whether a span is the other, or behind it
     for i, (_, _, parent) in enumerate(tree.spans):
@@ -73,7 +73,7 @@ OPTIONS = [
 def test_tree_attention_and_its_gradient_are_those_of_a_dense_mask(seed, chunk, options, monkeypatch):
     monkeypatch.setattr(tree_module, "CHUNK_ELEMENTS", chunk)  # 60: single blocks, and single queries of them
     rng = np.random.default_rng(seed)
-    tree = Tree(random_spans(rng, 9))
+    tree = SpanTree(random_spans(rng, 9))
     g = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(1, h, tree.n_tokens, 5, generator=g, requires_grad=True) for h in (4, 2, 2))
     out = attend_on_tree(tree, 0, q, k, v, options)
@@ -105,7 +105,7 @@ def walk(rng: np.random.Generator, n: int) -> list[tuple[int, int, int]]:
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("seed", range(5))
 def test_two_numbers_a_token_say_who_sees_whom(seed, window):
-    tree = Tree(walk(np.random.default_rng(seed), 12))
+    tree = SpanTree(walk(np.random.default_rng(seed), 12))
     assert tree.end is not None
     i = torch.arange(tree.n_tokens)
     seen = flex.mask_mod(tree.end, tree.positions[0], window)(i[:1], i[:1], i[:, None], i[None])
@@ -127,7 +127,7 @@ def test_blocks_are_those_that_torch_finds_by_looking_at_all_pairs(seed, window)
     spans = walk(rng, 14)
     lengths = [length * int(rng.integers(1, 60)) for _, length, _ in spans]
     starts = np.cumsum([0, *lengths[:-1]]).tolist()
-    tree = Tree([(start, n, parent) for start, n, (_, _, parent) in zip(starts, lengths, spans, strict=True)])
+    tree = SpanTree([(start, n, parent) for start, n, (_, _, parent) in zip(starts, lengths, spans, strict=True)])
     assert tree.end is not None
     mod = flex.mask_mod(tree.end, tree.positions[0], window)
     expected = create_block_mask(mod, None, None, tree.n_tokens, tree.n_tokens, device="cpu")
@@ -156,7 +156,7 @@ UNFUSED = "ignore:flex_attention called without torch.compile"
 @pytest.mark.parametrize("seed", range(3))
 def test_fused_attention_is_our_own(seed, options):
     """Its forward pass, which runs on a CPU too; on a GPU `flex.verified` compares the gradients as well."""
-    tree = Tree(walk(np.random.default_rng(seed), 9))
+    tree = SpanTree(walk(np.random.default_rng(seed), 9))
     g = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(1, h, tree.n_tokens, 16, generator=g) for h in (4, 2, 2))
     torch.testing.assert_close(flex.fused_attention(tree, q, k, v, options), padded_attention(tree, q, k, v, options))
@@ -178,7 +178,7 @@ def test_fused_attention_is_used_only_where_it_is_verified(monkeypatch: pytest.M
 
 def test_bfloat16_is_float64_within_its_rounding():
     rng = np.random.default_rng(0)
-    tree = Tree(random_spans(rng, 12))
+    tree = SpanTree(random_spans(rng, 12))
     q, k, v = (torch.randn(1, h, tree.n_tokens, 16).bfloat16().requires_grad_() for h in (4, 2, 2))
     out = attend_on_tree(tree, 0, q, k, v, AttentionOptions(0.25))
     out.sum().backward()

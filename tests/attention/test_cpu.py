@@ -14,7 +14,7 @@ from torch import Tensor
 from rl_lora.attention import cpu
 from rl_lora.attention.interface import attend_on_tree
 from rl_lora.attention.padded import padded_attention
-from rl_lora.attention.tree import Tree
+from rl_lora.attention.tree import SpanTree
 from rl_lora.kernels import native_code, tree_attention
 from rl_lora.kernels.attention_options import AttentionOptions
 from tests.attention.test_attention import allowed, dense, walk
@@ -32,17 +32,17 @@ OPTIONS = [
 ]
 
 
-def long_walk(seed: int, n: int = 12) -> Tree:
+def long_walk(seed: int, n: int = 12) -> SpanTree:
     """Some spans are a token long, and some longer than what is worked on at a time."""
     rng = np.random.default_rng(seed)
     spans = walk(rng, n)
     lengths = [length * int(rng.choice([1, 1, 5, 12])) for _, length, _ in spans]
     starts = np.cumsum([0, *lengths[:-1]]).tolist()
-    return Tree([(start, n, parent) for start, n, (_, _, parent) in zip(starts, lengths, spans, strict=True)])
+    return SpanTree([(start, n, parent) for start, n, (_, _, parent) in zip(starts, lengths, spans, strict=True)])
 
 
 def random(
-    tree: Tree, seed: int, heads: int = 6, key_heads: int = 2, width: int = 32, value_width: int = 0
+    tree: SpanTree, seed: int, heads: int = 6, key_heads: int = 2, width: int = 32, value_width: int = 0
 ) -> list[Tensor]:
     """Queries, keys, values, and a gradient of what comes out; in the memory order that models make them in."""
     g = torch.Generator().manual_seed(seed)
@@ -50,7 +50,7 @@ def random(
     return [torch.randn(1, tree.n_tokens, h, d, generator=g).transpose(1, 2) for h, d in sizes]
 
 
-def attend(tree: Tree, given: list[Tensor], options: AttentionOptions) -> list[Tensor]:
+def attend(tree: SpanTree, given: list[Tensor], options: AttentionOptions) -> list[Tensor]:
     """What comes out, and gradients of queries, keys and values."""
     q, k, v, grad = given
     q, k, v = inputs = [x.detach().requires_grad_() for x in (q, k, v)]
@@ -59,7 +59,7 @@ def attend(tree: Tree, given: list[Tensor], options: AttentionOptions) -> list[T
     return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
 
 
-def attend_exactly(tree: Tree, given: list[Tensor], options: AttentionOptions) -> list[Tensor]:
+def attend_exactly(tree: SpanTree, given: list[Tensor], options: AttentionOptions) -> list[Tensor]:
     q, k, v, grad = (x.double() for x in given)
     inputs = [x.requires_grad_() for x in (q, k, v)]
     out = dense(q[0], k[0], v[0], allowed(tree, options.window), options)[None]
@@ -116,7 +116,7 @@ def test_it_is_the_same_whatever_the_number_of_threads(threads: int) -> None:
 
 
 def test_a_single_token_sees_itself() -> None:
-    tree = Tree([(0, 1, -1)])
+    tree = SpanTree([(0, 1, -1)])
     given = random(tree, 0)
     out, dq, dk, dv = attend(tree, given, AttentionOptions(1.0))
     torch.testing.assert_close(out, given[2].repeat_interleave(3, 1))
@@ -127,7 +127,7 @@ def test_a_single_token_sees_itself() -> None:
 
 def test_what_has_become_of_one_tree_does_not_reach_another() -> None:
     """Not finite numbers either: it may be another adapter's."""
-    tree, options = Tree([(0, 5, -1), (5, 7, 0), (12, 3, -1), (15, 9, 2), (24, 2, -1)]), OPTIONS[0]
+    tree, options = SpanTree([(0, 5, -1), (5, 7, 0), (12, 3, -1), (15, 9, 2), (24, 2, -1)]), OPTIONS[0]
     given = random(tree, 1)
     expected = attend(tree, given, options)
     for x in given:
@@ -151,7 +151,7 @@ def test_scores_of_any_size_make_probabilities(scaling: float) -> None:
 @pytest.mark.parametrize("offset", [-1000.0, -300.0, -88.7, 88.7, 1000.0])
 def test_what_all_scores_have_in_common_changes_nothing(offset: float) -> None:
     """A large bias of the keys is not rare: errors stay about as small as torch's, also where lanes have no query."""
-    tree, options = Tree([(0, 5, -1), (5, 30, 0), (35, 2, 0)]), AttentionOptions(1.0)
+    tree, options = SpanTree([(0, 5, -1), (5, 30, 0), (35, 2, 0)]), AttentionOptions(1.0)
     given = random(tree, 0)
     given[0][..., 0], given[1][..., 0] = 1, offset
     exact = attend_exactly(tree, given, options)
@@ -166,7 +166,7 @@ def test_what_all_scores_have_in_common_changes_nothing(offset: float) -> None:
 @pytest.mark.parametrize("n_tokens", [1, 2, 3, 50])
 def test_lanes_without_a_query_leave_no_trace(n_tokens: int) -> None:
     """Wherever a score that they do not have would lie beside those of the others."""
-    tree = Tree([(0, n_tokens, -1)])
+    tree = SpanTree([(0, n_tokens, -1)])
     given = random(tree, 0, width=16)
     given[0][..., 0] = 1
     for offset in torch.arange(-200, 200, 0.5).tolist():
@@ -203,7 +203,7 @@ def test_what_it_does_not_support_is_left_to_torch() -> None:
     assert supports(tree, q, k, v)
     for other in (torch.float64, torch.bfloat16, torch.device("meta")):
         assert not supports(tree, q.to(other), k.to(other), v.to(other))
-    no_walk = Tree([(0, 2, -1), (2, 2, -1), (4, 1, 0)])
+    no_walk = SpanTree([(0, 2, -1), (2, 2, -1), (4, 1, 0)])
     assert not supports(no_walk, *random(no_walk, 0)[:3])
     assert not supports(tree, q[:, :5], k, v)
     assert not supports(tree, q, k, v[:, :1])

@@ -203,7 +203,7 @@ def test_what_has_changed_is_compiled_anew(changed: str, tmp_path: Path, monkeyp
 
 @needs_ours
 def test_what_does_not_fit_a_weight_is_refused() -> None:
-    packed = packed_gemm.pack(torch.randn(4, 5))
+    packed = packed_gemm.pack_weight(torch.randn(4, 5))
     for x in (torch.randn(3, 6), torch.randn(3, 5).double(), torch.randn(5)):
         with pytest.raises(ValueError, match="expected float32"):
             packed_gemm.multiply(x, packed, 4)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rl_lora.kernels.verify import FastPath, Mismatch, compare, compare_all
+from rl_lora.kernels.verify import FastPath, Mismatch, require_all_close, require_close
 
 
 def test_a_path_that_is_right_is_compared_once() -> None:
@@ -26,7 +26,7 @@ def test_a_path_that_is_right_is_compared_once() -> None:
 def test_a_path_that_is_wrong_is_never_tried_again_and_said_once() -> None:
     path, x = FastPath("it goes on without"), torch.randn(100)
     with pytest.warns(UserWarning, match=r"it goes on without: it differs by 0\.\d+ standard deviations$"):
-        assert not path.verify(lambda: compare("it differs", 1.5 * x, x, 1e-3))
+        assert not path.verify(lambda: require_close("it differs", 1.5 * x, x, 1e-3))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert not path.verify(lambda: None)
@@ -51,7 +51,7 @@ def test_what_a_machine_does_not_have_is_not_worth_a_warning() -> None:
     assert path.failed == "ZeroDivisionError: division by zero"
 
 
-@pytest.mark.parametrize("comparison", [compare, compare_all])
+@pytest.mark.parametrize("comparison", [require_close, require_all_close])
 def test_nothing_is_close_to_nan(comparison: Callable[[str, Tensor, Tensor, float], None]) -> None:
     x = torch.randn(10, dtype=torch.float64)
     comparison("it differs", x, x, 0.0)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rl_lora.lora.adapter import Adapter, Site
-from rl_lora.lora.adapter_config import resolve
+from rl_lora.lora.adapter_config import resolve_patterns
 from rl_lora.lora.bank import AdapterBank
 from rl_lora.lora.peft_io import check_adapter, load_adapter, save_adapter
 from tests.tiny import randomize, tiny_model
@@ -83,7 +83,7 @@ def refused(folder: Path, message: str) -> None:
 def test_patterns_mean_what_they_mean_to_peft(patterns: list[str], tmp_path: Path) -> None:
     values = {pattern: i for i, pattern in enumerate(patterns)}
     expected = [values.get(get_pattern_key(patterns, name), -1) for name in NAMES]
-    assert resolve(values, NAMES, -1, tmp_path, "rank_pattern") == expected
+    assert resolve_patterns(values, NAMES, -1, tmp_path, "rank_pattern") == expected
 
 
 @pytest.mark.parametrize(
