@@ -180,8 +180,8 @@ def start(name: str, args: list[str]) -> None:
         raise ValueError(unknown(name))
     command = COMMANDS[name]
     config = parse(command.config, args, replace(command.usage, words=shlex.join(words(name))))
+    sys.path.append(os.getcwd())  # modules of the user's own, also for the installed command
     command.check(config)
-    sys.path.append(os.getcwd())  # environments and rewards of the user's own, also for the installed command
     work = command.load()
     signals.listen()
     work(config)
