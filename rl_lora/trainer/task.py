@@ -15,6 +15,8 @@ from typing import Any
 import gymnasium as gym
 import torch
 
+from rl_lora.algorithms.advantages import ADVANTAGES
+from rl_lora.algorithms.registry import Record
 from rl_lora.config import TrainConfig
 from rl_lora.metrics.samples import content_hash
 from rl_lora.policy.policy import Policy
@@ -23,6 +25,7 @@ from rl_lora.rollout.curriculum import SEED_STRIDE
 from rl_lora.rollout.environments import environment
 from rl_lora.rollout.held_out import held_out
 from rl_lora.rollout.worker import MakeEnv
+from rl_lora.settings.algorithm import advantage_of, objective_of
 from rl_lora.system.user_code import user_sources
 
 N_ENDLESS = 256
@@ -96,6 +99,7 @@ def task_record(config: TrainConfig) -> dict[str, Any]:
     """
     make_env = environment(config.env)
     make_eval_env, eval_seeds = held_out(config.env, config.eval.env_kwargs, config.eval.episodes)
+    records: list[Record] = [objective_of(config.learner), ADVANTAGES[advantage_of(config.learner)]]
     (asks, judges), (eval_asks, eval_judges) = sources(make_env), sources(make_eval_env)
     env = make_env()
     n = getattr(env.unwrapped, "n_problems", None)
@@ -105,6 +109,7 @@ def task_record(config: TrainConfig) -> dict[str, Any]:
     return {
         "environment": content_hash(asks, eval_asks),
         "reward": content_hash(judges, eval_judges),
+        "algorithm": content_hash(user_sources(record.function.__module__ for record in records)),
         "problems": _record(problems_of(make_env, seeds)),
         "held_out": _record(problems_of(make_eval_env, eval_seeds)),
     }
@@ -151,6 +156,8 @@ def task_changes(old: dict[str, Any], new: dict[str, Any], env: str) -> list[str
         changes.append(f"the source of the environment {env} has changed")
     if old.get("reward", new["reward"]) != new["reward"]:
         changes.append("the source of the reward function has changed")
+    if "algorithm" in old and old["algorithm"] != new["algorithm"]:
+        changes.append("the source of the objective, or of the advantage, has changed")
     for name, what in (("problems", "training problems"), ("held_out", "held-out problems")):
         then, now = old.get(name, {}), new[name]
         pairs = list(zip(then.get("hashes", ()), now["hashes"], strict=False))

@@ -127,6 +127,10 @@ def test_an_objective_and_an_advantage_of_ones_own_module_train_a_model(tmp_path
     assert records[0]["clip_fraction"] > 0.5, "the option did not reach the objective"
     assert advantage_of(run.learner) == "own_algorithm:leave_one_out"
     validate(config(objective="own_algorithm:bare"))
+    with (tmp_path / "own_algorithm.py").open("a", encoding="utf-8") as file:
+        file.write("# another one\n")
+    with pytest.raises(ValueError, match="the source of the objective, or of the advantage, has changed"):
+        train(replace(run, steps=3, resume=True))
 
 
 @pytest.mark.usefixtures("own")
