@@ -29,10 +29,10 @@ class Source(NamedTuple):
 
 class DataRow(NamedTuple):
     line: int
-    """Counted from 1: a line of a text file, else a row."""
+    """Number of the line in a text file, else of the row; the first one is 1."""
     columns: dict[str, Any]
     place: str = ""
-    """Where it stands, for messages: the file and the line."""
+    """The file and the line of the row, for messages."""
 
 
 def locate(path: str | os.PathLike[str]) -> Source:

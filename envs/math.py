@@ -159,7 +159,7 @@ class MathEnv(FiniteEnv):
 
 Names = tuple[str, ...]
 Data = tuple[Names, Names, Names]
-"""Data sets, paths, paths for evaluation."""
+"""Names of data sets, paths of data, and paths of data for evaluation."""
 
 
 def _names(names: str | Sequence[str] | None) -> Names:

@@ -92,7 +92,7 @@ class PromptsEnv(FiniteEnv):
 Columns = tuple[str, str | None]
 """The names of the prompt column and of the reference column, if there is one."""
 Templates = tuple[str, str | None]
-"""Of the question, and of the demonstration, if there is one."""
+"""The template of the question, and that of the demonstration, if there is one."""
 
 
 class Rows:
@@ -109,7 +109,7 @@ class Rows:
 
     @property
     def name(self) -> str:
-        """What the data are called in messages: the file, without the line."""
+        """The name of the data in messages: the file, without the line."""
         return self.rows[0].place.rpartition(", ")[0]
 
 

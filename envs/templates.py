@@ -10,7 +10,7 @@ _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 
 
 def placeholders(template: str) -> set[str]:
-    """What stands between single braces in `template`. Raises ValueError if that is not a text."""
+    """The names between single braces in `template`. Raises ValueError if `template` is not a text."""
     if not isinstance(template, str):
         raise ValueError(f"template must be a text, got {template!r}")
     return set(_PLACEHOLDER.findall(template))

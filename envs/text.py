@@ -69,7 +69,7 @@ class TextSpace(gym.spaces.Text):
 
 
 Observation = str | Messages
-"""What an environment says: a text, which is a user's message, or messages with roles."""
+"""An environment's part of the conversation: a text, which is a user's message, or messages with roles."""
 
 
 class TextEnv(gym.Env[Any, str]):
@@ -191,7 +191,7 @@ class SingleTurnEnv(TextEnv):
 
     @property
     def code(self) -> str:
-        """What it judges with, beside its class: the sources of its reward functions."""
+        """The sources of its reward functions: the code that judges, beside the class itself."""
         return code_of(self.reward)
 
     @property
@@ -213,7 +213,7 @@ class SingleTurnEnv(TextEnv):
 
     @property
     def judged_by(self) -> str:
-        """Who is waited for in `step`."""
+        """The name of the reward function that `step` waits for."""
         parts = self.reward.parts if isinstance(self.reward, WeightedSum) else None
         names = [name_of(self.reward)] if parts is None else [part.name for part in parts]
         return f"the reward {' + '.join(names)}"

@@ -1,6 +1,6 @@
 """From the paths that a user names to adapters with short names: run folders, checkpoints, PEFT folders.
 
-Nothing is loaded here; what can be known to be wrong with a folder is found.
+Nothing is loaded here; faults of a folder that show without loading it are found.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rl_lora.system.files import read_json, read_yaml
 from rl_lora.trainer.checkpoint import PATTERN, Checkpoints, check_whole
 
 BASE = "base"
-"""What the row of the bare base is called."""
+"""Name of the bare base's row."""
 
 
 def adapter_in(folder: Path) -> Path:
@@ -46,7 +46,7 @@ def adapter_folders(paths: Sequence[str]) -> dict[str, Path]:
 
 
 def path_notes(paths: Sequence[str], names: dict[str, Path]) -> Iterator[str]:
-    """What the table does not show of the paths that were named: runs that stand for a checkpoint, and repetitions."""
+    """Notes on the paths that were named: which checkpoint stands for a run, and which adapter is named twice."""
     name_of, seen = {folder: name for name, folder in names.items()}, set()
     for path in paths:
         folder = adapter_in(Path(path))
@@ -68,7 +68,8 @@ def step_of(adapter: Path) -> int | None:
 
 
 def mismatches(folder: Path, config: EvaluateConfig) -> Iterator[str]:
-    """Where an adapter comes from something else than it is evaluated on. Raises ValueError if it cannot be read."""
+    """Where the base or the task that an adapter was trained with differs from those of the evaluation. Raises
+    ValueError if the adapter cannot be read."""
     check_whole(folder)
     base = base_of(folder)
     if base not in ("", config.model.name):
@@ -85,7 +86,7 @@ def record_of(folder: Path) -> Path | None:
 
 
 def other_task(folder: Path, config: EvaluateConfig) -> str:
-    """What the run that a folder belongs to was trained on, if that is not what is evaluated."""
+    """The task of the run that a folder belongs to, where another one is evaluated; else an empty text."""
     record = record_of(folder)
     if record is None:
         return ""

@@ -1,4 +1,4 @@
-"""The evaluation of adapters side by side: what `rl-lora evaluate` does, and `rl_lora.evaluate` from a REPL.
+"""The evaluation of adapters side by side: the command `rl-lora evaluate`, and `rl_lora.evaluate` in Python.
 
 Problems are gone through in batches, each under all models at once; a batch that is finished is on the disk. The
 figures are those of `results.py`, the file of samples is that of `sample_store.py`.
@@ -47,11 +47,11 @@ from rl_lora.trainer.task import ProblemRecord, problems_of
 
 
 def evaluate(config: EvaluateConfig, *, reward: Any = None, data: Any = None, eval_data: Any = None) -> Record:
-    """Evaluate, print the table, write the files; returns what results.json holds.
+    """Evaluate, print the table, write the files; returns the content of results.json.
 
-    `reward`, `data`, `eval_data`: what `trainer.train` was given.
+    `reward`, `data`, `eval_data`: the arguments of `trainer.train`.
 
-    What `config.out` holds of the same samples (problem, weights, settings: `sampling_settings`) is not drawn again.
+    Samples that `config.out` holds already (of the same problem, weights and `sampling_settings`) are not drawn again.
 
     Raises:
         ValueError: something is wrong with the config; before the model is loaded wherever it can be known before.
@@ -87,7 +87,7 @@ class Prepared:
     make_env: MakeEnv
     problems: list[ProblemRecord]
     notes: list[str]
-    """Where adapters come from something else than they are evaluated on."""
+    """Differences between training and evaluation, to be said: `candidates.mismatches`."""
     device: torch.device
     compiles: bool
 
@@ -98,7 +98,7 @@ class Prepared:
 
 
 def prepare(config: EvaluateConfig, paths: Sequence[str], console: Terminal) -> Prepared:
-    """Raises ValueError with all that can be known to be wrong without the model."""
+    """Check an evaluation before the model is loaded. Raises ValueError."""
     state = PartialState(cpu=no_accelerator())
     if state.num_processes > 1:
         raise ValueError(f"evaluation runs in one process, got {state.num_processes}; start it without a launcher")
@@ -119,7 +119,10 @@ def prepare(config: EvaluateConfig, paths: Sequence[str], console: Terminal) -> 
 
 
 def run_evaluation(prepared: Prepared, console: Terminal) -> tuple[Record, Decoding]:
-    """Load the model, draw what is missing and write the files; returns what results.json holds."""
+    """Load the model, draw what is missing and write the files.
+
+    Returns the content of results.json, and how full the batches were.
+    """
     config, names = prepared.config, prepared.names
     start = time.perf_counter()
     with console.status(Text(f"loading {in_line(config.model.name)} ...")):

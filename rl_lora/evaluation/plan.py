@@ -1,4 +1,4 @@
-"""Which samples an evaluation needs, in which batches, and what each of them is known by."""
+"""Which samples an evaluation needs, in which batches, and the key of each."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from rl_lora.rollout.worker import MakeEnv
 from rl_lora.trainer.task import ProblemRecord, sources
 
 AHEAD = 4
-"""Rows of a batch of problems for each row that is decoded at a time: how much is lost when the process dies, against
-the rows that wait for the last ones of a batch to end."""
+"""Samples of a batch of problems for each row that is decoded at a time. A larger batch loses more samples when the
+process dies; a smaller one leaves more rows empty while its last samples are drawn."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class SampleSet:
     problem: ProblemRecord
 
     def key(self, k: int) -> Key:
-        """What sample number k is known by: `samples.IDENTITY`."""
+        """The key of sample number k: `sample_store.IDENTITY`."""
         return self.weights, self.sampling_hash, self.problem.hash, k
 
 
 def adapter_hash(adapter: Adapter) -> str:
-    """Of all that decides what an adapter computes; its name and its folder do not."""
+    """A hash of all that decides what an adapter computes: its weights and scales, but not its name or its folder."""
     return content_hash(adapter.hash(), adapter.ranks, adapter.alphas, adapter.rslora)
 
 

@@ -1,4 +1,4 @@
-"""The figures of an evaluation: what results.json holds, and what its cost was."""
+"""The figures of an evaluation, for results.json, and its cost."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rl_lora.system.plurals import counted
 
 
 def ks_of(config: EvaluateConfig) -> list[int]:
-    """The k of pass@k and maj@k."""
+    """The numbers k of pass@k and maj@k."""
     powers = [2**i for i in range(config.n.bit_length())]
     return sorted(set(config.k or [*powers, config.n]))
 
@@ -43,7 +43,7 @@ def results_of(config: EvaluateConfig, folders: dict[str, Path], rows: Sequence[
 
 
 def savings(config: EvaluateConfig, results: Record, n_problems: int, decoding: Decoding) -> str:
-    """What was done, and what it cost less than one command for each row."""
+    """One sentence on the cost, beside that of one command for each row."""
     n_rows, seconds, loading = len(results["rows"]), results["seconds"], results["seconds_loading"]
     found = f", {results['n_found']} of them from before" if results["n_found"] else ""
     what = f"{counted(n_rows, 'row')} x {counted(n_problems, 'problem')} x {counted(config.n, 'sample')}"

@@ -19,15 +19,15 @@ from rl_lora.system.model_names import EMBEDDED_MODEL, canonical
 from rl_lora.system.terminal import in_line
 
 TASK = ("env.id", "env.kwargs", "env_kwargs")
-"""What belongs together: a task that the user names has nothing of a run's."""
+"""Options that make a task: where the user names an environment, none of them is taken from a run."""
 
 
 @dataclass(frozen=True)
 class ResolvedTask:
-    """What is evaluated, and where the task comes from."""
+    """The settings of an evaluation, and where its task comes from."""
 
     settings: EvaluateConfig
-    """Nothing in it is left to a run."""
+    """Complete: no setting is left to a run."""
     origin: str
 
     @property
@@ -39,10 +39,10 @@ class ResolvedTask:
 
 
 def resolve_task(config: EvaluateConfig, paths: Sequence[str]) -> ResolvedTask:
-    """Fill in what `config` leaves open. `paths`: the adapters that are there.
+    """Fill in the settings that `config` leaves open. `paths`: the adapters that are there.
 
     Raises:
-        ValueError: the runs disagree about what is open, or a run's config.yaml cannot be read.
+        ValueError: the runs disagree about an open setting, or a run's config.yaml cannot be read.
     """
     said = flatten(config)
     chosen = {name: value for name, value in said.items() if name in OF_RUN and value is not None}
@@ -93,7 +93,7 @@ def with_values(config: EvaluateConfig, values: dict[str, Any]) -> EvaluateConfi
 
 
 def task_of(record: Path) -> dict[str, Any]:
-    """What a run's config.yaml says of the options in OF_RUN; defaults for what an older one lacks."""
+    """The values of the options in OF_RUN in a run's config.yaml; defaults for those that an older one lacks."""
     run = read_yaml(record, "put it back from a copy, or remove it")
     defaults = without_run()
     found = {}

@@ -17,7 +17,7 @@ from rl_lora.system import finite_json as json
 
 Key = tuple[Any, ...]
 IDENTITY = ("adapter_hash", "sampling_hash", "problem", "k")
-"""What two records of the same sample have in common."""
+"""The fields that make the key of a sample: two records of the same sample agree in them."""
 
 
 def key_of(sample: Mapping[str, Any]) -> Key:

@@ -34,13 +34,13 @@ def most_common_reply(samples: Sequence[Sample]) -> tuple[str, float] | None:
 
 
 def run_warnings(before: Sequence[Sample], after: Sequence[Sample], train: Sequence[Record]) -> list[str]:
-    """All that is to be said of a run: its first and last held-out samples, and the records of its steps."""
+    """The warnings of a run, on its first and last held-out samples and on the records of its steps."""
     replies = reply_warning(after, before)
     return [*([replies] if replies else []), *training_warnings(train)]
 
 
 def reply_warning(samples: Sequence[Sample], before: Sequence[Sample] = ()) -> str | None:
-    """What to say of held-out samples of a trained adapter that are nearly all equal; None if they are not.
+    """The warning about held-out samples of a trained adapter that are nearly all equal; None if they are not.
 
     `before`: samples of the same problems before training, or the base's, for comparison.
     """
@@ -58,7 +58,7 @@ def reply_warning(samples: Sequence[Sample], before: Sequence[Sample] = ()) -> s
 
 
 def training_warnings(train: Sequence[Record]) -> list[str]:
-    """What to say of the last steps' records: entropy that has collapsed, groups that hold no signal and no success.
+    """Warnings about the last steps' records: entropy that has collapsed, groups that hold no signal and no success.
 
     Nothing of demonstrations: a policy is meant to become sure of them.
     """

@@ -1,4 +1,4 @@
-"""What samples say about a model: pass@k, maj@k, 95 % intervals, and paired tests between two models.
+"""Estimates from the samples of a model: pass@k, maj@k, 95 % intervals, and paired tests between two models.
 
 Numbers in, numbers out. Outcomes may be fractions; everything is grouped by problem, because samples of one problem are
 not independent. Not corrected here: the p-values of many comparisons at once.

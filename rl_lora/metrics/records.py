@@ -1,4 +1,4 @@
-"""One flat record a step: what the groups were like before any was filtered, what the learner did, where time went."""
+"""One flat record a step: figures of the groups before any was filtered, of the learner, and of time."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Stopwatch:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
     def move(self, stage: str, to: str, seconds: float) -> None:
-        """Of the seconds of a stage, so many belong to another."""
+        """Count seconds of one stage for another."""
         self.seconds[to] = self.seconds.get(to, 0.0) + seconds
         self.seconds[stage] -= seconds
 

@@ -1,6 +1,6 @@
-"""What held-out samples say: a row of figures for each adapter, and the differences between rows.
+"""Figures of held-out samples: a row for each adapter, and the differences between rows.
 
-The trainer's curve and the table of the `evaluate` command (`evaluator.py`) are this code.
+The trainer's curve and the table of the `evaluate` command (`evaluator.py`) are made here.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from rl_lora.types import Episode
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one adapter (None: the base) did on the held-out problems: the episodes of each, unscorable ones too."""
+    """The episodes of one adapter (None: the base) on each held-out problem, unscorable ones too."""
 
     adapter: str | None
     problems: tuple[tuple[Episode, ...], ...]
@@ -42,7 +42,7 @@ class Evaluation:
 
     @property
     def score(self) -> float:
-        """What checkpoints are compared by: accuracy, or the mean reward where the environment gives no verdict."""
+        """The figure that checkpoints are compared by: accuracy, or the mean reward where the environment gives no verdict."""
         record = self.record
         value = record["reward"] if record["accuracy"] is None else record["accuracy"]
         return -math.inf if value is None else float(value)
@@ -132,7 +132,7 @@ def pairs(rows: Sequence[Sequence[Sample]], n: int, seed: int = 0) -> list[list[
 
 
 def change(before: Sequence[Sample], after: Sequence[Sample]) -> Record | None:
-    """What training changed on the same problems, one sample each: an entry of `pairs`, after minus before; None where
+    """The change by training on the same problems, one sample each: an entry of `pairs`, after minus before; None where
     there are no verdicts."""
     return pairs([after, before], n=1)[0][1]
 

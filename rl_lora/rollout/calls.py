@@ -22,7 +22,7 @@ WAITS, WAITS_LONG = 0.05, 1.0
 """Seconds off the processor: of two calls in a row, or of a single one, after which others of their kind run in
 threads."""
 FORGIVEN = 0.9
-"""What counts of earlier waits after a call that has not waited: one pause means nothing, every fourth call does."""
+"""Factor of earlier waits after a call that has not waited: one pause means nothing, every fourth call does."""
 
 MOSTLY = 4
 """A call has waited if it did so for this many times as long as it computed: on a busy machine computing waits too."""
@@ -31,8 +31,7 @@ MOSTLY = 4
 class CallPool:
     """Starts calls, `limit` at a time at most; with a limit of 1 one after another.
 
-    Where a call ran decides neither what it returns nor in which order results are used: the same seed gives the same
-    run. Threads are daemons: a call that hangs does not keep a process that was interrupted.
+    Where a call ran does not decide what it returns. Threads are daemons: a call that hangs does not keep a process that was interrupted.
     """
 
     def __init__(self, limit: int):
@@ -40,7 +39,7 @@ class CallPool:
         self.n_elsewhere = 0
         """Calls that did not end before `start` did."""
         self._waited: dict[object, float] = {}
-        """By key: seconds, of calls that have waited half of WAITS_LONG at least."""
+        """Seconds of calls that have waited, by key; each counts half of WAITS_LONG at least."""
         self._tasks: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
         self._n_threads = self._n_open = 0
         self._lock = threading.Lock()
@@ -76,7 +75,7 @@ class CallPool:
         return future
 
     def _elsewhere(self, future: Future[Any]) -> Future[Any]:
-        """A call that goes on in an event loop."""
+        """A call that an event loop runs."""
         if self.limit == 1:
             future.exception()
         else:
@@ -84,7 +83,7 @@ class CallPool:
         return future
 
     def _work(self) -> None:
-        """What a thread does."""
+        """Run calls, one after another: the target of a thread."""
         while True:
             future, call = self._tasks.get()
             value, raised = None, None

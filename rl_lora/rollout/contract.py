@@ -1,4 +1,4 @@
-"""What the trainer asks of an environment: `reset` and `step` are called here, and what they return is checked.
+"""The contract of an environment: `reset` and `step` are called here, and their results are checked.
 
 Whatever goes wrong in a user's code becomes a `TaskError`, which names the environment, the seed and the reply, and
 shows the user's own part of the traceback.
@@ -24,7 +24,7 @@ from rl_lora.system.user_code import causes, user_frames
 from rl_lora.system.watchdog import watched
 
 Env = gym.Env[Any, str]
-"""Its observations are texts or messages, its actions texts."""
+"""An environment whose observations are texts or messages, and whose actions are texts."""
 
 MAX_MESSAGE = 2000
 """Characters of an exception's own message."""
@@ -44,7 +44,7 @@ class TaskError(ValueError):
 
 @dataclass(frozen=True)
 class ResetResult:
-    """What `reset` gave: the problem, and what the environment says of it."""
+    """The checked result of `reset`: a problem, and the info that goes with it."""
 
     observation: str
     info: Mapping[str, Any] = field(default_factory=dict)
@@ -53,14 +53,14 @@ class ResetResult:
 
     @property
     def identity(self) -> tuple[str, ...]:
-        """What must be the same in every episode of the seed, as texts: observation, conversation, reference."""
+        """Observation, conversation and reference as texts: every episode of a seed must have the same."""
         return self.observation, _as_json(self.messages), _as_json(self.info.get("reference"))
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What `step` gave. `success` and `answer` are None where the environment says nothing of them; `unscorable` is the
-    reason why it could not judge, or None."""
+    """The checked result of `step`. `success` and `answer` are None where the environment says nothing of them;
+    `unscorable` is the reason why it could not judge, or None."""
 
     observation: str
     reward: float
@@ -75,7 +75,7 @@ class StepResult:
 
 
 def env_id(env: Env) -> str:
-    """How records and messages call an environment."""
+    """The name of an environment in records and messages."""
     return env.spec.id if env.spec else type(env.unwrapped).__name__
 
 
@@ -120,7 +120,7 @@ def step_env(env: Env, seed: int, reply: str) -> StepResult:
 
 
 def close_env(env: Env) -> None:
-    """Close an environment. What that raises is said, and costs nothing: all has been played."""
+    """Close an environment. An exception becomes a warning: all episodes have been played."""
     try:
         env.close()
     except (Exception, SystemExit) as error:
@@ -128,8 +128,8 @@ def close_env(env: Env) -> None:
 
 
 def watch_step(env: Env, seed: int) -> AbstractContextManager[None]:
-    """While the block runs: who is waited for, an environment or the reward function that it names as `judged_by`, is
-    said if it takes long."""
+    """Warn while the block runs, if it takes long, that an environment has not answered, or the reward function that it
+    names as `judged_by`."""
     name = getattr(env.unwrapped, "judged_by", None)
     asked = name if isinstance(name, str) else "step()"
     return watched(lambda: f"{env_id(env)}, seed {seed}: {asked} has not answered")
@@ -207,7 +207,7 @@ def _text(error: BaseException) -> str:
 
 
 def raised(error: BaseException, where: str, what: str, reply: str | None = None) -> TaskError:
-    """What an environment or a reward function raised, with the user's own part of the traceback."""
+    """An exception of an environment or a reward function as a TaskError, with the user's part of the traceback."""
     text = shortened(_text(error), MAX_MESSAGE)
     said = f"{type(error).__name__}: {text}" if text else type(error).__name__
     named = isinstance(error, ValueError) and text.startswith(where)  # by the environment: of a reward function

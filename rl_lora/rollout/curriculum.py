@@ -19,13 +19,13 @@ from rl_lora.rollout.environments import environment
 from rl_lora.types import Group
 
 SEED_STRIDE = 1_000_003
-"""Between the first training problems of one run's seed and the next."""
+"""Distance between the first training problems of two runs whose seeds are neighbours."""
 UNTRIED = 1 / 6
-"""The mean of p (1 - p) where nothing is known of p."""
+"""Mean of p (1 - p) for p uniform in [0, 1]: the value of a problem that was never played."""
 
 
 class Trial(NamedTuple):
-    """What is remembered of a problem: discounted counts, and the step in which it was last played."""
+    """The record of a problem: discounted counts, and the step in which it was last played."""
 
     successes: float
     failures: float
@@ -64,11 +64,11 @@ class Curriculum:
         self.explore, self.half_life, self.seed = explore, half_life, seed
         self.first = seed * SEED_STRIDE // n_problems * n_problems
         self.trials: dict[int, Trial] = {}
-        """By seed."""
+        """The record of each problem that was played, by seed."""
 
     @property
     def seeds(self) -> range:
-        """All problems."""
+        """The seeds of all problems."""
         return range(self.first, self.first + self.n_problems)
 
     def choose(self, step: int) -> tuple[list[int], list[int]]:
@@ -115,11 +115,11 @@ class Curriculum:
         return record
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs, as JSON has it."""
+        """The state that a resumed run needs, as JSON."""
         return {str(seed): list(trial) for seed, trial in self.trials.items()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Put back what `state` gave."""
+        """Take over a state that `state` returned."""
         self.trials = {int(seed): Trial(*trial) for seed, trial in state.items()}
 
     def _gain(self, seed: int, step: int) -> float:

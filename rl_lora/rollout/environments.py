@@ -44,7 +44,7 @@ def with_module(env_id: str) -> str:
 
 
 def _not_made(error: BaseException, name: str, kwargs: dict[str, Any]) -> ValueError:
-    """Why there is no such environment, in the words of what went wrong."""
+    """The error that says why an environment could not be made."""
     if isinstance(error, gym.error.Error):
         origin = {id: getattr(spec.entry_point, "__module__", spec.entry_point) for id, spec in gym.registry.items()}
         there = sorted(id for id, module in origin.items() if not str(module).startswith("gymnasium."))

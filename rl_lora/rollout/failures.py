@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from rl_lora.rollout.contract import TaskError
 
 FEW = 32
-"""So many failures say little about a share."""
+"""Failures up to this number never stop a run, whatever share they are."""
 RECENT = 10
-"""Batches over which the share is taken: what broke in the middle of a long run shows soon."""
+"""Batches over which the share is taken: few, so that a fault in the middle of a long run shows soon."""
 
 
 @dataclass
 class BatchCounts:
-    """Episodes that are played together."""
+    """Counts of the episodes that are played together."""
 
     n: int
     n_failed: int = 0

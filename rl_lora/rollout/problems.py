@@ -18,14 +18,14 @@ from rl_lora.rollout.contract import Env, TaskError, close_env, env_id, reset_en
 from rl_lora.rollout.worker import MakeEnv, prompt_of, unsteady
 
 N_STEADY = 4
-"""Problems that are asked for several times: whether a seed leads to one problem shows in the first ones."""
+"""Number of problems that are reset several times, to see that a seed always leads to the same problem."""
 TOKENS_PER_BYTE = 3
-"""More than any tokenizer makes, normalisation included; one without it makes one at most. A text that fits at this
-rate need not be tokenised."""
+"""Upper bound of the tokens that a tokenizer makes of a byte, normalisation included (without it: one). A text that
+fits at this rate need not be tokenised."""
 A_FEW = 2
-"""So many of the problems that are looked at may be faulty, whatever share they are, if they are made from the seed."""
+"""Number of faulty problems that are allowed in any case where problems are made from the seed."""
 AT_LEAST, SECONDS = 2048, 120.0
-"""Problems that are checked in any case, and the time after which no more are: some environments make them slowly."""
+"""Number of problems that are checked in any case, and seconds after which no more are."""
 MAX_LISTED = 5
 """Faulty problems that a message names; the others are counted."""
 
@@ -66,7 +66,7 @@ def list_faults(faults: Sequence[str], n: int) -> str:
 def faults_of(
     env: Env, seeds: Sequence[int], chat: Chat, config: EpisodeConfig, context: int, judged: bool
 ) -> Iterable[str]:
-    """What is wrong with each problem that cannot be played, with the place that it comes from."""
+    """The fault of each problem that cannot be played, with the place that it comes from."""
     fault_of: Callable[[int], str | None] = getattr(env.unwrapped, "problem_fault", lambda seed: None)
     place_of: Callable[[int], str] = getattr(env.unwrapped, "problem_place", lambda seed: "")
     around = len(chat.start("?", config.system_prompt))

@@ -18,7 +18,7 @@ PREFIX = "given in Python: "
 PROMPTS = "rl_lora/Prompts-v0"
 """The environment that reads rows."""
 OBJECTS: dict[str, Any] = {}
-"""What this process was given, by the text in its place."""
+"""The objects that this process was handed, by the text that stands for each."""
 
 
 def with_objects(env: EnvConfig, reward: Any = None, data: Any = None, eval_data: Any = None) -> EnvConfig:
@@ -33,7 +33,8 @@ def with_objects(env: EnvConfig, reward: Any = None, data: Any = None, eval_data
 
 
 def resolve_objects(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of an environment, what was given in place of its text. Raises ValueError for what was not."""
+    """The arguments of an environment, with objects in place of their texts. Raises ValueError for a text whose object
+    this process was not handed."""
     for name, value in kwargs.items():
         if isinstance(value, str) and value.startswith(PREFIX) and value not in OBJECTS:
             parameter = {"path": "data", "eval_path": "eval_data"}.get(name, name)

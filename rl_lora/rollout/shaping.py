@@ -1,4 +1,4 @@
-"""Rewards for the length of replies, in tokens: what an environment, which sees text, cannot know.
+"""Rewards for the length of replies in tokens, which an environment, which sees text, does not know.
 
 In training they are added to the environment's reward and reported as parts of it, "overlong" and "brevity", before
 their weight; a weight of 0 only reports. The verdict is never touched, and evaluation knows nothing of them.

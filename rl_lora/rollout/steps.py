@@ -1,4 +1,4 @@
-"""When environments are given the replies of a rollout, so that slow rewards wait for each other and not the sampler.
+"""The steps of environments during a rollout: slow ones run while the sampler goes on.
 
 An environment that ends with its first reply is told it at once, and asked for what came of it when nothing is sampled
 any more. Where a next turn depends on it, steps that wait run at the same time while the other episodes are decoded,
@@ -55,7 +55,7 @@ class Steps(Generic[Play]):
     ):
         self.calls, self.config, self.take = calls, config, take
         self.seconds = 0.0
-        """That sampling waited for steps."""
+        """Seconds that sampling has waited for steps."""
         playing = [[play for play in group if play.stop is None] for group in groups]
         self._groups = {id(play): group for group in playing for play in group}
         self._told: dict[int, list[Play]] = {}
@@ -64,7 +64,7 @@ class Steps(Generic[Play]):
         """Steps on which next turns depend."""
 
     def reply(self, play: Play, then: Callable[[], Request | None]) -> Request | Later | None:
-        """An episode has its next reply, the last of its turns. `then` says what it asks when the step is taken."""
+        """Give an episode's last reply to its environment. `then`: the next request, once the step is taken."""
         with self._watch():
             if hasattr(play.env.unwrapped, "judge_ahead"):
                 self._judge(play)
@@ -87,12 +87,12 @@ class Steps(Generic[Play]):
         return Later((lambda: True) if self.config.wait_for_steps else future.done, request, self._wait)
 
     def _wait(self) -> None:
-        """Until one of the steps is done on which next turns depend."""
+        """Wait until one of the steps is done on which next turns depend."""
         with self._watch():
             wait(self._running, return_when=FIRST_COMPLETED)
 
     def finish(self, plays: Sequence[Play]) -> None:
-        """Nothing is sampled any more: wait for what is still open, in the order of the episodes."""
+        """Wait for the steps that are still open, in the order of the episodes; called when all is sampled."""
         with self._watch():
             for play in plays:
                 if id(play) in self._open:

@@ -49,12 +49,12 @@ class _RunningEpisode:
     adapter: str | None
     version: int
     k: int
-    """Its place in the group."""
+    """The episode's place in the group."""
     prompt_ids: tuple[int, ...] = ()
     turns: list[Turn] = field(default_factory=list)
     observations: list[str] = field(default_factory=list)
     identity: tuple[str, ...] = ()
-    """What the episodes of a group have in common; see `ResetResult.identity`."""
+    """The same in all episodes of a group: `ResetResult.identity`."""
     reward: float = 0.0
     parts: dict[str, float] = field(default_factory=dict)
     success: bool | None = None
@@ -112,7 +112,7 @@ class RolloutWorker:
         self.failures = Failures(config.max_failed, on_failure)
         self.calls = CallPool(config.reward_threads)
         self.reward_seconds = 0.0
-        """That sampling has waited for environments and their rewards."""
+        """Seconds that sampling has waited for environments and their rewards."""
         self._envs: list[Env] = []
 
     def collect(
@@ -194,7 +194,7 @@ class RolloutWorker:
             close_env(self._envs.pop())
 
     def first_prompt(self, seed: int) -> list[int]:
-        """The prompt of a problem: what is known of it without a model. Raises TaskError if it cannot be played."""
+        """The prompt of a problem, in tokens. Raises TaskError if the problem cannot be played."""
         if not self._envs:
             self._envs.append(self.make_env())
         env = self._envs[0]
@@ -222,7 +222,7 @@ class RolloutWorker:
         play.stop, play.unscorable, play.failed = Stop.UNSCORABLE, error.reason, True
 
     def _take(self, play: _RunningEpisode, step: Callable[[], StepResult]) -> None:
-        """Write down what came of a reply, and what is asked next, if anything is."""
+        """Take down the result of a step, and the next prompt, where the episode goes on."""
         try:
             outcome = step()
         except TaskError as error:
@@ -276,7 +276,7 @@ def check_one_problem(plays: Sequence[_RunningEpisode]) -> None:
 
 
 def unsteady(name: str, seed: int, first: Sequence[str], second: Sequence[str]) -> TaskError:
-    """A seed has led to two problems, in their `ResetResult.identity`."""
+    """The error of a seed that led to two problems, given by their `ResetResult.identity`."""
     kinds = ("", "the messages ", "the reference ")
     kind, one, other = next(found for found in zip(kinds, first, second, strict=True) if found[1] != found[2])
     return TaskError(
@@ -289,7 +289,7 @@ def unsteady(name: str, seed: int, first: Sequence[str], second: Sequence[str]) 
 
 
 def group_of(episodes: Sequence[Episode]) -> Group:
-    """The group that episodes of one problem make."""
+    """The group of episodes of one problem; unscorable ones are counted and left out."""
     scored = tuple(episode for episode in episodes if episode.stop is not Stop.UNSCORABLE)
     reasons = tuple(episode.unscorable or "" for episode in episodes if episode.stop is Stop.UNSCORABLE)
     return Group(episodes[0].env_id, episodes[0].seed, episodes[0].adapter, scored, len(reasons), reasons)

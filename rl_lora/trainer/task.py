@@ -1,4 +1,4 @@
-"""What a run or an evaluation is about, known by its content: the problems, and the code that asks and judges them.
+"""The task of a run or an evaluation, known by its content: the problems, and the code that asks and judges them.
 
 Names and paths do not count: a file of problems that is edited is another task under the same name.
 """
@@ -29,12 +29,12 @@ from rl_lora.settings.algorithm import advantage_of, objective_of
 from rl_lora.system.user_code import user_sources
 
 N_ENDLESS = 256
-"""Training problems that are looked at where an environment makes new ones from every seed."""
+"""Number of training problems that are hashed where an environment makes new ones from every seed."""
 MAX_HASHES = 4096
-"""Of problems, in a run's record of its task."""
+"""Number of hashes of problems, at most, in a run's record of its task."""
 
 MOST_NUMBERS = 1024
-"""Numbers of each weight by which a model is known again, about."""
+"""Approximate number of elements of each weight that are hashed."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class ProblemRecord:
 
 
 def problems_of(make_env: MakeEnv, seeds: Iterable[int]) -> list[ProblemRecord]:
-    """What the environment asks, and the reference that it shows in `info["reference"]`, if it does. What else of the
-    data it judges a reply by is its `record`, where it has one."""
+    """The problems of seeds, with the reference in `info["reference"]`, where there is one. An environment that judges
+    a reply by more than that has a `record`, which belongs to the hash."""
     env = make_env()
     problems = []
     for seed in seeds:
@@ -93,7 +93,7 @@ def _source(kind: type) -> str:
 
 
 def task_record(config: TrainConfig) -> dict[str, Any]:
-    """What a run keeps of its task, to know it again when it is resumed. `config` is valid.
+    """The record of a run's task, by which a resumed run knows it again. `config` is valid.
 
     The same whatever `steps`. Of an environment with a finite list of problems all are looked at, else the first ones.
     """
@@ -116,8 +116,8 @@ def task_record(config: TrainConfig) -> dict[str, Any]:
 
 
 def model_record(policy: Policy) -> dict[str, Any]:
-    """What a run keeps of the model that it begins with, to know it again: a folder may hold another one later.
-    Of each weight, some numbers are looked at."""
+    """The record of a run's model, by which a resumed run knows it again: a folder may hold another one later. Some
+    elements of each weight are hashed."""
     weights = []
     for name, tensor in sorted(policy.bank.model.state_dict().items()):
         flat = tensor.detach().flatten()
@@ -128,7 +128,7 @@ def model_record(policy: Policy) -> dict[str, Any]:
 
 
 def model_changes(old: dict[str, Any], new: dict[str, Any], name: str) -> list[str]:
-    """What differs between two records of `model_record`, in words. In another type of numbers weights are others."""
+    """Differences between two records of `model_record`, in words. Weights of different dtypes are not compared."""
     changes = []
     if old["dtype"] == new["dtype"] and old["weights"] != new["weights"]:
         changes.append(f"the weights of the model {name} have changed")
@@ -150,7 +150,7 @@ def _record(problems: list[ProblemRecord]) -> dict[str, Any]:
 
 
 def task_changes(old: dict[str, Any], new: dict[str, Any], env: str) -> list[str]:
-    """What differs between two records of `task_record`, in words; what one of them lacks is no difference."""
+    """Differences between two records of `task_record`, in words. An entry that one of them lacks is no difference."""
     changes = []
     if old.get("environment", new["environment"]) != new["environment"]:
         changes.append(f"the source of the environment {env} has changed")
