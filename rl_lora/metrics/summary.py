@@ -42,7 +42,7 @@ class Evaluation:
 
     @property
     def score(self) -> float:
-        """The figure that checkpoints are compared by: accuracy, or the mean reward where the environment gives no verdict."""
+        """The figure that checkpoints are compared by: accuracy, or else the mean reward."""
         record = self.record
         value = record["reward"] if record["accuracy"] is None else record["accuracy"]
         return -math.inf if value is None else float(value)

@@ -31,7 +31,8 @@ MOSTLY = 4
 class CallPool:
     """Starts calls, `limit` at a time at most; with a limit of 1 one after another.
 
-    Where a call ran does not decide what it returns. Threads are daemons: a call that hangs does not keep a process that was interrupted.
+    Where a call ran does not decide what it returns. Threads are daemons: a call that hangs does not keep a process
+    that was interrupted.
     """
 
     def __init__(self, limit: int):
