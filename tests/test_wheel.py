@@ -38,12 +38,15 @@ def build(kind: str, source: Path, target: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The clone as `git archive` would write it: links are links, and nothing is left of earlier builds."""
+    """The clone as `git archive` would write it, links and all, and what the build of an earlier version left in it."""
     folder = tmp_path_factory.mktemp("source")
     for name in SOURCES:
         shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.cfg", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+    for name in ("setup.py", "setup.cfg", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
+    for stale in ("build/lib/envs/text.py", "build/lib/rl_lora/attention.py"):
+        (folder / stale).parent.mkdir(parents=True)
+        (folder / stale).touch()
     return folder
 
 
