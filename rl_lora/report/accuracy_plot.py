@@ -1,6 +1,6 @@
 """Held-out accuracy of several runs in one picture.
 
-Reads what the runs wrote, and no model. A run that goes on from another one's adapter is drawn behind it.
+It is drawn from the files of the runs alone. A run that starts from another run's adapter is drawn to the right of it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Curve:
 
     @property
     def root(self) -> Path:
-        """Where it began."""
+        """The first run of the chain."""
         return (self.folder, *self.before)[-1].resolve()
 
 
@@ -67,7 +67,7 @@ def curve_of(folder: Path) -> Curve:
 
 
 def parent_of(folder: Path) -> Path | None:
-    """The run whose adapter this one starts from, if it is there."""
+    """The run that this one starts from, if its folder is there."""
     path = folder / "config.yaml"
     init_from = yaml.safe_load(path.read_text(encoding="utf-8"))["adapter"]["init_from"] if path.is_file() else None
     parent = Path(init_from).parent if init_from else None
@@ -75,13 +75,16 @@ def parent_of(folder: Path) -> Path | None:
 
 
 def steps_of(folder: Path) -> int:
-    """How far a run has come."""
+    """The last step of a run."""
     return max((record["step"] for record in MetricsFile(folder / "metrics.jsonl").read()), default=0)
 
 
 def draw(curves: list[Curve]) -> Figure:
-    """One line a run, with error bars. Runs that began in the same one share a color, and those that go on from the
-    same one are told apart by their dashes; a dotted line where runs go on."""
+    """One line a run, with error bars.
+
+    Runs with the same first run share a color, and runs with the same predecessor differ in their dashes. A dotted
+    line stands where a run starts from another.
+    """
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for start in sorted({curve.start for curve in curves} - {0}):

@@ -11,7 +11,7 @@ from rl_lora.report.html import Chart, headline_figure, known_facts, point, rend
 
 
 def evaluation_page(results: dict[str, Any], samples: Iterable[dict[str, Any]]) -> str:
-    """The page of an evaluation, from what `results.json` and `samples.jsonl` hold. Any number may be None."""
+    """The page of an evaluation, from results.json and samples.jsonl. Any number may be None."""
     rows: list[Record] = results["rows"]
     base = next((row for row in rows if not row.get("folder")), None)
     measure = "accuracy" if any(row.get("accuracy") is not None for row in rows) else "reward"
@@ -124,7 +124,7 @@ def _curves(rows: Sequence[Record]) -> list[Chart]:
 
 
 def _table(rows: Sequence[Record]) -> dict[str, Any]:
-    """The results, without the columns that no row has something for; each cell with what it is sorted by."""
+    """The table of results without its empty columns; each cell is a text and its sort key."""
     columns: dict[str, tuple[Callable[[Record], Any], Callable[[Any], str]]] = {
         "row": (_field("name"), str),
         "step": (_field("step"), "{:,}".format),

@@ -16,7 +16,7 @@ from rl_lora.system.terminal import Terminal, in_line
 
 Column = Callable[[Record], str]
 MAX_KS = 3
-"""Of pass@k and maj@k; where there are more, the last one."""
+"""Most values of k that get columns of pass@k and maj@k; of more, only the largest does."""
 
 
 def show(console: Console, results: Record) -> None:
@@ -27,8 +27,8 @@ def show(console: Console, results: Record) -> None:
 
 
 def tables(results: Record) -> list[Table]:
-    """Accuracy with its 95 % interval, differences in points with their p-values, and what else says something; then,
-    for several samples a problem, pass@k and maj@k. The base is the first row."""
+    """Accuracy with its 95 % interval, differences in points with their p-values, and further columns that are not
+    empty; then, for several samples a problem, pass@k and maj@k. The base is the first row."""
     rows, against = results["rows"], results["config"]["against"]
     columns = {"accuracy": _number("accuracy", ".1%"), "95 %": _interval}
     columns |= {"to base": _versus("difference"), "p": _p("difference")}
@@ -46,7 +46,7 @@ def tables(results: Record) -> list[Table]:
 
 
 def _table(rows: Sequence[Record], columns: Mapping[str, Column], empty: Mapping[str, str]) -> Table:
-    """Without the columns whose cells are all as `empty` says."""
+    """A table without the columns whose cells are all equal to the text in `empty`."""
     result = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     result.add_column("adapter", overflow="fold", min_width=10)
     cells = {name: [cell(row) for row in rows] for name, cell in columns.items()}

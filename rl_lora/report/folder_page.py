@@ -13,7 +13,7 @@ from rl_lora.system.terminal import say
 
 
 def write_reports(folders: list[str], out: str | None = None) -> None:
-    """Write the page of each folder into it, or the page of one folder to `out`; name what was written.
+    """Write the page of each folder into it, or the page of one folder to `out`, and print the paths.
 
     Raises:
         ValueError: there is nothing to report of, or several pages for one file.

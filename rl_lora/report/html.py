@@ -25,7 +25,7 @@ Chart = dict[str, Any]
 
 
 def render(**parts: Any) -> str:
-    """The page: `parts` are the names in page.html, all of them."""
+    """The page. `parts`: a value for every name in page.html."""
     assets = files("rl_lora.report") / "page_assets"
     style = (assets / "page.css").read_text(encoding="utf-8")
     script = "".join((assets / name).read_text(encoding="utf-8") for name in ("charts.js", "page.js"))

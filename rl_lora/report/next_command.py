@@ -1,4 +1,4 @@
-"""The command that goes on from a finished run, as it can be typed in the same place."""
+"""The command to type after a run: it evaluates the run's adapter."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from rl_lora.system.invocation import words
 
 
 def next_command(config: TrainConfig, adapter: str) -> str:
-    """Evaluates the run's adapter as the run did."""
+    """The command that evaluates an adapter on the held-out problems of its run."""
     return shlex.join([*words("evaluate"), "--adapters", adapter, *_flags(config)])
 
 
 def _flags(config: TrainConfig) -> list[str]:
-    """What an evaluation has to be told to repeat this run's: what it does not take from the run itself."""
+    """Options with which an evaluation repeats the run's own, beside those that it takes from the run."""
     mine, flags = flatten(config), []
     elsewhere: dict[str, tuple[str, ...]] = {"limit": ("eval.episodes",), "resume": ()}
     for name, default in flatten(EvaluateConfig()).items():

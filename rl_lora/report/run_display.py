@@ -76,7 +76,7 @@ class RunDisplay:
 
     @contextmanager
     def stage(self, what: str) -> Iterator[None]:
-        """A line that says what takes a moment."""
+        """A line on the terminal while the block runs."""
         with self.console.status(Text(f"{in_line(what)} ...")):
             yield
 
@@ -115,7 +115,7 @@ class RunDisplay:
             self._progress.update(self._task, description=f"{stage}, {counted(self._n_tokens, 'token')}")
 
     def header(self, config: TrainConfig, model: ModelFacts, step: int, n_processes: int) -> None:
-        """What is about to run, what is special about it, and how to read the lines that follow."""
+        """The run, its model, its special cases, and the legend of the lines that follow."""
         r = config.rollout
         self.console.print(
             Text(in_line(config.env.id), "bold"),
@@ -217,7 +217,7 @@ class RunDisplay:
 
 
 def step_line(step: int, record: Record) -> str:
-    """The figures of a step; of demonstrations, which nobody sampled, those that they have."""
+    """The figures of a step. Demonstrations have a loss in place of the figures of sampled episodes."""
     parts = [f"step {step:>3}"]
     sampled = record["groups_without_signal"] is not None
     if sampled:

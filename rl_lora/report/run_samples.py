@@ -1,6 +1,6 @@
 """The episodes that a run keeps, a file a step: samples/ holds sampled ones, within a bound, evals/ held-out ones.
 
-Left out: what was learned from them, which metrics.jsonl has by step.
+Figures of the learner are not here: metrics.jsonl has them.
 """
 
 from __future__ import annotations
@@ -87,6 +87,6 @@ def _thin(run_dir: Path, max_bytes: int) -> None:
     sizes = {step: _sampled(run_dir, step).stat().st_size for step in steps}
     while sum(sizes.values()) > max_bytes and len(steps) > 2:
         gaps = [after - before for (before, _), (_, after) in pairwise(pairwise(steps))]
-        removed = steps.pop(1 + gaps.index(min(gaps)))  # the oldest of those that are missed least
+        removed = steps.pop(1 + gaps.index(min(gaps)))  # the oldest in the smallest gap
         _sampled(run_dir, removed).unlink()
         del sizes[removed]

@@ -23,8 +23,8 @@ from rl_lora.system.files import read_yaml
 from rl_lora.system.plurals import counted
 
 HELD_OUT, SAMPLED, LEARNED, FURTHER = range(4)
-"""Numbers of page.css's colours: what is held out, what was sampled in training, what the learner did; and the first of
-those for lines beside another one of the same meaning."""
+"""Numbers of the colours in page.css: held-out figures, figures of sampled episodes, figures of the learner, and the
+first of the colours for further lines of the same kind."""
 SAMPLED_FIELDS = {
     "reward",
     "accuracy",
@@ -126,7 +126,7 @@ CHARTS = {
 
 
 def training_page(run_dir: str | Path) -> str:
-    """The page of a training run, from what is in its folder so far.
+    """The page of a training run, from the files in its folder so far.
 
     Raises:
         ValueError: there is no record of any step or evaluation.
@@ -201,7 +201,7 @@ def _settings(config: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _changed(config: dict[str, Any]) -> list[tuple[str, str]]:
-    """The settings that are not the defaults, where the run was played apart."""
+    """The settings that differ from the defaults, without the run's folder."""
     defaults = dict(setting_texts(json.loads(json.dumps(dataclasses.asdict(TrainConfig())))))
     return [
         (name, value)
@@ -211,7 +211,7 @@ def _changed(config: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _difference(before: Sequence[Sample], after: Sequence[Sample]) -> list[dict[str, str]]:
-    """The headline's figure for what training changed: held-out accuracy, paired by problem."""
+    """The change of held-out accuracy, paired by problem, as a figure at the top of the page."""
     gain = change(before, after)
     if gain is None:
         return []
@@ -236,7 +236,7 @@ def _sampled(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def _chart(spec: ChartSpec, train: Sequence[Record], evals: Sequence[Record]) -> Chart:
-    """Lines without any number are left out, and those of what never happened."""
+    """A chart of the records. Lines without a number are left out, and lines of clipping or faults that are all zero."""
     series: list[dict[str, Any]] = []
     for name, path in spec.lines.items():
         kind, _, field = path.partition("/")
@@ -249,7 +249,7 @@ def _chart(spec: ChartSpec, train: Sequence[Record], evals: Sequence[Record]) ->
 
 
 def _color(path: str, taken: Sequence[int]) -> int:
-    """The colour of what a line means, the same on every chart; a free one where another line has that meaning."""
+    """The colour of a line's kind, the same on every chart; a free colour where another line has that kind."""
     kind, _, field = path.partition("/")
     meant = HELD_OUT if kind == "eval" else SAMPLED if field in SAMPLED_FIELDS else LEARNED
     return meant if meant not in taken and not field.startswith("parts/") else FURTHER + len(taken)

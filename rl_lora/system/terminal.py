@@ -1,5 +1,5 @@
-"""What reaches a terminal: no control characters of what models, data sets, file names or exceptions hold, and nothing
-that the terminal's encoding lacks.
+"""Text for a terminal, free of control characters, whether a model, a data set, a file name or an exception holds them,
+and of characters that the terminal's encoding lacks.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def in_line(text: object) -> str:
 
 
 class Terminal(Console):
-    """A console on which nothing that is printed is a command to the terminal, whoever wrote it: markup is off unless
-    asked for, control characters are visible, and what the encoding lacks is written out."""
+    """A console that sends the terminal no commands from the texts it prints: markup is off unless asked for, and
+    control characters and characters that the encoding lacks are written out."""
 
     def __init__(self, **kwargs: Any):
         super().__init__(**{"highlight": False, "soft_wrap": True, "emoji": False, "markup": False} | kwargs)
@@ -77,8 +77,8 @@ def _lasting(stream: TextIO) -> TextIO:
 
 
 def guard() -> None:
-    """For a command: what the encoding lacks is written out, tracebacks and warnings show control characters, and a
-    terminal that is gone ends no run."""
+    """Prepare the streams of a command: characters that the encoding lacks are written out, also in tracebacks and
+    warnings, and a terminal that is gone ends no run."""
     for name in ("stdout", "stderr"):
         if (stream := getattr(sys, name)) is getattr(sys, f"__{name}__") and stream is not None:
             setattr(sys, name, _lasting(stream))

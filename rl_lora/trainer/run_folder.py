@@ -1,4 +1,4 @@
-"""A run's folder before the run begins: whose it is, whether it may be written to, and which run goes on in it."""
+"""A run's folder before the run begins: its lock, its checks, and the base of the run that it holds."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def flatten_record(nested: dict[str, Any]) -> dict[str, Any]:
 
 
 def clear_left_overs(run_dir: Path) -> None:
-    """Delete what a process that died was writing or removing."""
+    """Delete the files that a process was writing or removing when it died."""
     files.clear_left_overs(run_dir, *FILES)
     for folder in ("evals", "samples"):
         files.clear_left_overs(run_dir / folder, "step-*")
