@@ -236,7 +236,7 @@ def _sampled(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def _chart(spec: ChartSpec, train: Sequence[Record], evals: Sequence[Record]) -> Chart:
-    """A chart of the records. Lines without a number are left out, and lines of clipping or faults that are all zero."""
+    """A chart of the records, without lines that have no number, and without lines of clipping or faults at zero."""
     series: list[dict[str, Any]] = []
     for name, path in spec.lines.items():
         kind, _, field = path.partition("/")
