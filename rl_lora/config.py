@@ -32,28 +32,28 @@ def without_module(env_id: str) -> str:
 
 @dataclass
 class ModelConfig:
-    """The frozen base."""
+    """The frozen base model."""
 
     name: str = DEFAULT_MODEL
-    """Model: a local folder, a Hugging Face hub id, or `smollm2-135m`. That name stands for the hub's
-    HuggingFaceTB/SmolLM2-135M-Instruct where it is in the hub's cache or the hub answers in two seconds, else for
-    `smollm2-135m-q4`, the same model from a 4-bit file, which needs no hub. The choice is made once on a machine, and a
-    run writes down which it was. A resumed run and an evaluation take the base of the run."""
+    """Base model: a local folder, a Hugging Face hub id, or `smollm2-135m`. That name stands for the hub's
+    HuggingFaceTB/SmolLM2-135M-Instruct where it is in the hub's cache or the hub answers within two seconds, else for
+    `smollm2-135m-q4`, the same model from a 4-bit file, which needs no hub. The choice is made once on a machine. A run
+    records its base, which a resumed run and an evaluation use."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Dtype of the base and of the activations; auto: bfloat16 where the device multiplies it fast, which on a CPU is
-    timed, else float32. Adapters are float32."""
+    """Data type of the base and of the activations. auto is bfloat16 where the device multiplies it fast (on a CPU,
+    this is timed), else float32. Adapters are always float32."""
     compile: bool | None = None
-    """Compile the layers for decoding: fewer and faster operations, for some 10 s at the beginning and a C++ compiler
-    (on a GPU: triton). By default in training on a CPU where steps x rollout.max_tokens is 1,000 or more and the
-    compiler is there. Batches that mix adapters decode without."""
+    """Compilation of the layers for decoding: fewer and faster operations, after some 10 s at the beginning, with a C++
+    compiler (on a GPU: triton). By default for training on a CPU where steps x rollout.max_tokens is 1,000 or more and
+    the compiler is found. Batches that mix adapters decode without it."""
     stop_tokens: list[str] = field(default_factory=list)
-    """Tokens that end a reply, beside the model's own, and all that contain their text; for base models that never
-    learned to stop, e.g. the empty line behind few-shot examples: ["\\n\\n"]."""
+    """Tokens that end a reply, in addition to the model's own; every token that contains one of these texts ends it
+    too. Base models that never learned to stop need them, e.g. the empty line behind few-shot examples: ["\\n\\n"]."""
     template_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the model's chat template beside the messages, e.g. --model.template_kwargs.enable_thinking
+    """Arguments of the model's chat template besides the messages, e.g. --model.template_kwargs.enable_thinking
     false."""
     trust_remote_code: bool = False
-    """Permission for the code that comes with a model to run."""
+    """Permission for the code that comes with a model to run. It is never taken from a model or a run."""
 
     def __post_init__(self) -> None:
         expand_home(self, "name")
@@ -61,17 +61,18 @@ class ModelConfig:
 
 @dataclass
 class AdapterConfig:
-    """The adapter that is trained."""
+    """The LoRA adapter that is trained."""
 
     rank: Annotated[int, Ge(1)] = 1
-    """Rank of the adapter: r of W' = W + (alpha / r) B A. Experts of an MoE model get rank / active experts."""
+    """Rank r of the update W' = W + (alpha / r) B A. Each expert of a mixture of experts gets rank / active experts."""
     alpha: Annotated[float, Gt(0), Lt(inf)] = 32.0
-    """Scale of the update. The best learning rate does not depend on rank as long as this stays."""
+    """Scale alpha of the update. The best learning rate does not depend on the rank as long as alpha stays the same."""
     targets: str | list[str] = "all-linear"
-    """Layers to adapt: all linear ones but the head, or names (ends of their paths) such as [q_proj, v_proj]. Of a
-    model that reads images or sound too, those of its language model; others where only they have that name."""
+    """Layers to adapt: all-linear (all linear layers but the head), or names such as [q_proj, v_proj], which are ends
+    of layers' paths. In a model that also reads images or sound, these are layers of its language model, and other
+    layers only for a name that no layer of the language model has."""
     init_from: str | None = None
-    """Adapter folder (PEFT format) to start from in place of a fresh adapter; its rank and targets then hold."""
+    """Adapter folder (PEFT format) to start from, in place of a fresh adapter. Its rank and targets apply."""
 
     def __post_init__(self) -> None:
         expand_home(self, "init_from")
@@ -79,7 +80,7 @@ class AdapterConfig:
 
 @dataclass
 class EnvConfig:
-    """The task."""
+    """The environment, which sets the task."""
 
     id: str = "rl_lora/Arithmetic-v0"
     """Gymnasium id of the environment; `module:id` imports the module that registers it."""
@@ -95,67 +96,70 @@ class EpisodeConfig:
     """How episodes are played, in training and in evaluation."""
 
     max_tokens: Annotated[int, Ge(1)] = 16
-    """Limit of one reply; longer ones are cut off and counted as truncated."""
+    """Limit of one reply in tokens; a longer reply is cut off and counted as truncated."""
     system_prompt: str | None = None
-    """First message of every conversation."""
+    """System prompt: the first message of every conversation. In an evaluation, an empty text stands for none, also
+    where the run has one."""
     max_turns: Annotated[int, Ge(1)] = 16
-    """Limit of the replies of an episode."""
+    """Limit of an episode in replies."""
     max_rows: Annotated[int, Ge(1)] = 256
-    """Completions that are decoded at a time; fewer take less memory."""
+    """Limit of completions that are decoded at the same time; fewer take less memory."""
     max_cache_gib: Annotated[float, Ge(0), Unit("GiB")] | None = None
-    """GiB of the KV cache: keys and values of the completions under way and of their prompts. Fewer completions are
-    decoded at a time where they would take more. By default half of the memory that is free."""
+    """Limit of the KV cache in GiB, for the completions under way and their prompts; where it would be exceeded, fewer
+    completions are decoded at the same time. By default half of the free memory."""
     check_every: Annotated[int, Ge(1)] | None = None
-    """Tokens between checks for completions that have ended. By default 8 on a GPU, which has to wait for a check, and
-    1 elsewhere."""
+    """Tokens between two checks for completions that have ended. By default 8 on a GPU, which a check makes wait, and 1
+    elsewhere."""
     max_failed: Annotated[float, Ge(0), Le(1)] = 0.1
-    """Share of the episodes of the last ten steps that may fail: the environment or the reward function raises, or
-    returns what it may not, or the prompt does not fit the model. They are left out and counted, never scored 0. Beyond
-    that share (and more than 32) the run stops; also where all fail, and at 0 with the first one."""
+    """Share of the episodes of the last ten steps that may fail before the run stops. An episode fails where the
+    environment or the reward function raises or returns something invalid, or where the prompt does not fit the model;
+    it is left out and counted, never scored 0. Up to 32 failures are taken whatever their share, unless every episode
+    fails; 0 stops at the first failure."""
     reward_threads: Annotated[int, Ge(1)] = 32
-    """Calls of reward functions, or of an environment's reset and step, that run at a time while sampling goes on,
-    where they wait for something, such as a judge on a network; 1: one after another, in the main thread."""
+    """Calls of reward functions, or of an environment's reset and step, that run at the same time during sampling where
+    they wait for something, such as a judge on a network; 1 runs them one after another in the main thread."""
     wait_for_steps: bool = False
-    """Whether decoding waits for the steps of environments of several turns, all that began together. An environment
-    that waits for something then does not decide which episodes are decoded together: the same seed gives the same run
-    to the last bit. Without it, the other episodes are decoded meanwhile, and the same seed gives the same run but for
-    rounding. Nothing changes for environments that do not wait."""
+    """Decoding that waits for the steps of multi-turn environments that began together. The time that a step takes then
+    does not decide which episodes are decoded together, and the same seed gives the same run to the last bit. Without
+    it, other episodes are decoded meanwhile, and the same seed gives the same run but for rounding. Environments that
+    do not wait for anything behave alike in both cases."""
 
 
 @dataclass
 class RolloutConfig(EpisodeConfig):
-    """How episodes are sampled."""
+    """How episodes are sampled for training."""
 
     prompts_per_step: Annotated[int, Ge(1)] = 16
     """Problems of a step, each sampled by one group of episodes."""
     group_size: Annotated[int, Ge(1)] = 8
-    """Episodes of one problem. The group's mean reward is the baseline."""
+    """Episodes of a group, all of the same problem. The mean reward of the group is the baseline."""
     max_replaced: Annotated[int, Ge(0)] = 0
-    """Limit of the groups of a step that are replaced by groups of other problems because their rewards are all the
-    same, which teaches nothing (dynamic sampling: DAPO, arXiv:2503.14476). A replacement may be replaced in turn."""
+    """Limit of groups in a step that are replaced by groups of other problems because all their rewards are equal,
+    which teaches nothing (dynamic sampling: DAPO, arXiv:2503.14476). A replacement may be replaced in turn."""
     curriculum: Literal["none", "success_rate"] = "none"
-    """Order of the training problems; none: their own order; success_rate: more of those that succeed about half of the
-    time, for an environment with a finite list of problems (`rl_lora/rollout/curriculum.py`)."""
+    """Order of the training problems. none: as the environment has them. success_rate: more of the problems that
+    succeed about half of the time; the environment must have a finite list of problems."""
     curriculum_explore: Annotated[float, Ge(0), Le(1)] = 0.5
-    """Least share of a step's problems that the curriculum success_rate gives to those not played for longest, untried
-    ones first."""
+    """Least share of a step's problems for those not played for longest, untried ones first, in the curriculum
+    success_rate."""
     curriculum_half_life: Annotated[float, Gt(0)] = 20.0
-    """Steps after which the outcome of a problem counts half for the curriculum success_rate."""
+    """Steps after which the outcome of a problem counts half, in the curriculum success_rate."""
     overlong_tokens: Annotated[int, Ge(0)] = 0
-    """Distance from max_tokens, in tokens, at which the punishment of a long reply begins: it falls from 0 there to -1
-    at the limit (soft over-long punishment: DAPO, arXiv:2503.14476), and is the reward part `overlong`; 0: none."""
+    """Distance from max_tokens, in tokens, within which a reply is punished for its length: from 0 at that distance
+    down to -1 at the limit (soft over-long punishment: DAPO, arXiv:2503.14476); 0 punishes none. The punishment is the
+    reward part `overlong`."""
     overlong_weight: Annotated[float, Ge(0), Lt(inf)] = 1.0
-    """Weight of the reward part `overlong`, the punishment of long replies; 0 only reports it."""
+    """Weight of the reward part `overlong`; 0 only reports it."""
     brevity_weight: Annotated[float, Ge(0), Lt(inf)] | None = None
     """Weight of the reward part `brevity`: 0.5 for the shortest episode of a group down to -0.5 for the longest, never
-    above 0 for an unsolved one (Kimi k1.5, arXiv:2501.12599). 0 only reports it; null: none."""
+    above 0 for an unsolved one (Kimi k1.5, arXiv:2501.12599). 0 only reports it; null leaves it out."""
     temperature: Annotated[float, Gt(0), "a policy gradient needs samples"] = 1.0
-    """Temperature of sampling, and of the log-probabilities that are learned."""
+    """Sampling temperature, which also applies to the log-probabilities that are learned."""
 
 
 @dataclass
 class LearnerConfig:
-    """How an adapter learns from groups."""
+    """How an adapter learns from groups of episodes."""
 
     objective: Annotated[str, OBJECTIVES] = "reinforce"
     """Function that a step maximises, or `module:name` of one of your own."""
@@ -165,28 +169,29 @@ class LearnerConfig:
     """Function from the rewards of a group to the advantages of its episodes, or `module:name` of one of your own. By
     default the one that belongs to the objective."""
     learning_rate: Annotated[float, Gt(0), Lt(inf)] = 3e-4
-    """Learning rate of AdamW, constant and without warm-up, for A and B alike. 3e-4 suits the embedded model (hidden
-    size 576); models of 1B and more want 1e-5 to 1e-4, about ten times the rate of full fine-tuning."""
+    """Learning rate of A and B alike, constant and without warm-up. 3e-4 suits the default model (hidden size 576);
+    models of 1B parameters and more want 1e-5 to 1e-4, about ten times the rate of full fine-tuning."""
     betas: tuple[Annotated[float, Ge(0), Lt(1)], Annotated[float, Ge(0), Lt(1)]] = (0.9, 0.95)
-    """AdamW betas."""
+    """AdamW betas: decay rates of the running means of the gradient and of its square."""
     weight_decay: Annotated[float, Ge(0)] = 0.0
-    """AdamW weight decay, on A and B."""
+    """AdamW weight decay of A and B."""
     max_grad_norm: Annotated[float, Ge(0)] = 1.0
-    """Norm that the gradient of an adapter is scaled down to; 0 leaves it."""
+    """Limit of the norm of an adapter's gradient, to which larger gradients are scaled down; 0 sets no limit."""
     updates_per_step: Annotated[int, Ge(1)] = 1
     """Optimizer steps on the episodes of one step, each on its own share of the groups."""
     clip_low: Annotated[float, Ge(0), Le(1)] = 0.2
-    """Lower clipping of the ratio by the objective grpo, at 1 - clip_low."""
+    """Lower clipping of the importance ratio by the objective grpo, at 1 - clip_low."""
     clip_high: Annotated[float, Ge(0)] = 0.2
-    """Upper clipping of the ratio by the objective grpo, at 1 + clip_high."""
+    """Upper clipping of the importance ratio by the objective grpo, at 1 + clip_high."""
     tokens_per_microbatch: Annotated[int, Ge(1)] = 4096
-    """Positions of one forward and backward pass; fewer take less memory, and change nothing else."""
+    """Token positions of one forward and backward pass; fewer take less memory, and change nothing else."""
     max_activation_gib: Annotated[float, Ge(0), Unit("GiB")] | None = None
-    """GiB that the layers may keep from a forward pass for its backward pass; where it would be more, as many layers as
-    it takes are computed again (at 0 all: a third more time). By default half of the memory that is free."""
+    """Limit in GiB of the activations that layers keep from a forward pass for its backward pass. Where it would be
+    exceeded, as many layers as necessary are computed again; at 0 all are, which takes a third more time. By default
+    half of the free memory."""
     max_sampler_learner_kl: Annotated[float, Gt(0)] = 0.5
-    """Limit of the mean |log p_learner - log p_sampler|, beyond which the run stops: sampler and learner disagree about
-    the policy, and would learn noise."""
+    """Limit of the mean |log p_learner - log p_sampler|, above which the run stops: sampler and learner then disagree
+    about the policy, and learning would follow noise."""
 
 
 @dataclass
@@ -194,19 +199,19 @@ class EvalConfig:
     """Held-out evaluation before, during and after training."""
 
     every: Annotated[int, Ge(0)] = 5
-    """Steps between evaluations; 0 evaluates before and after training only."""
+    """Steps between two evaluations; 0 evaluates before and after training only."""
     episodes: Annotated[int, Ge(0)] = 256
     """Held-out problems of an evaluation, the same ones every time; 0 evaluates nothing."""
     temperature: Annotated[float, Ge(0)] = 0.0
-    """Temperature of sampling in evaluation; 0 is greedy."""
+    """Sampling temperature of the evaluation; 0 is greedy."""
     env_kwargs: dict[str, Any] | None = None
-    """Arguments of the environment that differ in evaluation. Where the environment takes a split, {split: eval} is
-    added unless given; where it takes none, far away seeds of it are played."""
+    """Arguments of the environment that differ in evaluation. An environment that takes a split gets {split: eval}
+    unless given another; of one that takes none, far away seeds are played."""
 
 
 @dataclass
 class CheckpointConfig:
-    """Checkpoints: adapter, optimizer, random states, step, config; written atomically."""
+    """Checkpoints: adapter, optimizer, random states, step and configuration, written atomically."""
 
     every: Annotated[int, Ge(1)] = 5
     """Steps between checkpoints."""
@@ -216,16 +221,18 @@ class CheckpointConfig:
 
 @dataclass
 class LogConfig:
-    """What is shown and recorded; metrics.jsonl always is."""
+    """What is shown and recorded beside metrics.jsonl, which is always written."""
 
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Experiment trackers, any of accelerate's: tensorboard, wandb, mlflow, comet_ml, aim, clearml, trackio."""
     samples_every: Annotated[int, Ge(0)] = 5
-    """Steps between tables of sampled completions on the terminal; 0: no tables."""
+    """Steps between two tables of sampled completions on the terminal; 0 shows none."""
     samples_per_step: Annotated[int, Ge(0)] = 32
-    """Sampled episodes of each step that are written to samples/ and shown in report.html, in whole groups."""
+    """Sampled episodes of each step that are written to samples/ and shown in report.html, in whole groups; 0 keeps
+    none."""
     samples_mib: Annotated[float, Ge(0), Unit("MiB")] = 100.0
-    """MiB that samples/ may take. Beyond that, steps between others are removed, so that the rest is spread evenly."""
+    """Limit of the folder samples/ in MiB. Beyond it, steps between others are removed, so that the remaining steps are
+    spread evenly."""
 
 
 @dataclass
@@ -235,14 +242,14 @@ class TrainConfig:
     run_dir: str = "runs/arithmetic"
     """Folder for everything that this run writes."""
     steps: Annotated[int, Ge(1)] = 20
-    """Training steps: rollouts, each followed by learner.updates_per_step optimizer steps."""
+    """Training steps: a rollout each, followed by learner.updates_per_step optimizer steps."""
     seed: Annotated[int, Ge(0), Le(2999)] = 0
-    """Seed of the adapter, the training problems and the sampling. The same seed gives the same run."""
+    """Random seed of the adapter, the training problems and the sampling. The same seed gives the same run."""
     resume: bool = False
     """Continue the run in run_dir from its last checkpoint; a finished run only shows its summary again."""
     shuffle_rewards: bool = False
-    """Control in which rewards are dealt out anew among the episodes of a step (of each process), so that there is
-    nothing to learn. Held-out accuracy that rises all the same was not taught by the reward."""
+    """Control experiment: rewards are dealt out anew among the episodes of a step (of each process), so that there is
+    nothing to learn. If held-out accuracy rises all the same, the reward has not taught it."""
     model: ModelConfig = field(default_factory=ModelConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     env: EnvConfig = field(default_factory=EnvConfig)
@@ -273,33 +280,36 @@ def env_of_run(**given: Any) -> EnvConfig:
 
 @dataclass
 class EvaluateConfig(EpisodeConfig):
-    """Evaluate LoRA adapters, and the bare base, on held-out problems: one base, all adapters in the same batches.
-    What is not said of task and base is taken from the runs of the adapters, as far as they agree."""
+    """Evaluate LoRA adapters, and the bare base, on held-out problems: one base, all adapters in the same batches. What
+    is not given of the task and the base is taken from the runs of the adapters, as far as they agree. env.kwargs go
+    over those of the run; with an env.id, nothing of the task is the run's."""
 
     adapters: list[str] = field(default_factory=list)
-    """Adapter folders (PEFT format), checkpoints, or run folders: the final adapter, or else the last checkpoint's."""
+    """Adapter folders (PEFT format), checkpoints or run folders. A run folder stands for its final adapter, or else for
+    that of its last checkpoint."""
     model: ModelConfig = field(default_factory=model_of_run)
     env: EnvConfig = field(default_factory=env_of_run)
     env_kwargs: dict[str, Any] | None = FROM_RUN
-    """Arguments of the environment that differ in evaluation. Where it takes a split, {split: eval} is added."""
+    """Arguments of the environment that differ in evaluation. An environment that takes a split gets {split: eval}
+    unless given another."""
     limit: Annotated[int, Ge(1)] | None = 256
-    """Held-out problems, the first ones; null: all that the environment has."""
+    """Held-out problems, the first ones of the environment; null takes all."""
     n: Annotated[int, Ge(1)] = 1
     """Samples of each problem and adapter."""
     temperature: Annotated[float, Ge(0), Lt(inf)] = 0.0
-    """Temperature of sampling; 0 is greedy."""
+    """Sampling temperature; 0 is greedy."""
     k: list[int] = field(default_factory=list)
-    """Numbers k of pass@k and maj@k, such as 1,4,16, none above n. By default 1, 2, 4, ... and n."""
+    """Values of k for pass@k and maj@k, such as 1,4,16, none above n. By default 1, 2, 4, ... and n."""
     against: str | None = None
-    """Row, as the table names it, that all others are compared with, beside the base."""
+    """Row of the table that all others are compared with, beside the base."""
     seed: Annotated[int, Ge(0)] = 0
-    """Seed of sampling, and of the permutations of the tests."""
+    """Random seed of the sampling and of the permutation tests."""
     out: str = "evaluation"
-    """Folder for results.json, samples.jsonl and report.html. Samples that it holds and that are asked for again are
-    not drawn again; samples that are not asked for are kept in earlier.jsonl."""
+    """Folder for results.json, samples.jsonl and report.html. Samples that it holds are not drawn again; those that are
+    not asked for are kept in earlier.jsonl."""
     resume: bool = True
-    """Use of the samples that the folder `out` holds; false: all samples are drawn again. That is needed where code has
-    changed that is not checked: modules that those of your own environments and reward functions import."""
+    """Use of the samples that the folder `out` holds; false draws all of them again. That is needed after a change of
+    code that is not tracked: modules that your own environments and reward functions import."""
     _: KW_ONLY
     max_tokens: Annotated[int, Ge(1)] = FROM_RUN
     system_prompt: str | None = FROM_RUN

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from rl_lora.scripts import signals
 from rl_lora.scripts.options import Config, parse
+from rl_lora.settings.validation import validate_bounds
 from rl_lora.system.files import FileError
 from rl_lora.system.invocation import is_first_process
 from rl_lora.system.terminal import Terminal, guard
@@ -56,8 +57,14 @@ def raised_by(error: BaseException) -> str:
 
 
 def main(config_type: type[Config], work: Callable[[Config], object], when_interrupted: str = "") -> NoReturn:
-    """A command: parse, work, exit."""
+    """A command: parse, check the bounds of numbers, work, exit."""
+
+    def checked() -> None:
+        config = parse(config_type)
+        validate_bounds(config)
+        work(config)
+
     signals.listen()
     guard()
     sys.path.append(os.getcwd())  # environments and rewards of the user's own, also for the installed commands
-    sys.exit(run(lambda: work(parse(config_type)), when_interrupted))
+    sys.exit(run(checked, when_interrupted))

@@ -28,7 +28,7 @@ class ReportConfig:
     folders: list[str] = field(default_factory=list)
     """Folders of runs and evaluations, such as runs/NAME."""
     out: str | None = None
-    """File for the page of one folder. By default report.html in that folder."""
+    """File for the page, of one folder only. By default report.html in that folder."""
 
     def __post_init__(self) -> None:
         expand_home(self, "folders", "out")
@@ -39,7 +39,8 @@ class PlotConfig:
     """Draw the held-out accuracy of runs over their steps, with 95 % intervals."""
 
     runs: list[str] = field(default_factory=list)
-    """Run folders. A run whose adapter.init_from is the adapter of another one starts where that one ended."""
+    """Run folders. A run that started from the adapter of another one (adapter.init_from) is drawn from where that one
+    ended."""
     out: str = "accuracy.png"
     """File for the picture: .png, .svg or .pdf."""
 
@@ -54,29 +55,30 @@ class BenchmarkConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     random: Literal["llama-135m", "llama-1b", "llama-8b"] | None = None
-    """Random weights in the shape of a known model, in place of the model's own: cost depends on the shape alone."""
+    """Shape of a known model, with random weights, in place of the model's own: the cost depends on the shape alone."""
     rollouts: list[str] = field(default_factory=lambda: ["8x8x32", "32x8x16"])
-    """Prompts x completions x tokens; no completion ends early. The learner then learns from them."""
+    """Rollouts to measure, as prompts x completions x tokens; no completion ends early. The learner then learns from
+    them."""
     steps: list[str] = field(default_factory=lambda: ["16x8x16", "8x8x128"])
-    """Prompts x completions x at most so many tokens: whole training steps on two-digit additions."""
+    """Training steps to measure on two-digit additions, as prompts x completions x limit of tokens."""
     peer: list[str] = field(default_factory=list)
     """Other libraries to measure in turns: trl (steps); transformers, transformers-continuous, vllm (rollouts, which
     these draw from the bare base)."""
     peer_python: str = ".venv-peers/bin/python"
-    """Interpreter of the environment that holds trl, peft and transformers."""
+    """Python interpreter of the environment that holds trl, peft and transformers."""
     vllm_python: str = ".venv-vllm/bin/python"
-    """Interpreter of the environment that holds vllm."""
+    """Python interpreter of the environment that holds vllm."""
     peer_dtype: Literal["float32", "bfloat16"] | None = None
-    """Dtype of the peers' base and activations; by default that of ours."""
+    """Data type of the peers' base and activations. By default the same as ours."""
     rounds: Annotated[int, Ge(1)] = 3
-    """Times that each side is measured, after one for warming up."""
+    """Measurements of each side, after one for warming up."""
     rank: Annotated[int, Ge(1)] = 1
     """Rank of the adapter."""
-    seed: int = 0
-    """Seed of problems, adapters and sampling, of peers too."""
+    seed: Annotated[int, Ge(0)] = 0
+    """Random seed of the problems, the adapters and the sampling, those of the peers too."""
     breakdown: bool = False
-    """Tables of where the time of rollouts and learning goes, by kind of work, after the rounds; slower than they
-    are."""
+    """Tables of the time of rollouts and learning by kind of work, measured after the rounds; measuring them slows the
+    work down."""
     out: str = "benchmark.json"
     """File for all figures of all rounds."""
 

@@ -93,7 +93,7 @@ def entry(schema: Schema, texts: dict[str, str], name: str, is_short: bool = Fal
     if is_short:
         text = shortened(text)
     told = [option.bounds] if option.bounds else []
-    if option.shown != "null" or "y default" not in texts.get(name, ""):  # else the text says it
+    if option.shown not in ("null", "[]") or "y default" not in texts.get(name, ""):  # else the text says it
         told.append(f"default: {option.shown}")
     text += f" ({'; '.join(told)})" if told else ""
     return columns(f"--{name} {metavar(option.hint)}", text)

@@ -15,7 +15,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Ge
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # also when the package is not installed
 
@@ -35,26 +37,26 @@ EVALUATE = Path(__file__).parents[1] / "evaluate.py"
 
 
 @dataclass
-class BenchmarkConfig:
-    """Measure what evaluating adapters together saves, on two-digit additions."""
+class EvaluationBenchmarkConfig:
+    """Measure the saving by evaluating adapters together, on two-digit additions."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    adapters: int = 8
-    """Random ones of rank 1."""
-    limit: int = 64
-    """Problems."""
-    max_tokens: int = 16
-    """Limit of a reply."""
-    rounds: int = 3
-    """Times that each side is measured; the sides take turns in being first."""
+    adapters: Annotated[int, Ge(1)] = 8
+    """Random adapters of rank 1 to evaluate."""
+    limit: Annotated[int, Ge(1)] = 64
+    """Problems to evaluate on."""
+    max_tokens: Annotated[int, Ge(1)] = 16
+    """Limit of one reply in tokens."""
+    rounds: Annotated[int, Ge(1)] = 3
+    """Measurements of each side; the sides take turns in being first."""
     out: str = "benchmark_evaluate"
-    """Folder for adapters, samples and figures.json; what is there is replaced."""
+    """Folder for adapters, samples and figures.json; its former content is replaced."""
 
     def __post_init__(self) -> None:
         expand_home(self, "out")
 
 
-def run(config: BenchmarkConfig) -> dict[str, Any]:
+def run(config: EvaluationBenchmarkConfig) -> dict[str, Any]:
     """Measure, print the table, write figures.json."""
     wrong = [name for name in ("adapters", "limit", "max_tokens", "rounds") if getattr(config, name) < 1]
     if wrong:
@@ -84,7 +86,7 @@ def run(config: BenchmarkConfig) -> dict[str, Any]:
     return figures
 
 
-def make_adapters(config: BenchmarkConfig, out: Path) -> list[str]:
+def make_adapters(config: EvaluationBenchmarkConfig, out: Path) -> list[str]:
     policy = Policy.from_config(config.model, "cpu")
     folders = []
     for i in range(config.adapters):
@@ -97,7 +99,7 @@ def make_adapters(config: BenchmarkConfig, out: Path) -> list[str]:
     return folders
 
 
-def measured(config: BenchmarkConfig, commands: Sequence[Sequence[str]], out: Path) -> dict[str, float]:
+def measured(config: EvaluationBenchmarkConfig, commands: Sequence[Sequence[str]], out: Path) -> dict[str, float]:
     """Seconds of commands one after the other: of the processes, and of the sampling in them."""
     seconds = sampling = 0.0
     for adapters in commands:
@@ -139,7 +141,7 @@ def table(rounds: Sequence[dict[str, dict[str, float]]]) -> Table:
 
 
 def main() -> None:
-    command(BenchmarkConfig, run)
+    command(EvaluationBenchmarkConfig, run)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Ge
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # also when the package is not installed
 
@@ -41,26 +43,27 @@ FILTER = "flexible-extract"
 
 @dataclass
 class CompareConfig:
-    """Evaluate an adapter on grade-school problems here and in lm-evaluation-harness; compare problem by problem."""
+    """Evaluate an adapter on grade-school problems in rl_lora and in lm-evaluation-harness; compare problem by
+    problem."""
 
     adapter: str = ""
-    """Adapter folder (PEFT format) or run folder. Without one the bare base is compared."""
+    """Adapter folder (PEFT format) or run folder. By default the bare base is compared."""
     path: str = "gsm8k_test.jsonl"
-    """Problems: columns question and answer, which ends in #### and a number."""
+    """File of problems with the columns question and answer; an answer ends in #### and a number."""
     model: ModelConfig = field(default_factory=lambda: ModelConfig(dtype="float32"))
-    """In bfloat16 the two sides round differently, and greedy replies part sooner or later."""
-    limit: int = 200
-    """Problems."""
-    max_tokens: int = 128
-    """Limit of a reply."""
-    max_rows: int = 128
-    """Replies that are decoded at a time here."""
-    batch_size: int = 32
-    """Replies that are decoded at a time there."""
+    """The base model. In bfloat16 the two sides round differently, and greedy replies part sooner or later."""
+    limit: Annotated[int, Ge(1)] = 200
+    """Problems to compare on."""
+    max_tokens: Annotated[int, Ge(1)] = 128
+    """Limit of one reply in tokens."""
+    max_rows: Annotated[int, Ge(1)] = 128
+    """Limit of replies that are decoded at the same time in rl_lora."""
+    batch_size: Annotated[int, Ge(1)] = 32
+    """Replies that are decoded at the same time in lm-evaluation-harness."""
     lm_eval_python: str = ".venv-lm-eval/bin/python"
-    """Interpreter of the environment that holds lm-eval, peft and transformers."""
+    """Python interpreter of the environment that holds lm-eval, peft and transformers."""
     out: str = "lm_eval_comparison"
-    """Folder for what the harness is told and says, and comparison.json."""
+    """Folder for the harness's input and output, and comparison.json."""
 
     def __post_init__(self) -> None:
         expand_home(self, "adapter", "path", "lm_eval_python", "out")

@@ -11,7 +11,9 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Ge
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # also when the package is not installed
 
@@ -39,22 +41,22 @@ Replies = list[list[int]]
 
 @dataclass
 class LoadersConfig:
-    """Compare the greedy replies of an adapter here with those of PEFT, transformers and vLLM, token by token."""
+    """Compare the greedy replies of an adapter in rl_lora with those in PEFT, transformers and vLLM, token by token."""
 
     adapter: str = ""
     """Adapter folder (PEFT format) or run folder."""
     model: ModelConfig = field(default_factory=lambda: ModelConfig(dtype="float32"))
-    """The base. In bfloat16 everybody rounds differently, and greedy replies part sooner or later."""
+    """The base model. In bfloat16 the libraries round differently, and greedy replies part sooner or later."""
     env: EnvConfig = field(default_factory=EnvConfig)
-    """Where the held-out problems come from; each is asked as a conversation's first message."""
-    limit: int = 256
-    """Problems."""
-    max_tokens: int = 32
-    """Limit of a reply."""
-    batch_size: int = 32
-    """Replies that are decoded at a time in PEFT and transformers."""
+    """The environment of the held-out problems; each problem is the first message of a conversation."""
+    limit: Annotated[int, Ge(1)] = 256
+    """Problems to compare on."""
+    max_tokens: Annotated[int, Ge(1)] = 32
+    """Limit of one reply in tokens."""
+    batch_size: Annotated[int, Ge(1)] = 32
+    """Replies that are decoded at the same time in PEFT and transformers."""
     vllm_python: str = ".venv-vllm/bin/python"
-    """Interpreter of the environment that holds vLLM."""
+    """Python interpreter of the environment that holds vLLM."""
 
 
 def run(config: LoadersConfig) -> dict[str, int]:

@@ -15,6 +15,9 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
+
+from annotated_types import Ge
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # also when the package is not installed
 
@@ -25,16 +28,16 @@ from rl_lora.scripts.command import main as command
 
 @dataclass
 class CompareMathConfig:
-    """Judge the answers of data sets in several dresses, and near misses, here and by Math-Verify."""
+    """Judge the answers of data sets in several notations, and near misses, in rl_lora and in Math-Verify."""
 
     files: list[str] = field(default_factory=list)
-    """Data sets: JSONL."""
+    """Data sets, as JSONL files."""
     column: str = "answer"
-    """The column with the answer; of a text with #### what stands behind it."""
-    limit: int = 200
-    """Rows of each file, drawn at random; 0 for all."""
-    show: int = 3
-    """Differences shown for each kind of case."""
+    """Column with the answer; of a text with ####, the part behind it."""
+    limit: Annotated[int, Ge(0)] = 200
+    """Rows of each file, drawn at random; 0 takes all."""
+    show: Annotated[int, Ge(0)] = 3
+    """Differences to show for each kind of case."""
 
     def __post_init__(self) -> None:
         expand_home(self, "files")

@@ -31,7 +31,7 @@ from tests.docs.pages import ROOT
 
 CONFIGS: dict[str, type[Any]] = {
     **{name: command.config for name, command in COMMANDS.items()},
-    "benchmark_evaluate": benchmark_evaluate.BenchmarkConfig,
+    "benchmark_evaluate": benchmark_evaluate.EvaluationBenchmarkConfig,
     "compare_lm_eval": compare_lm_eval.CompareConfig,
     "compare_loaders": compare_loaders.LoadersConfig,
     "compare_math_verify": compare_math_verify.CompareMathConfig,

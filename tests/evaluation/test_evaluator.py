@@ -442,5 +442,5 @@ def test_the_command_takes_lists_as_users_write_them_and_explains_every_option(
     text = " ".join(capsys.readouterr().out.split())
     for name in flatten(EvaluateConfig()):
         assert f"--{name} " in text, name
-    for help in ("Limit of one reply", "Held-out problems, the first ones", "Numbers k of pass@k and maj@k"):
+    for help in ("Limit of one reply", "Held-out problems, the first ones", "Values of k for pass@k and maj@k"):
         assert help in text

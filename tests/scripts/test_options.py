@@ -37,7 +37,7 @@ CONFIGS: list[type[Any]] = [
     ReportConfig,
     PlotConfig,
     BenchmarkConfig,
-    rl_lora.scripts.benchmarks.benchmark_evaluate.BenchmarkConfig,
+    rl_lora.scripts.benchmarks.benchmark_evaluate.EvaluationBenchmarkConfig,
     rl_lora.scripts.benchmarks.compare_lm_eval.CompareConfig,
 ]
 TEXTS = [

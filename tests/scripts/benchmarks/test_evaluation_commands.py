@@ -12,7 +12,7 @@ import rl_lora.scripts.benchmarks.benchmark_evaluate
 import rl_lora.scripts.benchmarks.compare_lm_eval
 from rl_lora import Policy, save_adapter
 from rl_lora.config import ModelConfig
-from rl_lora.scripts.benchmarks.benchmark_evaluate import BenchmarkConfig
+from rl_lora.scripts.benchmarks.benchmark_evaluate import EvaluationBenchmarkConfig
 from rl_lora.scripts.benchmarks.compare_lm_eval import CompareConfig
 from tests.tiny import randomize, tiny_folder
 
@@ -23,7 +23,7 @@ LM_EVAL = Path(os.environ.get("LM_EVAL_PYTHON", ".venv-lm-eval/bin/python")).abs
 def test_together_and_in_a_row_draw_the_same_samples(tmp_path: Path) -> None:
     model = ModelConfig(name=str(tiny_folder(tmp_path, "llama")), dtype="float32")
     figures = rl_lora.scripts.benchmarks.benchmark_evaluate.run(
-        BenchmarkConfig(model=model, adapters=2, limit=6, max_tokens=4, rounds=2, out=str(tmp_path / "out"))
+        EvaluationBenchmarkConfig(model=model, adapters=2, limit=6, max_tokens=4, rounds=2, out=str(tmp_path / "out"))
     )
     assert figures["samples"] == {"all": 18, "equal": 18, "verdicts": 18}
     assert figures["ratio_seconds"] > 1  # three commands against one
