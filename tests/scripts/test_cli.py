@@ -77,7 +77,7 @@ def test_help_lists_every_option_with_its_explanation(command: Callable[..., Res
     for name in fields_of(TrainConfig):
         assert f"--{name} " in result.out, name
     text = " ".join(result.out.split())
-    for explanation in ("Problems of a step, each sampled", "evaluation; 0 is greedy.", "AdamW betas."):
+    for explanation in ("Problems of a step, each sampled", "evaluation; 0 is greedy.", "AdamW betas"):
         assert explanation in text
 
 

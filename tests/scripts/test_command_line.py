@@ -13,7 +13,6 @@ import pytest
 
 import rl_lora
 from rl_lora.scripts.cli import COMMANDS
-from rl_lora.scripts.help import texts_of
 from rl_lora.scripts.schema import schema_of
 from tests import ROOT
 
@@ -111,16 +110,6 @@ def test_help_shows_the_options_that_matter_and_an_example_and_imports_no_librar
         assert "--help all` shows all" in found.stdout
         for option in all_options:
             assert f"  --{option} " in whole
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_the_help_of_an_option_stands_alone(name: str) -> None:
-    for option, text in texts_of(COMMANDS[name].config()).items():
-        first = text.split()[0]
-        assert first not in ("Of", "What", "Where", "See", "..."), f"{option}: {text}"
-        assert first[0].isalpha() or first[0] == "`", f"{option}: {text}"
-        assert not (first.endswith(":") and first.islower()), f"{option}: {text}"
-        assert not text.endswith("..."), f"{option}: {text}"
 
 
 def test_help_shows_a_group_or_the_options_that_have_a_word_in_their_names(place: Path) -> None:
