@@ -19,7 +19,7 @@ from rich.text import Text
 
 from rl_lora.config import EvaluateConfig
 from rl_lora.evaluation.candidates import BASE, adapter_folders, is_unfinished, mismatches, path_notes
-from rl_lora.evaluation.missing import Decoding, draw_missing
+from rl_lora.evaluation.missing import Occupancy, draw_missing
 from rl_lora.evaluation.plan import SampleSet, adapter_hash, plan_batches, sampling_settings
 from rl_lora.evaluation.results import results_of, savings
 from rl_lora.evaluation.run_task import resolve_task
@@ -67,11 +67,11 @@ def evaluate(config: EvaluateConfig, *, reward: Any = None, data: Any = None, ev
     check_out(settings.out)
     console.print(task.line)
     prepared = prepare(settings, paths, console)
-    results, decoding = run_evaluation(prepared, console)
+    results, occupancy = run_evaluation(prepared, console)
     show(console, results)
     for warning in results["warnings"]:
         console.print(warning, style="yellow")
-    console.print(savings(prepared.config, results, len(prepared.problems), decoding))
+    console.print(savings(prepared.config, results, len(prepared.problems), occupancy))
     for name in ("results.json", "samples.jsonl", "report.html"):
         console.print(f"{name.partition('.')[0]:8} {in_line(Path(settings.out) / name)}")
     return results
@@ -118,7 +118,7 @@ def prepare(config: EvaluateConfig, paths: Sequence[str], console: Terminal) -> 
     return Prepared(config, folders, make_env, problems, notes, state.device, compiles)
 
 
-def run_evaluation(prepared: Prepared, console: Terminal) -> tuple[Record, Decoding]:
+def run_evaluation(prepared: Prepared, console: Terminal) -> tuple[Record, Occupancy]:
     """Load the model, draw what is missing and write the files.
 
     Returns the content of results.json, and how full the batches were.
@@ -145,10 +145,10 @@ def run_evaluation(prepared: Prepared, console: Terminal) -> tuple[Record, Decod
         context_length=policy.context_length,
         on_failure=lambda error: console.print(f"left out: {error}", style="yellow"),
     )
-    decoding = Decoding(sampler.check_every)
+    occupancy = Occupancy(sampler.check_every)
     with SampleStore(Path(config.out), wanted, config.resume) as store:
         start = time.perf_counter()
-        _draw(config, worker, plan, store, decoding, console)
+        _draw(config, worker, plan, store, occupancy, console)
         seconds = time.perf_counter() - start
         rows = [store.row(name) for name in names]
         results = results_of(config, prepared.folders, rows) | {
@@ -162,11 +162,11 @@ def run_evaluation(prepared: Prepared, console: Terminal) -> tuple[Record, Decod
             "seconds_loading": seconds_loading,
             "n_drawn": len(wanted) - store.n_found,
             "n_found": store.n_found,
-            "rows_per_pass": decoding.rows,
+            "rows_per_pass": occupancy.rows,
         }
         files.write_text(store.path.with_name("results.json"), json.dumps(results, indent=1) + "\n")
     files.write_text(store.path.with_name("report.html"), evaluation_page(results, itertools.chain(*rows)))
-    return results, decoding
+    return results, occupancy
 
 
 def _draw(
@@ -174,7 +174,7 @@ def _draw(
     worker: RolloutWorker,
     plan: Sequence[Sequence[SampleSet]],
     store: SampleStore,
-    decoding: Decoding,
+    occupancy: Occupancy,
     console: Terminal,
 ) -> None:
     """Fill the store; where that is interrupted, say what is kept."""
@@ -182,7 +182,7 @@ def _draw(
         with files.writing(store.path.with_name(stale)):
             store.path.with_name(stale).unlink(missing_ok=True)
     try:
-        draw_missing(config, worker, plan, store, decoding, console)
+        draw_missing(config, worker, plan, store, occupancy, console)
     except BaseException:
         n_kept = sum(not sample.get("failed") for sample in store.samples.values())
         there = f"{n_kept} of {len(store.wanted)} samples are in {in_line(store.path)}"

@@ -16,7 +16,7 @@ from rl_lora.system.terminal import Terminal
 
 
 @dataclass
-class Decoding:
+class Occupancy:
     """How full the batches were."""
 
     tokens_a_look: int
@@ -38,7 +38,7 @@ def draw_missing(
     worker: RolloutWorker,
     plan: Sequence[Sequence[SampleSet]],
     store: SampleStore,
-    decoding: Decoding,
+    occupancy: Occupancy,
     console: Terminal,
 ) -> None:
     """Draw what is not in the store, batch by batch."""
@@ -46,7 +46,7 @@ def draw_missing(
         task = progress.add_task("sampling", total=(len(store.wanted) - store.n_found) * config.max_tokens)
 
         def on_token(n_tokens: int) -> None:
-            decoding(n_tokens)
+            occupancy(n_tokens)
             progress.advance(task, n_tokens)
 
         for batch in plan:

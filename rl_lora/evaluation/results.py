@@ -9,7 +9,7 @@ from typing import Any
 
 from rl_lora.config import EvaluateConfig
 from rl_lora.evaluation.candidates import BASE, step_of
-from rl_lora.evaluation.missing import Decoding
+from rl_lora.evaluation.missing import Occupancy
 from rl_lora.metrics.collapse import reply_warning
 from rl_lora.metrics.records import Record
 from rl_lora.metrics.summary import compared, pairs, table_row
@@ -42,17 +42,19 @@ def results_of(config: EvaluateConfig, folders: dict[str, Path], rows: Sequence[
     return {"kind": "evaluation", "config": asdict(config), **figures}
 
 
-def savings(config: EvaluateConfig, results: Record, n_problems: int, decoding: Decoding) -> str:
+def savings(config: EvaluateConfig, results: Record, n_problems: int, occupancy: Occupancy) -> str:
     """One sentence on the cost, beside that of one command for each row."""
     n_rows, seconds, loading = len(results["rows"]), results["seconds"], results["seconds_loading"]
     found = f", {results['n_found']} of them from before" if results["n_found"] else ""
     what = f"{counted(n_rows, 'row')} x {counted(n_problems, 'problem')} x {counted(config.n, 'sample')}"
     text = f"{what}{found}, in {seconds:.0f} s"
-    if decoding.tokens:
-        text += f" ({decoding.tokens / seconds:.0f} tokens/s)"
+    if occupancy.tokens:
+        text += f" ({occupancy.tokens / seconds:.0f} tokens/s)"
     if n_rows > 1:
         text += f"\nthe base was loaded once, in {loading:.1f} s, instead of {n_rows} times"
-        if decoding.rows is not None:
+        if occupancy.rows is not None:
             alone = min(config.max_rows, n_problems * config.n)
-            text += f"; {decoding.rows:.0f} rows a forward pass on average, where one adapter alone has {alone} at most"
+            text += (
+                f"; {occupancy.rows:.0f} rows a forward pass on average, where one adapter alone has {alone} at most"
+            )
     return text

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterable, Sequence
 from rl_lora.config import EpisodeConfig
 from rl_lora.policy.chat import Chat
 from rl_lora.rollout.contract import Env, TaskError, close_env, env_id, reset_env
-from rl_lora.rollout.worker import MakeEnv, prompt_of, unsteady
+from rl_lora.rollout.worker import MakeEnv, nondeterministic, prompt_of
 
-N_STEADY = 4
+N_REPEATED = 4
 """Number of problems that are reset several times, to see that a seed always leads to the same problem."""
 TOKENS_PER_BYTE = 3
 """Upper bound of the tokens that a tokenizer makes of a byte, normalisation included (without it: one). A text that
@@ -44,7 +44,7 @@ def check_problems(
         return
     env = make_env()
     try:
-        check_steady(env, make_env, seeds[:N_STEADY])
+        check_deterministic(env, make_env, seeds[:N_REPEATED])
         faults = list(faults_of(env, seeds, chat, config, context, judged))
         made = getattr(env.unwrapped, "n_problems", None) is None
     finally:
@@ -96,7 +96,7 @@ def faults_of(
             yield f"{place}: {fault}" if place else fault
 
 
-def check_steady(env: Env, make_env: MakeEnv, seeds: Sequence[int]) -> None:
+def check_deterministic(env: Env, make_env: MakeEnv, seeds: Sequence[int]) -> None:
     """Raises TaskError unless each seed leads to the same problem again, in whatever order, and in another copy."""
     first = {}
     for seed in seeds:
@@ -107,6 +107,6 @@ def check_steady(env: Env, make_env: MakeEnv, seeds: Sequence[int]) -> None:
         for again in (env, copy):
             for seed, identity in reversed(first.items()):
                 if (other := reset_env(again, seed).identity) != identity:
-                    raise unsteady(env_id(env), seed, identity, other)
+                    raise nondeterministic(env_id(env), seed, identity, other)
     finally:
         close_env(copy)

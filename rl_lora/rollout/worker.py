@@ -272,10 +272,10 @@ def check_one_problem(plays: Sequence[_RunningEpisode]) -> None:
     """Raises TaskError unless the episodes of a seed are of one problem: only then is their mean a baseline."""
     found = [play.identity for play in plays if play.identity]
     if other := next((identity for identity in found if identity != found[0]), None):
-        raise unsteady(plays[0].env_id, plays[0].seed, found[0], other)
+        raise nondeterministic(plays[0].env_id, plays[0].seed, found[0], other)
 
 
-def unsteady(name: str, seed: int, first: Sequence[str], second: Sequence[str]) -> TaskError:
+def nondeterministic(name: str, seed: int, first: Sequence[str], second: Sequence[str]) -> TaskError:
     """The error of a seed that led to two problems, given by their `ResetResult.identity`."""
     kinds = ("", "the messages ", "the reference ")
     kind, one, other = next(found for found in zip(kinds, first, second, strict=True) if found[1] != found[2])

@@ -62,8 +62,8 @@ def test_a_conversation_that_goes_on_draws_what_a_fresh_prompt_of_it_would(arch:
             assert_same([[completion]], [[fresh[k if turn == 0 else 0]]])
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_a_row_that_waits_for_its_next_turn_holds_up_no_other(shared: bool) -> None:
+@pytest.mark.parametrize(("shared", "check_every"), [(True, 1), (True, 3), (False, 1)])
+def test_a_row_that_waits_for_its_next_turn_holds_up_no_other(shared: bool, check_every: int) -> None:
     """While one answer is out, the others play all their turns; then it is waited for, once."""
     requests = [Request(prompt(i), max_tokens=3, seed=i) for i in range(3, 7)]
     out, turns = Future[None](), [0] * 4
@@ -82,7 +82,7 @@ def test_a_row_that_waits_for_its_next_turn_holds_up_no_other(shared: bool) -> N
 
     policy = tiny_policy()
     policy.not_shared = None if shared else "for the test"
-    NativeSampler(policy).generate(requests, follow=follow)
+    NativeSampler(policy, check_every=check_every).generate(requests, follow=follow)
     assert turns == [3] * 4
     assert seen == ([[1, 3, 3, 3]] if shared else [])
 
