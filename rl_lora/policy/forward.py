@@ -1,4 +1,4 @@
-"""The forward pass: tokens, each with its adapter or none, to hidden states. Everything else is made of it."""
+"""The forward pass: from tokens, each with its adapter or none, to hidden states."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class AdaptedModel:
         layout: which tokens see which. Without one the model's own causal attention runs: rows are single sequences,
         padded on the right.
         positions: int64 (B, L); by default those of the model's own.
-        cache: keys and values of earlier tokens, which those of these are added to.
+        cache: keys and values of earlier tokens; those of these tokens are added to them.
         recompute: layers that a backward pass computes again (`hooks.recomputing`).
         """
         kwargs: dict[str, Any] = {} if layout is None else {"layout": layout}
@@ -88,7 +88,7 @@ class AdaptedModel:
     ) -> tuple[KeyValues, Tensor]:
         """Keys and values of prompts, each with its adapter, and the hidden states behind their last tokens, (P, d).
 
-        With `past`, a prompt begins with the tokens of that node of it, and only the rest is computed.
+        With `past`, prompt p begins with the tokens of its node `past_of_prompt[p]`, and only the rest is computed.
         """
         adapters, ids = zip(*prompts, strict=True)
         if past is not None:
@@ -104,5 +104,5 @@ class AdaptedModel:
         return KeyValues(keys, values, lengths), hidden[0, tree.last()]
 
     def cache(self) -> Cache:
-        """An empty one of the model's own, for `hidden` without a layout."""
+        """An empty KV cache of the model's own, for `hidden` without a layout."""
         return DynamicCache(config=self.model.config.get_text_config())
