@@ -44,7 +44,7 @@ def differences(config: TrainConfig, other: dict[str, Any]) -> list[str]:
             theirs[name] = os.path.expanduser(theirs[name])
     theirs["env.id"] = without_module(theirs["env.id"])
     if "model.name" in other:
-        theirs["model.name"] = canonical(other["model.name"])
+        theirs["model.name"] = canonical(theirs["model.name"])
     return [
         f"{name}: {as_typed(theirs[name])} -> {as_typed(mine.get(name, 'no such option in this version'))}"
         for name in sorted(theirs)

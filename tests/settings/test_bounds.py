@@ -23,7 +23,7 @@ from rl_lora.config import (
 )
 from rl_lora.scripts.configs import SftConfig
 from rl_lora.settings.bounds import Bounds, bounded, bounds_of, out_of_bounds
-from rl_lora.settings.validation import validate
+from rl_lora.settings.validation import validate, validate_evaluation
 
 GROUPS: dict[str, type[Any]] = {
     "": TrainConfig,
@@ -173,3 +173,22 @@ def test_settings_need_no_library_of_models() -> None:
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "annotated_types" in loaded
     assert not {"torch", "transformers", "huggingface_hub", "numpy", "pydantic", "yaml"} & set(loaded)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"limit": 0, "n": 0}, "limit must be >= 1, got 0; n must be >= 1, got 0"),
+        ({"n": 3}, "n must be 1 at temperature 0, got 3: greedy samples are all the same"),
+        ({"k": [2]}, "k must be from 1 to n=1, the samples of a problem, got 2"),
+        ({"temperature": math.inf}, "temperature must be >= 0 and finite, got inf"),
+        ({"max_tokens": 0}, "max_tokens must be >= 1, got 0"),
+    ],
+)
+def test_an_evaluation_names_what_cannot_be_meant_and_lets_be_what_is_left_to_the_runs(
+    changes: dict[str, Any], message: str
+) -> None:
+    validate_evaluation(EvaluateConfig())
+    with pytest.raises(ValueError, match="must be ") as error:
+        validate_evaluation(dataclasses.replace(EvaluateConfig(), **changes))
+    assert str(error.value) == message
