@@ -27,6 +27,10 @@ class Trainable(Protocol):
         """All weights. Few large ones are best: each is reduced, measured and moved by calls of its own."""
         ...
 
+    def initialize(self, seed: int) -> None:
+        """Make fresh weights, where it begins from none that were saved."""
+        ...
+
     def zero_grad(self) -> None:
         """Give every weight a `grad` of zeros, which backward passes add to."""
         ...

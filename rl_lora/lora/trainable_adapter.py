@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
 
 from rl_lora.lora.adapter import Adapter
-from rl_lora.lora.bank import AdapterBank
+from rl_lora.lora.bank import ALL_LINEAR, AdapterBank
 from rl_lora.lora.peft_io import load_adapter, save_adapter
 
 
 class TrainableAdapter:
-    """The adapter `tag` of a bank; `load` puts it there. See `learner.trainable.Trainable`.
+    """The adapter `tag` of a bank; `initialize` or `load` puts it there. See `learner.trainable.Trainable`.
 
     Args:
         base_model: the name of the base that is written beside the weights.
+        rank, alpha, targets: of a fresh adapter; see `AdapterBank.add`.
     """
 
     folder = "adapter"
 
-    def __init__(self, bank: AdapterBank, tag: str, base_model: str = ""):
+    def __init__(
+        self,
+        bank: AdapterBank,
+        tag: str,
+        base_model: str = "",
+        *,
+        rank: int = 1,
+        alpha: float = 32.0,
+        targets: str | Sequence[str] = ALL_LINEAR,
+    ):
         self.bank, self.tag, self.base_model = bank, tag, base_model
+        self.rank, self.alpha, self.targets = rank, alpha, targets
 
     @property
     def adapter(self) -> Adapter:
@@ -38,6 +50,9 @@ class TrainableAdapter:
     @property
     def weights(self) -> list[nn.Parameter]:
         return [self.adapter.flat]
+
+    def initialize(self, seed: int) -> None:
+        self.bank.add(self.tag, rank=self.rank, alpha=self.alpha, targets=self.targets, seed=seed)
 
     def zero_grad(self) -> None:
         self.adapter.zero_grad()

@@ -19,7 +19,7 @@ from accelerate.utils import ProjectConfiguration, gather_object, set_seed
 
 from rl_lora.config import TrainConfig
 from rl_lora.learner.learner import Learner
-from rl_lora.lora.peft_io import load_adapter, lora_dropout
+from rl_lora.lora.peft_io import lora_dropout
 from rl_lora.lora.trainable_adapter import TrainableAdapter
 from rl_lora.metrics.records import Record, Stopwatch, summarize_groups, summarize_updates, with_speed
 from rl_lora.policy.policy import Policy
@@ -125,7 +125,11 @@ class Trainer:
             self.policy = Policy.from_config(config.model, self.accelerator.device)
         self.task["model"] = model_record(self.policy)
         set_seed(config.seed, device_specific=True)  # nothing here draws from these; environments and rewards may
-        self.members = [Member(TrainableAdapter(self.policy.bank, ADAPTER, self.policy.name), checkpoints)]
+        a = config.adapter
+        adapter = TrainableAdapter(
+            self.policy.bank, ADAPTER, self.policy.name, rank=a.rank, alpha=a.alpha, targets=a.targets
+        )
+        self.members = [Member(adapter, checkpoints)]
         """All that this run trains, in the same batches: one adapter."""
         self.learner = Learner(
             self.policy,
@@ -262,7 +266,7 @@ class Trainer:
 
     def _start_or_resume(self, member: Member) -> int:
         """Make a member's weights, fresh or as its last checkpoint has them; returns the step to go on from."""
-        config, bank = self.config, self.policy.bank
+        config = self.config
         latest = member.checkpoints.latest() if config.resume else None
         if latest is not None:
             known = latest.state.get("task") or {}  # older ones have none, or not of the model
@@ -277,10 +281,9 @@ class Trainer:
                 member.scores[best.step] = best.state["score"]
             return latest.step
         if config.adapter.init_from is not None:
-            load_adapter(Path(config.adapter.init_from), bank, ADAPTER)
+            member.trainable.load(Path(config.adapter.init_from))
         else:
-            a = config.adapter
-            bank.add(ADAPTER, rank=a.rank, alpha=a.alpha, targets=a.targets, seed=config.seed)
+            member.trainable.initialize(config.seed)
         return 0
 
     def _open(self) -> None:

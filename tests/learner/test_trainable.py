@@ -31,6 +31,9 @@ class Norms:
         for weight in self.weights:
             weight.requires_grad_(True)
 
+    def initialize(self, seed: int) -> None:
+        pass
+
     def zero_grad(self) -> None:
         for weight in self.weights:
             weight.grad = torch.zeros_like(weight)
