@@ -1,6 +1,6 @@
-"""Attention on a tree of spans by `kernels/tree_attention.py`, in float32 on a CPU.
+"""Attention on a tree of spans by the C++ of `kernels/tree_attention.py`, in float32 on a CPU.
 
-Left out: trees that go on from keys and values that are there already.
+Left out: trees that continue keys and values of an earlier pass.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from rl_lora.kernels.tree_attention import Spans
 
 
 def supports(tree: SpanTree, query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether `native_attention` may be called with these: float32, on a CPU, behind no keys that were there before."""
+    """Whether `native_attention` may be called with these: float32, on a CPU, behind no keys of an earlier pass."""
     for x in (query, key, value):
         if x.dtype != torch.float32 or x.device.type != "cpu" or x.shape[3] % tree_attention.WIDTHS:
             return False

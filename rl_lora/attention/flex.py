@@ -1,8 +1,8 @@
-"""Attention on a tree of spans, fused by torch's `flex_attention`: for GPUs, and used where it is verified.
+"""Attention on a tree of spans, fused by torch's `flex_attention`: for GPUs, after it has been verified there.
 
-Spans lie in the order of a walk through the tree, so an ancestor's descendants are its neighbours, and two numbers a
-token say it all: key k is seen by query q if k <= q < end[k], where `end` is where the descendants of k's span end.
-Left out: attention sinks, and trees that go on from keys and values that are there already; those are our own's.
+Spans lie in the order of a walk through the tree, so descendants are the neighbours of their ancestor, and two numbers
+a token describe the mask: query q sees key k if k <= q < end[k], where the descendants of k's span stop at end[k]. Left
+out: attention sinks, and trees that continue keys and values of an earlier pass; `padded.py` computes those.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from rl_lora.system.cache_folder import place_compiler_cache
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.05}  # float32 products may be TF32 on a GPU
-"""Largest mean difference from our own attention and its gradients, in standard deviations."""
+"""Largest mean difference from padded attention and its gradients, in standard deviations."""
 RECOMPILE_LIMIT = 64
-BLOCK = 128
-"""Tokens of a side of the blocks that are computed or left out."""
+MASK_BLOCK = 128
+"""Tokens along each side of the blocks of scores that are computed or skipped."""
 
 
 def supports(tree: SpanTree, query: Tensor, options: AttentionOptions) -> bool:
-    """Whether there is anything to gain, and it can be expressed."""
+    """Whether `fused_attention` is faster here, and can express the mask."""
     return query.device.type == "cuda" and tree.past is None and options.sinks is None and tree.end is not None
 
 
@@ -81,10 +81,10 @@ def mask_mod(end: Tensor, positions: Tensor, window: int | None) -> MaskMod:
 
 
 def block_mask(tree: SpanTree, window: int | None) -> BlockMask:
-    """The blocks of BLOCK x BLOCK tokens that have to be computed; kept with the tree, for all layers.
+    """The blocks of MASK_BLOCK x MASK_BLOCK scores that have to be computed; kept with the tree, for all layers.
 
-    Worked out from what is known of blocks: the matrix of all pairs of tokens, which torch would look at, is as large
-    as the scores.
+    It is derived from the bounds of blocks: the matrix of all pairs of tokens, which torch would read, is as large as
+    the scores.
     """
     if window not in tree.block_masks:
         assert tree.end is not None
@@ -92,19 +92,19 @@ def block_mask(tree: SpanTree, window: int | None) -> BlockMask:
         needed, full = blocks(tree.end.cpu().numpy(), tree.positions[0].cpu().numpy(), window)
         parts, whole = (_first(some, tree.positions.device) for some in (needed & ~full, full))
         n = tree.n_tokens
-        tree.block_masks[window] = BlockMask.from_kv_blocks(*parts, *whole, BLOCK, mod, (n, n))
+        tree.block_masks[window] = BlockMask.from_kv_blocks(*parts, *whole, MASK_BLOCK, mod, (n, n))
     return tree.block_masks[window]
 
 
 def blocks(end: np.ndarray, positions: np.ndarray, window: int | None) -> tuple[np.ndarray, np.ndarray]:
     """bool (n, n) each: which blocks of queries see some of which blocks of keys, and which see all of them. With a
     window, blocks may be called needed that are not."""
-    n = -(-len(end) // BLOCK)
-    starts = np.arange(n) * BLOCK
+    n = -(-len(end) // MASK_BLOCK)
+    starts = np.arange(n) * MASK_BLOCK
     most, least = (f.reduceat(end, starts) for f in (np.maximum, np.minimum))
     earlier = starts[:, None] > starts
     needed = (earlier | np.eye(n, dtype=bool)) & (most > starts[:, None])
-    full = earlier & (least >= starts[:, None] + BLOCK) & (starts[:, None] + BLOCK <= len(end))
+    full = earlier & (least >= starts[:, None] + MASK_BLOCK) & (starts[:, None] + MASK_BLOCK <= len(end))
     if window is not None:
         first, last = (f.reduceat(positions, starts) for f in (np.minimum, np.maximum))
         needed &= first[:, None] - last < window
@@ -127,7 +127,7 @@ _fast_paths: defaultdict[Any, FastPath] = defaultdict(
 
 
 def verified(query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> bool:
-    """Whether, on tensors of this kind, attention and gradients are those of `padded.py`."""
+    """Whether `fused_attention` and its gradients equal `padded_attention` on tensors of this kind; compared once."""
     differentiated = torch.is_grad_enabled() and query.requires_grad
     shapes = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
     path = _fast_paths[query.device, query.dtype, *shapes, options, differentiated]
@@ -148,7 +148,7 @@ def _compare(query: Tensor, key: Tensor, value: Tensor, options: AttentionOption
         results = []
         for attention in (fused_attention, padded_attention):
             q, k, v = inputs = [x.detach().requires_grad_(differentiated) for x in given]
-            # Whoever counts or drops what a pass keeps for its backward pass does not mean what is kept here.
+            # Hooks that count or drop what a pass keeps for its backward pass are not meant for this comparison.
             with (
                 torch.inference_mode(False),
                 torch.set_grad_enabled(differentiated),

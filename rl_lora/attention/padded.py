@@ -1,5 +1,8 @@
-"""Attention on a tree of spans, forward and backward, by torch's plain operations: spans are padded by depth, and
-computed in chunks. It serves every tree, dtype and device; the others are compared with it."""
+"""Attention on a tree of spans, forward and backward, by plain operations of torch.
+
+Spans are padded by depth and computed in chunks. Every tree, dtype and device is supported: the fused implementation is
+compared with this one.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +30,8 @@ def padded_attention(
 
 
 class Padded:
-    """What the tokens of a tree have, (H, N, D), by depth: `parts` are (H_kv, n, H / H_kv, L, D), one behind the other
-    in memory, so that it takes one gathering to come here and one to go back."""
+    """Vectors of the tokens of a tree, (H, N, D), by depth: `parts` are (H_kv, n, H / H_kv, L, D), one behind the other
+    in memory, so that one gathering pads them and one takes them back."""
 
     def __init__(self, tree: SpanTree, rows: Tensor, heads: int, kv_heads: int):
         self.tree, self.rows, self.heads, self.kv_heads = tree, rows, heads, kv_heads
@@ -45,7 +48,7 @@ class Padded:
         return cls(tree, tokens[tree.places(heads, kv_heads)[0]], heads, kv_heads)
 
     def like(self, dim: int, dtype: torch.dtype | None = None, *, zero: bool = False) -> Padded:
-        """Of another last dimension; it holds zeros, or anything."""
+        """The same layout with another last dimension, of zeros, or not initialised."""
         make = torch.zeros if zero else torch.empty
         rows = make(len(self.rows), dim, dtype=dtype or self.rows.dtype, device=self.rows.device)
         return Padded(self.tree, rows, self.heads, self.kv_heads)
@@ -107,7 +110,7 @@ def _heads_apart(x: Tensor, chunk: Chunk) -> Tensor:
 
 
 def _of_chunk(options: AttentionOptions, chunk: Chunk) -> AttentionOptions:
-    """The same, with the sinks of each block's heads."""
+    """The options with the sinks of each block's heads."""
     if options.sinks is None:
         return options
     blocks = chunk.blocks.stop - chunk.blocks.start

@@ -24,7 +24,7 @@ from rl_lora.kernels.attention_options import AttentionOptions
 class Sharing:
     """Which of n nodes each of B query blocks belongs to; brings the blocks of a node together, (n, G) places.
 
-    Worked out on the host: nothing here waits for a device.
+    It is computed on the host: nothing here waits for a device.
     """
 
     def __init__(self, owner: np.ndarray, n: int, device: torch.device | str = "cpu"):
@@ -57,7 +57,7 @@ class Sharing:
 
     @classmethod
     def of(cls, blocks: Tensor, place: Tensor) -> Sharing:
-        """One that is known by its tensors alone; whether it is regular, and which places are empty, is not."""
+        """From its tensors alone: it is taken for irregular, and its empty places are unknown."""
         sharing = cls.__new__(cls)
         (sharing.n, sharing.G), sharing.regular = blocks.shape, False
         sharing.blocks, sharing.place, sharing._empty = blocks, place, place[:0]
@@ -75,7 +75,7 @@ class Sharing:
         return x.reshape(self.n, self.G, h, X, Y).transpose(1, 2).reshape(self.n, h, self.G * X, Y)
 
     def apart(self, x: Tensor) -> Tensor:
-        """(n, h, G * X, Y) -> (B, h, X, Y): what `together` did, undone."""
+        """(n, h, G * X, Y) -> (B, h, X, Y): the inverse of `together`."""
         if self.G > 1:
             n, h, GX, Y = x.shape
             x = x.reshape(n, h, self.G, GX // self.G, Y).transpose(1, 2).reshape(n * self.G, h, -1, Y)

@@ -22,7 +22,7 @@ from rl_lora.attention.shared_prefix import Sharing, additive
 CHUNK_ELEMENTS = 1 << 25
 """Attention scores that exist at a time: 128 MiB in float32."""
 PAST = -1
-"""In place of a depth: what was there already."""
+"""Stands for a depth: the keys and values of an earlier pass."""
 
 Span = tuple[int, int, int]
 """(first token, number of tokens >= 1, parent's index among the spans or -1)"""
@@ -69,8 +69,8 @@ class SpanTree:
     Args:
         spans: together they cover all tokens, each once; a parent comes before its children.
         device: where the forward pass runs.
-        past, past_of_span: keys and values that are there already, and which node of them each span goes on from; then
-            no span has a parent, and nothing is differentiated.
+        past, past_of_span: keys and values of an earlier pass, and the node of them that each span continues; then no
+            span has a parent, and there are no gradients.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class SpanTree:
         self.positions = torch.from_numpy(positions).to(device)[None]
         """int64 (1, N)"""
         self.block_masks: dict[int | None, BlockMask] = {}
-        """What `flex.py` has worked out, by sliding window."""
+        """Block masks of `flex.py`, by sliding window."""
         self._chunks: dict[int, list[Chunk]] = {}
         self._places: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self.windows: set[int | None] = set()

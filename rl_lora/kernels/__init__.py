@@ -1,1 +1,1 @@
-"""Fast products and attention: C++ of our own, what it is compiled by and verified with."""
+"""Fast products and attention on CPUs: C++ code, its compilation, and the proof that it is right."""

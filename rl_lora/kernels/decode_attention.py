@@ -1,7 +1,7 @@
-"""Attention of a decoding step's new tokens in C++ of our own (`decode_attention.cpp`), in float32 on a CPU.
+"""Attention of a decode step's new tokens in C++ (`decode_attention.cpp`), in float32 on a CPU.
 
-torch does it in a dozen operations that pass matrices of a few rows to one another; here a head of a row is done at
-once, without padding, and reads keys and values where they lie.
+torch takes a dozen operations that pass matrices of a few rows to one another; here a head of a row is one piece of
+work without padding, and reads keys and values where they lie.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from rl_lora.kernels.verify import FastPath, require_all_close
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 WIDEST = 256
-"""Of the heads that it is compiled for."""
+"""Largest width of heads that it is compiled for."""
 
 
 @functools.cache
 def library(width: int) -> ctypes.CDLL | None:
-    """The compiled code for heads of this width; None where it cannot be had, or computes something else."""
+    """The compiled code for heads of this width; None where it cannot be compiled, or computes something else."""
     found = native_code.load(SOURCE, f"-DWIDTH={width}") if width <= WIDEST else None
     if found is not None:
         found.attend_all.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_double]
         found.attend_all.restype = None
-    path = FastPath("attention of decoding steps is left to torch")
+    path = FastPath("attention of decode steps is left to torch")
     return found if found is not None and path.verify(lambda: _compare(found, width)) else None
 
 
@@ -59,7 +59,7 @@ def decode_attention(
     at: Tensor,
     options: AttentionOptions,
 ) -> Tensor:
-    """(R, H, n, D): what n new tokens of every row find in all sources of keys, one behind the other.
+    """Attention (R, H, n, D) of n new tokens of every row to all sources of keys, one behind the other.
 
     query: (R, H, n, D); keys, values: of each source, (nodes, H_kv, tokens, D); nodes, lengths: int64 (R,) of each
     but the last, which node a row reads and how many tokens of it; at: int64 (R, n), the place of each new token in the

@@ -1,9 +1,8 @@
 """Products with weights that never change, rearranged once for reading on a CPU.
 
-In float32 by our own code where it can be compiled (`packed_gemm.py`), else by the CPU's matrix library. That
-rearranges a weight before it multiplies, which takes a fifth of the time for the few rows of a decoding step; torch has
-operators that do so beforehand, made for its compiler's frozen models, and not public. Whichever it is has to compute
-the right product before it is used at all.
+In float32 they are computed by `packed_gemm.py` where it can be compiled, else by the CPU's matrix library. The library
+rearranges a weight before it multiplies, a fifth of the time for the few rows of a decode step; torch has operators
+that do so beforehand, made for its compiler's frozen models, and not public. Either is used once it has been verified.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ from rl_lora.kernels.verify import FastPath, require_all_close
 from rl_lora.system.memory import free_bytes
 
 ROWS = 128
-"""Rows that the library packs weights for. Others can be multiplied as well; up to `MOST_ROWS` it is worth it."""
+"""Rows that the library packs weights for. Other numbers can be multiplied as well; up to `MOST_ROWS` it pays."""
 MOST_ROWS = 512
 SHARE = 0.25
-"""Of the free memory that packed copies may take."""
+"""Share of the free memory that packed copies may take."""
 
 
 class Operators(NamedTuple):
@@ -34,15 +33,15 @@ class Operators(NamedTuple):
 
     pack: Callable[[Tensor], Tensor]
     multiply: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
-    """x (N, in), packed, weight (out, in), bias (out,), where to write it or None -> (N, out)."""
+    """x (N, in), packed, weight (out, in), bias (out,), tensor to write to or None -> (N, out)."""
     least_rows: int
-    """From which on it is faster than torch's own product."""
+    """The fewest rows with which it is faster than torch's own product."""
 
 
 class FrozenLinear:
     """x W^T + b for a weight (out, in) that is not trained. Where gradients are asked for, torch's own product.
 
-    A weight that is written to is packed anew; what is written through its `.data` is not seen.
+    A weight that is written to is packed anew; a write through its `.data` is not noticed.
 
     Args:
         may_pack: there is memory for a second copy of the weight.
@@ -51,7 +50,7 @@ class FrozenLinear:
     def __init__(self, weight: Tensor, bias: Tensor | None = None, may_pack: bool = False):
         self.weight, self.bias, self.may_pack = weight, bias, may_pack
         self.packed: Tensor | None = None
-        """What products are computed with, once there was one."""
+        """The packed weight, after the first product."""
         self._version = -1
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:

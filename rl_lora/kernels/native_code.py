@@ -1,7 +1,7 @@
-"""C++ of our own, for what CPUs are slow at otherwise: compiled once for a machine, and loaded.
+"""Compiles the C++ files of this package once for a machine, and loads them.
 
-Wherever it cannot be had, without GCC or on another system, torch does the work. What a library computes in a
-decoding step is an operation of torch's too, so that its tracer, compiler and profiler can see it: see `dispatched`.
+Without GCC, or on another system than Linux, torch does the work. The work of a library in a decode step is also an
+operation of torch, so that tracer, compiler and profiler can see it: see `dispatched`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ OPERATIONS = torch.library.Library("rl_lora", "DEF")
 def load(source: Path, *more_flags: str) -> ctypes.CDLL | None:
     """A C++ file of this package, compiled at the first call on a machine; None where it cannot be.
 
-    What is loaded is what was made then, by this user: its hash is kept beside it.
+    Only a library that this user has compiled is loaded: its hash is kept beside it.
     """
     flags, compiler, openmp = [*FLAGS, *more_flags], shutil.which("g++"), _openmp()
     if compiler is None or openmp is None:
@@ -117,5 +117,5 @@ def is_dispatched() -> bool:
 
 
 def dense(x: Tensor) -> Tensor:
-    """The same with the numbers of its last dimension side by side, as it is read there."""
+    """The tensor with the numbers of its last dimension side by side, as the C++ reads them."""
     return x if x.stride(-1) == 1 else x.contiguous()

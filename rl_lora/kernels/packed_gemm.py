@@ -1,8 +1,8 @@
-"""Products of few rows with a weight that never changes, in C++ of our own (`packed_gemm.cpp`), for decoding on a CPU.
+"""Products of few rows with a weight that never changes, in C++ (`packed_gemm.cpp`), for decoding on a CPU.
 
-A decoding step waits for weights to come from memory. Here they are read in the order in which they lie, and in half
+A decode step waits for weights to come from memory. Here they are read in the order in which they lie, and in half
 the bytes where bfloat16 holds them exactly, as it does those of most models; sums are in float32 all the same.
-It is compiled once for a machine, where it has GCC and AVX2 or AVX-512.
+GCC, and AVX2 or AVX-512, are needed. `frozen_linear.py` verifies the products.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled code; None where it cannot be had."""
+    """The compiled code; None where it cannot be compiled."""
     found = native_code.load(SOURCE)
     if found is not None:
         pointer, integer = ctypes.c_void_p, ctypes.c_int64

@@ -1,7 +1,7 @@
-"""Attention on a tree of spans, and its gradients, in C++ of our own (`tree_attention.cpp`), in float32 on a CPU.
+"""Attention on a tree of spans, and its gradients, in C++ (`tree_attention.cpp`), in float32 on a CPU.
 
-By torch it is a dozen passes over padded copies of queries, keys and scores; here every product is of what is needed,
-where it lies, and scores stay in the cache. The tree is known here by its tensors alone.
+torch takes a dozen passes over padded copies of queries, keys and scores; here only the products that the mask leaves
+are computed, where queries and keys lie, and scores stay in the CPU's cache.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rl_lora.kernels.verify import FastPath, require_all_close
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 NAME = "rl_lora::tree_attention"
-"""As the profiler sees it."""
+"""Its name in a profile."""
 WIDTHS = 16
 """The widths of heads are multiples of it."""
 
@@ -44,7 +44,7 @@ class Spans(NamedTuple):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled code; None where it cannot be had, or computes something else."""
+    """The compiled code; None where it cannot be compiled, or computes something else."""
     found = native_code.load(SOURCE)
     if found is not None:
         pointer, real = ctypes.c_void_p, ctypes.c_double
@@ -102,7 +102,7 @@ def parts_of(threads: int, key_heads: int) -> int:
 
 
 class _Call:
-    """What the code is told: `Call` there. It keeps what is pointed at."""
+    """The arguments of the C++ (`Call` there), and the tensors that they point at."""
 
     def __init__(
         self,
@@ -127,7 +127,7 @@ class _Call:
 
 
 def _matrices(x: Tensor) -> Sequence[int]:
-    """(1, h, N, D) as `Matrices` there."""
+    """(1, h, N, D) as `Matrices` in the C++."""
     return x.data_ptr(), x.stride(1), x.stride(2)
 
 
@@ -142,7 +142,7 @@ def _compare(found: ctypes.CDLL) -> None:
     for options in (AttentionOptions(0.3), AttentionOptions(0.3, 7, 2.0, sinks)):
         seen = (j <= i) & (i < spans.end) & (position[:, None] - position < (options.window or N))
         results = []
-        # Whoever counts or drops what a pass keeps for its backward pass does not mean what is kept here.
+        # Hooks that count or drop what a pass keeps for its backward pass are not meant for this comparison.
         with torch.inference_mode(False), torch.enable_grad(), saved_tensors_hooks(lambda x: x, lambda x: x):
             for dtype in (torch.float32, torch.float64):
                 given = query, key, value = tuple(x.to(dtype, copy=True).requires_grad_() for x in (q, k, v))

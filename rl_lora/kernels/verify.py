@@ -74,6 +74,6 @@ def require_all_close(what: str, found: Tensor, exact: Tensor, tolerance: float)
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
-    """The mean difference, in standard deviations of what is expected; NaN where there is one."""
+    """The mean difference in standard deviations of `expected`; NaN where either holds a NaN."""
     found, expected = found.float(), expected.float()
     return float((found - expected).abs().mean() / expected.std().clamp_min(1e-9))

@@ -1,7 +1,7 @@
 """Adapters on disk: PEFT directories (`adapter_config.json`, `adapter_model.safetensors`), without importing `peft`.
 
-What is read goes by the tensors: every one of them must find its place, and a setting that would change the result and
-is not understood is an error (`adapter_config.py`). Left out on purpose: pickles (`adapter_model.bin`) and every kind
+Tensors decide: each of them must find its place, and a setting that would change the result and is not understood is an
+error (`adapter_config.py`). Left out on purpose: pickles (`adapter_model.bin`) and every kind
 but plain LoRA.
 """
 

@@ -1,4 +1,4 @@
-"""The places in a model that an adapter can stand on, and which of them a name means."""
+"""The sites of a model that an adapter can stand on, found by the form of its layers or by name."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ ROUTERS = ("gate", "router", "shared_expert_gate")
 
 
 def language_model(model: PreTrainedModel) -> str:
-    """Where the part that reads text is in a model that has others, e.g. `model.language_model.`; empty where it is all
-    of it, or cannot be told."""
+    """The path of the language model in a model with other parts, e.g. `model.language_model.`; empty where there are
+    no other parts, or the path is not known."""
     if model.config.get_text_config() is model.config:
         return ""
     decoder = model.get_decoder()
@@ -53,7 +53,7 @@ def is_experts(module: nn.Module) -> bool:
 
 
 def find_unknown_experts(model: PreTrainedModel) -> Iterator[str]:
-    """Paths of 3-D weights that look like experts but do not follow the form above."""
+    """Paths of 3-D weights that look like experts but do not follow the form of `is_experts`."""
     for path, module in model.named_modules():
         if not is_experts(module) and not isinstance(module, nn.Conv1d | LoRAExperts):
             for leaf, weight in module.named_parameters(recurse=False):
