@@ -123,14 +123,9 @@ def evaluated(config: CompareConfig, adapter: str) -> list[Sample]:
     return [sample | {"reference": references[sample["seed"]]} for sample in evaluation.samples()]
 
 
-def lm_eval(config: CompareConfig, adapter: str, samples: list[Sample]) -> dict[str, Record]:
-    """What the harness says of the same prompts, by prompt. Offline: the task, the data and the model are files."""
-    out = Path(config.out).resolve()
-    data = out / "problems.jsonl"
-    problems = [{"question": s["observations"][0], "answer": s["reference"]} for s in samples]
-    data.write_text("".join(json.dumps(problem) + "\n" for problem in problems), encoding="utf-8")
-    tokenizer = load_tokenizer(config.model.name, config.model.trust_remote_code)
-    task = {
+def harness_task(data: Path, end: str, max_tokens: int) -> Record:
+    """The harness's gsm8k, on the problems of a file: its metric, and the last number of the reply."""
+    return {
         "task": TASK,
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": str(data)}},
@@ -140,9 +135,9 @@ def lm_eval(config: CompareConfig, adapter: str, samples: list[Sample]) -> dict[
         "doc_to_text": "{{question}}",
         "doc_to_target": "{{answer}}",
         "generation_kwargs": {
-            "until": [tokenizer.eos_token],
+            "until": [end],
             "do_sample": False,
-            "max_gen_toks": config.max_tokens,
+            "max_gen_toks": max_tokens,
         },
         "metric_list": [
             {
@@ -165,6 +160,16 @@ def lm_eval(config: CompareConfig, adapter: str, samples: list[Sample]) -> dict[
         ],
         "metadata": {"version": 3.0},
     }
+
+
+def lm_eval(config: CompareConfig, adapter: str, samples: list[Sample]) -> dict[str, Record]:
+    """What the harness says of the same prompts, by prompt. Offline: the task, the data and the model are files."""
+    out = Path(config.out).resolve()
+    data = out / "problems.jsonl"
+    problems = [{"question": s["observations"][0], "answer": s["reference"]} for s in samples]
+    data.write_text("".join(json.dumps(problem) + "\n" for problem in problems), encoding="utf-8")
+    tokenizer = load_tokenizer(config.model.name, config.model.trust_remote_code)
+    task = harness_task(data, tokenizer.eos_token, config.max_tokens)
     (out / f"{TASK}.yaml").write_text(yaml.safe_dump(task, sort_keys=False), encoding="utf-8")
     model = {"pretrained": Path(resolve_model(config.model.name)), "dtype": config.model.dtype}
     model |= {"peft": Path(adapter).resolve()} if adapter else {}
