@@ -13,7 +13,7 @@ from rl_lora.metrics.records import MetricsFile
 from rl_lora.report.folder_page import write_report
 from rl_lora.report.training_page import training_page
 from tests.conftest import Open
-from tests.report.test_page import seeds_shown
+from tests.report.test_evaluation_page import seeds_shown
 
 
 def training_run(run_dir: Path, n_steps: int, seed: int = 0) -> list[dict[str, Any]]:
