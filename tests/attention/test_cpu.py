@@ -17,7 +17,7 @@ from rl_lora.attention.padded import padded_attention
 from rl_lora.attention.tree import SpanTree
 from rl_lora.kernels import native_code, tree_attention
 from rl_lora.kernels.attention_options import AttentionOptions
-from tests.attention.test_attention import allowed, dense, walk
+from tests.attention.dense import allowed, dense, walk
 from tests.vectors import VECTORS
 
 pytestmark = pytest.mark.skipif(tree_attention.library() is None, reason="GCC, and AVX2 or AVX-512 are not here")
