@@ -24,6 +24,8 @@ def without_encoding(source: str) -> list[str]:
             continue
         if not module and name != "open":
             continue
+        if name == "open" and module in NOT_FILES:
+            continue
         values = [*node.args, *(keyword.value for keyword in node.keywords if keyword.arg == "mode")]
         binary = any(isinstance(v, ast.Constant) and isinstance(v.value, str) and v.value in BINARY for v in values)
         given = any(keyword.arg in ("encoding", None) for keyword in node.keywords)
@@ -32,6 +34,8 @@ def without_encoding(source: str) -> list[str]:
     return found
 
 
+NOT_FILES = {"self.run_log", "tarfile"}
+"""What has an `open` of its own."""
 BINARY = {"rb", "wb", "ab", "xb", "r+b", "rb+", "w+b"}
 
 
