@@ -53,8 +53,10 @@ class FastPath:
 
 
 def reason_of(error: Exception) -> str:
-    """The first line of an error, behind its type; a mismatch speaks for itself."""
-    line = str(error).strip().partition("\n")[0]
+    """The first line of an error, or of a compiler's first complaint in it, behind its type; a mismatch speaks for
+    itself."""
+    lines = str(error).strip().splitlines() or [""]
+    line = next((line.strip() for line in lines if "error: " in line), lines[0])
     return line if isinstance(error, Mismatch) else f"{type(error).__name__}: {line}"
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rl_lora.kernels.verify import FastPath, Mismatch, require_all_close, require_close
+from rl_lora.kernels.verify import FastPath, Mismatch, reason_of, require_all_close, require_close
 
 
 def test_a_path_that_is_right_is_compared_once() -> None:
@@ -58,3 +58,12 @@ def test_nothing_is_close_to_nan(comparison: Callable[[str, Tensor, Tensor, floa
     for found, expected in ((x, x * math.nan), (x * math.nan, x)):
         with pytest.raises(Mismatch, match=r"it differs by .*nan"):
             comparison("it differs", found, expected, 1e9)
+
+
+def test_a_reason_names_the_complaint_of_a_compiler() -> None:
+    error = RuntimeError(
+        "C++ compile error\n\nCommand: g++ a.cpp\n\nOutput:\na.cpp:1:1: error: expected a type\n1 error"
+    )
+    assert reason_of(error) == "RuntimeError: a.cpp:1:1: error: expected a type"
+    assert reason_of(ValueError("no compiler\nat all")) == "ValueError: no compiler"
+    assert reason_of(ValueError()) == "ValueError: "
