@@ -30,6 +30,8 @@ python_maximum_signature_line_length = 100
 suppress_warnings = ["ref.python"]  # a public name stands in the API and in the room that it comes from
 
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["code.css"]
 html_title = f"rl_lora {release}"
 html_copy_source = False
 html_show_sphinx = False

@@ -15,7 +15,9 @@ from typing import Any, ClassVar
 
 from docutils import nodes
 from docutils.parsers.rst import directives
+from sphinx.addnodes import desc_signature
 from sphinx.application import Sphinx
+from sphinx.domains.python import PyAttribute
 from sphinx.util.docutils import SphinxDirective
 
 from rl_lora.scripts.help import metavar, texts_of
@@ -23,6 +25,7 @@ from rl_lora.scripts.schema import options_of, schema_of
 
 CODE = re.compile(r"(``[^`]+``|`[^`]+`)")
 SECTION = re.compile(r"(Args|Raises|Returns):$")
+ANNOTATED = re.compile(r"(?:~?typing\.)?Annotated\[(\w+)(?:, ~?[\w.]+\([^()]*\))+\]")
 ENTRY = re.compile(r"([\w\\*, ]+): (.*)")
 
 
@@ -128,6 +131,7 @@ def plain_docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any, l
 def with_sections(lines: list[str]) -> Iterator[str]:
     """Args, Raises and Returns become fields, their entries lists; an indented block behind a colon stays as it is."""
     inside = literal = -1
+    listed = False  # whether the section has entries
     for i, line in enumerate(lines):
         if literal >= 0:
             if not line.strip() or indent(line) > literal:
@@ -135,7 +139,7 @@ def with_sections(lines: list[str]) -> Iterator[str]:
                 continue
             literal = -1
         if SECTION.match(line.strip()):
-            inside = indent(line)
+            inside, listed = indent(line), False
             yield from ("", f"{' ' * inside}:{line.strip()}", "")
             continue
         if line.strip() and indent(line) <= inside:
@@ -143,22 +147,40 @@ def with_sections(lines: list[str]) -> Iterator[str]:
             yield ""
         entry = ENTRY.match(line.strip()) if inside >= 0 and indent(line) == inside + 4 else None
         ahead = [later for later in lines[i + 1 :] if later.strip()]
+        if inside >= 0 and not entry and line.strip():
+            line = f"{' ' * (inside + 6)}{line.strip()}" if listed else f"  {line}"
         if entry:
+            listed = True
             yield f"{' ' * (inside + 4)}- **{entry[1]}**: {entry[2]}"
         elif line.rstrip().endswith(":") and ahead and not lines[i + 1].strip() and indent(ahead[0]) > indent(line):
             literal = indent(line)
             yield line.rstrip() + ":"
         else:
-            yield "  " + line if inside >= 0 and line.strip() else line
+            yield line
 
 
 def indent(line: str) -> int:
     return len(line) - len(line.lstrip())
 
 
+def plain_signature(app: Sphinx, what: str, name: str, obj: Any, options: Any, args: str | None, to: str | None) -> Any:
+    return ANNOTATED.sub(r"\1", args or "") or args, to
+
+
+class PlainAttribute(PyAttribute):
+    """An attribute with its type and without the bounds beside it, which the options show."""
+
+    def handle_signature(self, sig: str, signode: desc_signature) -> tuple[str, str]:
+        if "type" in self.options:
+            self.options["type"] = ANNOTATED.sub(r"\1", self.options["type"])
+        return super().handle_signature(sig, signode)
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("options", Options)
     app.add_directive("public", Public)
     app.add_directive("room", Room)
+    app.add_directive_to_domain("py", "attribute", PlainAttribute, override=True)
     app.connect("autodoc-process-docstring", plain_docstring)
+    app.connect("autodoc-process-signature", plain_signature)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

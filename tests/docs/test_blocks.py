@@ -18,8 +18,6 @@ import yaml
 
 import rl_lora
 import rl_lora.envs  # registers the environments
-from rl_lora.algorithms.advantages import ADVANTAGES
-from rl_lora.algorithms.objectives import OBJECTIVES
 from rl_lora.config import EvalConfig, LogConfig, ModelConfig, RolloutConfig, TrainConfig
 from rl_lora.rewards import resolve
 from tests.docs.commands import check, run
@@ -78,8 +76,6 @@ def place(block: Block, start: Path, folders: dict[Path, Path], monkeypatch: pyt
     monkeypatch.syspath_prepend(folder)
     defaults = (str(start / "tiny-llama"), "float32", *(ModelConfig.__init__.__defaults__ or ())[2:])
     monkeypatch.setattr(ModelConfig.__init__, "__defaults__", defaults)
-    for registry in (OBJECTIVES, ADVANTAGES):  # pages have modules of the same name, such as my_objectives
-        monkeypatch.setattr(registry, "_own", {})
     yield folder
     for name, module in list(sys.modules.items()):
         if Path(getattr(module, "__file__", None) or "/").parent == folder:

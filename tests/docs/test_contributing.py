@@ -38,7 +38,7 @@ def test_the_workflow_tests_every_python_that_is_supported() -> None:
     assert re.search(r"^test: ", MAKEFILE, re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", ["fault", "wish"])
+@pytest.mark.parametrize("name", ["bug", "feature"])
 def test_a_form_of_an_issue_asks_for_something(name: str) -> None:
     form = parsed(ROOT / ".github" / "ISSUE_TEMPLATE" / f"{name}.yml")
     fields = {field["id"]: field for field in form["body"]}

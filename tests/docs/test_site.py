@@ -40,6 +40,13 @@ def test_every_public_name_has_an_entry(site: Path) -> None:
         assert [name for name in module.__all__ if f'id="{module.__name__}.{name}"' not in page] == []
 
 
+def test_wrapped_entries_of_args_are_one_piece_and_types_are_plain(site: Path) -> None:
+    page = (site / "api.html").read_text(encoding="utf-8")
+    assert '<dl class="field-list' in page
+    assert '<dl class="simple">' not in page
+    assert "Annotated" not in page
+
+
 def test_every_room_has_a_page(site: Path) -> None:
     rooms = [path.parent.name for path in (ROOT / "rl_lora").glob("*/__init__.py") if not path.parent.is_symlink()]
     assert rooms
