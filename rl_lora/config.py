@@ -242,7 +242,7 @@ class TrainConfig:
     run_dir: str = "runs/arithmetic"
     """Folder for everything that this run writes."""
     steps: Annotated[int, Ge(1)] = 20
-    """Training steps: a rollout each, followed by learner.updates_per_step optimizer steps."""
+    """Training steps: a rollout or a batch of demonstrations each, with learner.updates_per_step optimizer steps."""
     seed: Annotated[int, Ge(0), Le(2999)] = 0
     """Random seed of the adapter, the training problems and the sampling. The same seed gives the same run."""
     resume: bool = False

@@ -83,7 +83,7 @@ COMMANDS = {
                 "--run_dir runs/first",
                 "--run_dir runs/mine --env.id rl_lora/Prompts-v0 --env.kwargs.path problems.jsonl "
                 "--env.kwargs.reward math --rollout.max_tokens 256",
-                "--run_dir runs/mine --resume",
+                "--config runs/mine/config.yaml --resume true",
             ),
             first=(
                 *TASK,

@@ -21,7 +21,7 @@ from rl_lora.system.invocation import COMMAND
 INSTALL = {
     "bash": f'eval "$({COMMAND} completion bash)"     in ~/.bashrc',
     "zsh": f'eval "$({COMMAND} completion zsh)"      in ~/.zshrc, behind compinit',
-    "fish": f"{COMMAND} completion fish | source     in ~/.config/fish/config.fish",
+    "fish": f"{COMMAND} completion fish | source      in ~/.config/fish/config.fish",
 }
 
 

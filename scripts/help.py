@@ -131,7 +131,7 @@ def metavar(hint: Any) -> str:
     """The kind of value that an option takes, as it stands behind its name."""
     kinds = [word(kind) for kind in members(hint)]
     if is_list(hint):
-        return f"[{kinds[0]} ...]"
+        return kinds[0].replace(",", "")  # typed side by side
     return f"[{'|'.join(kinds)}]" if bool in members(hint) else "|".join(kinds)
 
 
@@ -139,7 +139,7 @@ def word(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "|".join(map(str, get_args(kind)))
     if get_origin(kind) in (list, tuple):
-        return word(get_args(kind)[0])
+        return f"[{word(get_args(kind)[0])}, ...]"
     return {bool: "true|false", int: "N", float: "NUMBER", str: "TEXT", NONE: "null"}.get(kind, "{...}")
 
 

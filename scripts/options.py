@@ -16,7 +16,7 @@ import yaml
 
 import rl_lora
 from rl_lora.scripts.help import help_page
-from rl_lora.scripts.schema import OWN, Schema, Usage, schema_of
+from rl_lora.scripts.schema import OWN, Schema, Usage, meant, schema_of
 from rl_lora.scripts.values import enclosed, explained, from_node, from_text, from_texts, from_untyped, is_list, members
 from rl_lora.settings.dotted import as_typed
 from rl_lora.system.plain_yaml import Loader, dump, items
@@ -187,7 +187,7 @@ def with_names(node: yaml.MappingNode, prefix: str, values: dict[str, Any], sche
                 elif value.value:
                     raise ValueError("must be a mapping")
             else:
-                raise LookupError(schema.unknown(f"--{name}").replace("--", ""))
+                raise LookupError(f"there is no option {name}{meant(name, schema.near(name, schema.groups))}")
         except LookupError as error:
             raise ValueError(f"{line}{error}") from None
         except ValueError as error:

@@ -23,6 +23,13 @@ OWN = {
     "print_config": "The configuration as YAML, all other options applied; nothing else is done.",
 }
 """The options that every command has beside its config's."""
+USUAL = {
+    "lr": "learning_rate",
+    "batch_size": "prompts_per_step",
+    "num_generations": "group_size",
+    "max_new_tokens": "max_tokens",
+}
+"""Names that options have elsewhere, and the last part of theirs here."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +91,18 @@ class Schema:
             bare = name.lstrip("-")
             dashes = f"; options have two dashes: --{bare}" if self.knows(bare) else ""
             return f"{arg!r} belongs to no option{dashes or '; a value with spaces in it is put in quotes'}"
-        names = [f"--{name}" for name in (*self.options, *self.groups, *OWN)]
-        spelled = name.replace("-", "_").replace("__", "--", 1)
-        short = [full for full in names if full.rpartition(".")[2] == name.lstrip("-")]
-        return f"there is no option {name}" + meant(name, nearest(spelled, names) or (short if len(short) == 1 else []))
+        return f"there is no option {name}" + meant(name, [f"--{full}" for full in self.near(name[2:], OWN)])
+
+    def near(self, name: str, others: Iterable[str] = ()) -> list[str]:
+        """The option, or the one of the others, that is spelled or ends most like a name, if there is such a one."""
+        name = name.replace("-", "_")
+        last = name.rpartition(".")[2]
+        ends = [full for full in self.options if full.rpartition(".")[2] == USUAL.get(last, last)]
+        if len(ends) == 1:
+            return ends
+        spelled = {full.rpartition(".")[2]: full for full in reversed(self.options)}
+        spelled |= {full: full for full in (*self.options, *others)}
+        return [spelled[close] for close in nearest(name, spelled) or nearest(last, spelled)]
 
 
 def nearest(name: str, names: Iterable[str]) -> list[str]:

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rl_lora.config import EvaluateConfig
-from rl_lora.lora.peft_io import base_of
+from rl_lora.lora.peft_io import CONFIG, base_of
 from rl_lora.settings.dotted import as_typed
 from rl_lora.system.files import read_json, read_yaml
 from rl_lora.trainer.checkpoint import PATTERN, Checkpoints, check_whole
@@ -30,7 +30,8 @@ def adapter_in(folder: Path) -> Path:
 
 def is_unfinished(folder: Path) -> bool:
     """Whether it is the folder of a run that came to no checkpoint."""
-    return (folder / "config.yaml").is_file() and adapter_in(folder) == folder
+    begun = (folder / "config.yaml").is_file() or (folder / ".lock").is_file()
+    return begun and not (folder / CONFIG).exists() and adapter_in(folder) == folder
 
 
 def adapter_folders(paths: Sequence[str]) -> dict[str, Path]:

@@ -58,9 +58,14 @@ def evaluate(config: EvaluateConfig, *, reward: Any = None, data: Any = None, ev
     """
     console = Terminal()
     unfinished = [path for path in config.adapters if is_unfinished(Path(path))]
-    for path in unfinished:
-        console.print(f"{in_line(path)} has no checkpoint yet, and is left out", style="yellow")
     paths = [path for path in config.adapters if path not in unfinished]
+    if unfinished and not paths:
+        raise ValueError(
+            f"the run in {unfinished[0]} has saved no adapter yet; go on with it by its command and --resume true, or "
+            "name another folder"
+        )
+    for path in unfinished:
+        console.print(f"the run in {in_line(path)} has saved no adapter yet, and is left out", style="yellow")
     task = resolve_task(config, paths)
     settings = replace(task.settings, env=with_objects(task.settings.env, reward, data, eval_data))
     validate_evaluation(settings)

@@ -126,7 +126,10 @@ def base_of(folder: str | Path) -> str:
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Levels], dict[str, Tensor]]:
     """Configuration, the keys of the tensors by module path, and the tensors in float32; all of it checked."""
     if not folder.is_dir():
-        raise ValueError(f"no adapter folder at {folder}")
+        raise ValueError(
+            f"no adapter folder at {folder}; a run saves its first adapter with its first checkpoint: let it come that "
+            "far, or name another folder"
+        )
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             hint = "; save it again with a current peft, pickles are not read" if any(folder.glob("*.bin")) else ""

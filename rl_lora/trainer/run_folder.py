@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -94,7 +95,8 @@ def check_run_dir(config: TrainConfig) -> None:
     if changed := differences(config, old):
         raise ValueError(
             f"{config.run_dir} holds a run of another configuration, and resuming would mix the two: "
-            f"{'; '.join(changed)}. Set these back, or choose another --run_dir"
+            f"{'; '.join(changed)}. Set these back (all its settings are --config {shlex.quote(str(record))} "
+            "--resume true), or choose another --run_dir"
         )
     task = latest.state.get("task") if latest else None  # older ones have none
     if latest and task and (changed := task_changes(task, task_record(config), config.env.id)):

@@ -23,7 +23,7 @@ import rl_lora.envs  # noqa: F401
 from rl_lora import EvaluateConfig, Policy, evaluate, save_adapter
 from rl_lora.config import EnvConfig, ModelConfig
 from rl_lora.envs.text import SingleTurnEnv
-from rl_lora.evaluation.candidates import adapter_folders, path_notes
+from rl_lora.evaluation.candidates import adapter_folders, is_unfinished, path_notes
 from rl_lora.evaluation.sample_store import SampleStore, key_of, read_sample_file
 from rl_lora.rollout.worker import EpisodeRequest, RolloutWorker
 from rl_lora.scripts.command import parse
@@ -401,6 +401,21 @@ def test_what_cannot_be_is_said_before_the_model_is_loaded(
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         evaluate(dataclasses.replace(config, **change))
     assert not Path(config.out).exists()
+
+
+@pytest.mark.parametrize("file", [".lock", "config.yaml"])
+def test_a_run_without_an_adapter_is_said_to_have_none_yet(
+    file: str, config: EvaluateConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / file).touch()
+    with pytest.raises(ValueError, match="has saved no adapter yet; go on with it by its command and --resume true"):
+        evaluate(dataclasses.replace(config, adapters=[str(run)]))
+    assert is_unfinished(run)
+    with pytest.raises(ValueError, match="limit must be"):
+        evaluate(dataclasses.replace(config, adapters=[str(run), *config.adapters], limit=0))
+    assert "has saved no adapter yet, and is left out" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_report_of_a_run_is_not_written_over(config: EvaluateConfig) -> None:

@@ -232,7 +232,9 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(command: Callable[..., Res
     assert other.code == 2
     assert "adapter.rank: 2 -> 3; rollout.group_size: 3 -> 4. Set these back" in other.err
     assert {path: path.stat().st_mtime_ns for path in Path(finished.run_dir).rglob("*")} == before
-    shown = command("--config", recorded, "--resume")
+    alone = command("--run_dir", finished.run_dir, "--resume")
+    assert (alone.code, f"(all its settings are --config {recorded} --resume true)" in alone.err) == (2, True)
+    shown = command("--config", recorded, "--resume", "true")
     assert shown.code == 0
     assert "1 step in" in shown.out
 

@@ -41,6 +41,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     (folder / "heavy" / "rl-lora").chmod(0o755)
     (folder / "runs" / "first").mkdir(parents=True)
+    (folder / "runs" / "mine").mkdir()
+    (folder / "runs" / "mine" / "config.yaml").write_text("steps: 3\n", encoding="utf-8")
     return folder
 
 
@@ -211,6 +213,11 @@ def test_zsh_and_fish_get_a_script_of_their_own(shell: str, word: str, place: Pa
     assert word in script
     if shutil.which(shell):
         assert call(place, "-n", "-c", script, program=shell).returncode == 0
+
+
+def test_the_places_of_the_completion_stand_in_a_column(place: Path) -> None:
+    lines = call(place, "completion").stdout.splitlines()[2:]
+    assert len({line.index("in ~") for line in lines}) == 1
 
 
 def test_setup_declares_the_one_command() -> None:

@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 import pytest
 import yaml
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import rl_lora
@@ -188,6 +188,7 @@ def test_what_is_no_text_inside_of_a_mapping_is_one_in_quotes(text: str) -> None
         assert parse(TrainConfig, ["--model.template_kwargs.x", quoted]).model.template_kwargs == {"x": text}
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(codec="utf-8")))
 @example("#")
 @example("-\n#")
@@ -261,6 +262,14 @@ def test_options_go_over_files_wherever_they_stand_and_later_files_over_earlier(
         ("--env.kwargs.a 1 --env.kwargs.a.b 2", "env.kwargs.a.b cannot be set: a is 1, no mapping"),
         ("--max_tokens 3", "--max_tokens may be meant for --rollout.max_tokens"),
         ("--run-dir x", "--run-dir may be meant for --run_dir"),
+        ("--lr 1e-4", "--lr may be meant for --learner.learning_rate"),
+        ("--learner.lr 1e-4", "--learner.lr may be meant for --learner.learning_rate"),
+        ("--adapter.learning_rate 1", "--adapter.learning_rate may be meant for --learner.learning_rate"),
+        ("--batch-size 8", "--batch-size may be meant for --rollout.prompts_per_step"),
+        ("--rnak 8", "--rnak may be meant for --adapter.rank"),
+        ("--lerner.rank 8", "--lerner.rank may be meant for --adapter.rank"),
+        ("--logg x", "there is no option --logg; --help all"),
+        ("--config group.yaml", "line 1: there is no option lerner; lerner may be meant for learner"),
         ("steps 3", "options have two dashes: --steps"),
         ("-steps 3", "options have two dashes: --steps"),
         ("--config no.yaml", "cannot read config file no.yaml: No such file or directory"),
@@ -278,7 +287,13 @@ def test_options_go_over_files_wherever_they_stand_and_later_files_over_earlier(
 )
 def test_misuse_is_one_line(args: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    files = {"no_yaml": "a: [\nb: ]]", "list": "- a\n", "typo": "env:\n  idd: x\n", "type": "steps: x\n"}
+    files = {
+        "group": "lerner: {}\n",
+        "no_yaml": "a: [\nb: ]]",
+        "list": "- a\n",
+        "typo": "env:\n  idd: x\n",
+        "type": "steps: x\n",
+    }
     for name, text in (files | {"twice": "steps: 1\nsteps: 2\n"}).items():
         Path(f"{name}.yaml").write_text(text)
     Path("latin.yaml").write_bytes("run_dir: runs/ü\n".encode("latin-1"))

@@ -49,10 +49,11 @@ def test_the_help_tells_bounds_and_defaults() -> None:
     def page(config: Any, topic: str) -> str:
         return " ".join(help_page(config, schema_of(config), Usage(), topic).split())
 
-    assert "Training steps: a rollout each" in page(TrainConfig(), "steps")
+    assert "Training steps: a rollout or a batch of demonstrations each" in page(TrainConfig(), "steps")
     assert "(at least 1; default: 20)" in page(TrainConfig(), "steps")
     assert "--learner.betas [NUMBER ...] AdamW betas" in page(TrainConfig(), "betas")
     assert "(at least 0 and below 1; default: [0.9, 0.95])" in page(TrainConfig(), "betas")
+    assert "--adapter.targets TEXT|[TEXT, ...] " in page(TrainConfig(), "targets")
     assert "(0 to 2999; default: 0)" in page(TrainConfig(), "seed")
     assert page(TrainConfig(), "max_cache_gib").endswith("By default half of the free memory. (at least 0)")
     assert "(at least 1; default: the run's, or 16)" in page(EvaluateConfig(), "max_tokens")
