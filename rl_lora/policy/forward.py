@@ -37,7 +37,8 @@ class AdaptedModel:
         self.head = Head.of(model, may_pack=self.bank.may_pack)
         self.backbone = model.base_model
         parameters = inspect.signature(self.backbone.forward).parameters
-        self._cache_name = "cache_params" if "cache_params" in parameters else "past_key_values"  # as Mamba calls it
+        names = ("cache", "cache_params")  # in transformers 5.24 and newer; of Mamba, before
+        self._cache_name = next((name for name in names if name in parameters), "past_key_values")
         self.device = self.bank.device
         self.dtype = self.head.weight.dtype
         self.context_length = context_length(model.config)

@@ -6,6 +6,7 @@ A model whose attention is its own (Mamba, Bloom) is trained and sampled without
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -255,3 +256,30 @@ def test_a_policy_is_loaded_from_a_folder_in_the_dtype_asked_for(tmp_path: Path)
         policy = Policy.load(folder, dtype=dtype, stop_tokens=["\n"])
         assert policy.dtype == getattr(torch, dtype)
         assert len(policy.chat.stop_ids) == 2
+
+
+@pytest.mark.parametrize("name", ["cache", "cache_params", "past_key_values"])
+def test_a_model_may_call_its_cache_by_any_of_the_names_of_transformers(name: str) -> None:
+    def generated(model: PreTrainedModel) -> list[int]:
+        policy = policy_of(model)
+        assert policy.not_shared is None
+        [[completion]] = NativeSampler(policy).generate([Request(tuple(token_ids(1, 9)[0].tolist()), max_tokens=8)])
+        return list(completion.token_ids)
+
+    model, expected = tiny_model("llama"), generated(tiny_model("llama"))
+    backbone = model.base_model
+    forward = backbone.forward
+    signature = inspect.signature(forward)
+    own = next(n for n in ("cache", "cache_params", "past_key_values") if n in signature.parameters)
+
+    def renamed(**kwargs: Any) -> Any:
+        if name in kwargs:  # the model itself keeps to its own name
+            kwargs[own] = kwargs.pop(name)
+        elif kwargs.get(own) is not None:
+            raise TypeError(f"no parameter is called {own}")
+        return forward(**kwargs)
+
+    parameters = [p.replace(name=name) if p.name == own else p for p in signature.parameters.values()]
+    renamed.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    backbone.forward = renamed
+    assert generated(model) == expected
