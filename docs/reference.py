@@ -164,6 +164,7 @@ def indent(line: str) -> int:
 
 
 def plain_signature(app: Sphinx, what: str, name: str, obj: Any, options: Any, args: str | None, to: str | None) -> Any:
+    """Take the bounds out of a signature's types: `Annotated[int, Ge(1)]` is int."""
     return ANNOTATED.sub(r"\1", args or "") or args, to
 
 

@@ -93,6 +93,14 @@ def test_every_block_says_what_it_is() -> None:
     assert all(len(block.not_run) > 10 for block in BLOCKS if block.not_run), "a reason is a sentence"
 
 
+def test_pages_that_are_followed_in_one_folder_overwrite_no_file_of_each_other() -> None:
+    texts: dict[str, set[str]] = {}
+    for block in BLOCKS:
+        if block.file:
+            texts.setdefault(block.file, set()).add(block.text)
+    assert {name for name, found in texts.items() if len(found) > 1} == set()
+
+
 @pytest.mark.parametrize("block", of_kind("python", "sh"), ids=str)
 def test_a_block_runs(block: Block, place: Path, start: Path, names: dict[Path, dict[str, Any]]) -> None:
     if block.kind == "sh":
