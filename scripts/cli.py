@@ -24,6 +24,7 @@ from rl_lora.scripts.schema import Usage, meant, nearest
 from rl_lora.settings.validation import validate, validate_bounds, validate_evaluation
 from rl_lora.system.invocation import COMMAND, launcher, words
 from rl_lora.system.terminal import guard, say
+from rl_lora.trainer.taken import refuse_taken_early
 
 Work = Callable[[Any], object]
 
@@ -40,6 +41,11 @@ class Command:
     """Finds what is wrong with a config, before `load`."""
     to_go_on: tuple[str, ...] | None = None
     """Options that make the same command go on from where it was interrupted; None: it starts over."""
+
+
+def _check_run(config: TrainConfig) -> None:
+    validate(config)
+    refuse_taken_early(config)
 
 
 def _train() -> Work:
@@ -95,7 +101,7 @@ COMMANDS = {
                 "resume",
             ),
         ),
-        check=validate,
+        check=_check_run,
         to_go_on=("--resume", "true"),
     ),
     "evaluate": Command(
@@ -121,7 +127,7 @@ COMMANDS = {
             ),
             first=(*TASK, "rollout.max_tokens", "learner.learning_rate", "adapter.rank", "resume"),
         ),
-        check=validate,
+        check=_check_run,
         to_go_on=("--resume", "true"),
     ),
     "report": Command(

@@ -13,7 +13,8 @@ from rl_lora.config import EvaluateConfig
 from rl_lora.lora.peft_io import CONFIG, base_of
 from rl_lora.settings.dotted import as_typed
 from rl_lora.system.files import read_json, read_yaml
-from rl_lora.trainer.checkpoint import PATTERN, Checkpoints, check_whole
+from rl_lora.trainer.checkpoint import Checkpoints, check_whole
+from rl_lora.trainer.taken import CHECKPOINT
 
 BASE = "base"
 """Name of the bare base's row."""
@@ -60,7 +61,7 @@ def path_notes(paths: Sequence[str], names: dict[str, Path]) -> Iterator[str]:
 def step_of(adapter: Path) -> int | None:
     """The step of training after which an adapter was saved, where its folder says."""
     folder = adapter.parent if adapter.name == "adapter" else adapter
-    if match := PATTERN.fullmatch(folder.name):
+    if match := CHECKPOINT.fullmatch(folder.name):
         return int(match[1])
     summary = folder / "summary.json"  # written after the adapter of a run that is finished
     if adapter == folder or not summary.is_file():

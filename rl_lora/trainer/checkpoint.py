@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import random
-import re
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,8 +23,8 @@ from rl_lora.lora.peft_io import check_adapter
 from rl_lora.metrics.samples import content_hash
 from rl_lora.system import files
 from rl_lora.system import finite_json as json
+from rl_lora.trainer.taken import CHECKPOINT
 
-PATTERN = re.compile(r"step-(\d{6,})")
 STATE, OPTIMIZER, RANDOM, CURRICULUM = "state.json", "optimizer.pt", "random.pt", "curriculum.json"
 FIELDS = {"step": int, "version": int, "score": int | float | None, "config": dict}
 """Of state.json, in every version."""
@@ -40,7 +39,7 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        match = PATTERN.fullmatch(self.folder.name)
+        match = CHECKPOINT.fullmatch(self.folder.name)
         assert match is not None
         return int(match[1])
 
@@ -134,7 +133,7 @@ def _load(path: Path, device: torch.device | str) -> Any:
 
 def check_whole(adapter: Path) -> None:
     """Raises ValueError if an adapter folder is part of a checkpoint that is damaged."""
-    if adapter.name == "adapter" and PATTERN.fullmatch(adapter.parent.name):
+    if adapter.name == "adapter" and CHECKPOINT.fullmatch(adapter.parent.name):
         checkpoint = Checkpoint(adapter.parent)
         if (checkpoint.folder / STATE).exists() and (damage := checkpoint.damage()) is not None:
             raise ValueError(f"{damage}: the checkpoint is damaged; {COPY}")
@@ -174,7 +173,7 @@ class Checkpoints:
         """Those that are there, oldest first, damaged ones too."""
         if not self.folder.is_dir():
             return []
-        found = [Checkpoint(path) for path in self.folder.iterdir() if PATTERN.fullmatch(path.name)]
+        found = [Checkpoint(path) for path in self.folder.iterdir() if CHECKPOINT.fullmatch(path.name)]
         return sorted(found, key=lambda checkpoint: checkpoint.step)
 
     def damage(self, checkpoint: Checkpoint) -> str | None:

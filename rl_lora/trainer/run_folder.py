@@ -1,10 +1,9 @@
-"""A run's folder before the run begins: its lock, its checks, and the base of the run that it holds."""
+"""A run's folder before the run begins: its checks, and the base of the run that it holds."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,29 +15,12 @@ from rl_lora.settings.comparison import differences
 from rl_lora.settings.dotted import flatten
 from rl_lora.settings.validation import validate
 from rl_lora.system import files
-from rl_lora.system.invocation import is_first_process
 from rl_lora.system.model_names import DEFAULT_MODEL, EMBEDDED_MODEL, HUB_MODEL, canonical
 from rl_lora.trainer.checkpoint import Checkpoint, Checkpoints
+from rl_lora.trainer.taken import refuse_taken
 from rl_lora.trainer.task import task_changes, task_record
 
 FILES = ("config.yaml", "metrics.jsonl", "adapter", "summary.json", "reward.png", "report.html")
-
-
-@contextmanager
-def lock_run_dir(run_dir: Path) -> Iterator[None]:
-    """While the block runs, no other run writes to the folder: the first process holds a lock until it ends.
-
-    Raises:
-        ValueError: another run has it.
-    """
-    if not is_first_process():
-        yield
-        return
-    lock = files.lock(run_dir, "another run", "wait until it has ended, or choose another --run_dir")
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def holds_run(run_dir: Path) -> bool:
@@ -71,12 +53,9 @@ def check_run_dir(config: TrainConfig) -> None:
     run_dir = Path(config.run_dir)
     files.check_writable(run_dir, "run_dir")
     record, checkpoints = run_dir / "config.yaml", Checkpoints(run_dir / "checkpoints", 1)
-    if not checkpoints.all() and not (record.exists() and config.resume):
+    refuse_taken(config)
+    if not config.resume or not (checkpoints.all() or record.exists()):
         return  # nothing of a run that died before its first checkpoint is worth keeping
-    if not config.resume:
-        raise ValueError(
-            f"{config.run_dir} already holds a run; continue it with --resume true, or choose another --run_dir"
-        )
     latest = checkpoints.latest()
     if latest is None and (damaged := checkpoints.damaged()):
         raise ValueError(

@@ -45,8 +45,9 @@ from rl_lora.trainer.held_out_problems import HeldOutProblems
 from rl_lora.trainer.member import Finished, Member
 from rl_lora.trainer.preflight import preflight
 from rl_lora.trainer.problem_order import training_problems
-from rl_lora.trainer.run_folder import check_run_dir, holds_run, lock_run_dir, other_task_error, with_base
+from rl_lora.trainer.run_folder import check_run_dir, holds_run, other_task_error, with_base
 from rl_lora.trainer.run_log import RunLog, model_facts
+from rl_lora.trainer.taken import lock_run_dir
 from rl_lora.trainer.task import model_changes, model_record, task_record
 from rl_lora.types import Group
 

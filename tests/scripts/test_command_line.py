@@ -14,6 +14,7 @@ import pytest
 import rl_lora
 from rl_lora.scripts.cli import COMMANDS
 from rl_lora.scripts.schema import schema_of
+from rl_lora.trainer.taken import lock_run_dir
 from tests import ROOT
 
 HEAVY = ("torch", "transformers", "accelerate", "numpy", "gymnasium", "huggingface_hub", "matplotlib")
@@ -42,6 +43,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "heavy" / "rl-lora").chmod(0o755)
     (folder / "runs" / "first").mkdir(parents=True)
     (folder / "runs" / "mine").mkdir()
+    (folder / "runs" / "taken" / "checkpoints" / "step-000001").mkdir(parents=True)
     (folder / "runs" / "mine" / "config.yaml").write_text("steps: 3\n", encoding="utf-8")
     return folder
 
@@ -83,6 +85,7 @@ def test_the_command_lists_its_subcommands_with_an_example_and_tells_its_version
         ("benchmark --round 1", "there is no option --round; --round may be meant for --rounds; "),
         ("train --help lerner", "no option has 'lerner' in its name; lerner may be meant for learner; "),
         ("train --adapter.rank 0", "adapter.rank must be >= 1, got 0"),
+        ("train --run_dir runs/taken", "runs/taken already holds a run; continue it with --resume true, or choose"),
     ],
 )
 def test_misuse_is_one_line_that_names_the_nearest_before_any_library_is_imported(
@@ -218,6 +221,13 @@ def test_zsh_and_fish_get_a_script_of_their_own(shell: str, word: str, place: Pa
 def test_the_places_of_the_completion_stand_in_a_column(place: Path) -> None:
     lines = call(place, "completion").stdout.splitlines()[2:]
     assert len({line.index("in ~") for line in lines}) == 1
+
+
+def test_a_run_that_goes_on_is_said_before_its_folder_is_taken(place: Path) -> None:
+    with lock_run_dir(place / "runs" / "taken"):
+        found = call(place, "train", "--run_dir", "runs/taken", program="heavy/rl-lora")
+    assert found.stderr.startswith("error: another run is writing to runs/taken; wait until it has ended")
+    assert found.stderr.splitlines()[1:] == [""]
 
 
 def test_setup_declares_the_one_command() -> None:
