@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 import math
-import os
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +15,7 @@ from rl_lora.rewards.math.verdict import math_match
 from rl_lora.rewards.numeric import numeric_match
 from rl_lora.rewards.score import RewardFunction, name_of
 from rl_lora.rewards.signature import read
+from rl_lora.system.user_object import user_object
 
 BUILTINS: dict[str, RewardFunction] = {
     "format": format_match,
@@ -94,28 +92,7 @@ def _named(name: str, options: dict[str, Any]) -> RewardFunction:
         return function
     if not isinstance(name, str) or ":" not in name:
         raise ValueError(f"no reward is called {name!r}; there are {', '.join(BUILTINS)} and 'module:function'")
-    return _with_options(name, _imported(name), options)
-
-
-def _imported(name: str) -> RewardFunction:
-    module_name, _, attribute = name.partition(":")
-    if not module_name or not attribute:
-        raise ValueError(f"a reward of your own is written 'module:function', got {name!r}")
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.append(os.getcwd())  # last, so that it hides nothing
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        raise ValueError(
-            f"reward {name!r}: cannot import {module_name!r} ({type(error).__name__}: {error}); "
-            f"it must be installed, on PYTHONPATH or in {os.getcwd()}"
-        ) from error
-    function: RewardFunction | None = getattr(module, attribute, None)
-    if not callable(function):
-        there = sorted(key for key, value in vars(module).items() if inspect.isfunction(value) and key[0] != "_")
-        wrong = "nothing called" if function is None else f"no function, but a {type(function).__name__}, called"
-        raise ValueError(f"reward {name!r}: {module_name} has {wrong} {attribute!r}; functions: {', '.join(there)}")
-    return function
+    return _with_options(name, user_object(name, "reward"), options)
 
 
 def _with_options(name: str, function: RewardFunction, options: dict[str, Any]) -> RewardFunction:

@@ -85,6 +85,6 @@ class Registry(Generic[R]):
         kinds = tuple({type(record) for record in self.records.values()})
         if isinstance(found, kinds):
             return found
-        if not callable(found) or isinstance(found, Record):
+        if isinstance(found, Record):
             raise ValueError(f"{name} is no function and no {self.kind}, but {type(found).__name__}")
         return self.of_function(found)

@@ -15,11 +15,11 @@ def user_object(name: str, kind: str) -> Any:
     `kind`: of the object, for messages: reward, objective, ...
 
     Raises:
-        ValueError: the module cannot be imported, or has nothing of that name.
+        ValueError: the module cannot be imported, or has nothing of that name that can be called.
     """
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute:
-        raise ValueError(f"{kind} {name!r}: one of your own is written 'module:name'")
+        raise ValueError(f"{kind} {name!r}: one of your own is written 'module:function'")
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())  # last, so that it hides nothing
     try:
@@ -30,9 +30,8 @@ def user_object(name: str, kind: str) -> Any:
             f"it must be installed, on PYTHONPATH or in {os.getcwd()}"
         ) from error
     found = getattr(module, attribute, None)
-    if found is None:
+    if not callable(found):
         there = sorted(key for key, value in vars(module).items() if inspect.isfunction(value) and key[0] != "_")
-        raise ValueError(
-            f"{kind} {name!r}: {module_name} has nothing called {attribute!r}; functions: {', '.join(there)}"
-        )
+        wrong = "nothing called" if found is None else f"no function, but a {type(found).__name__}, called"
+        raise ValueError(f"{kind} {name!r}: {module_name} has {wrong} {attribute!r}; functions: {', '.join(there)}")
     return found
