@@ -7,6 +7,8 @@ PYTEST_WORKERS ?= 2
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 INSTALL_FILES := setup.cfg pyproject.toml constraints.txt
+# In an argument of `call`, a comma that separates nothing.
+COMMA := ,
 SOURCES := rl_lora envs rewards scripts tests docs
 
 .DEFAULT_GOAL := help
@@ -111,7 +113,7 @@ $(VENV)/.reasoning-gym: $(INSTALL_FILES) | $(VENV)/.setup
 	$(call install,.[reasoning-gym])
 
 $(VENV)/.test: $(INSTALL_FILES) | $(VENV)/.setup
-	$(call install,.[test,docs])
+	$(call install,.[test$(COMMA)docs])
 
 $(VENV)/.docs: $(INSTALL_FILES) | $(VENV)/.setup
 	$(call install,.[docs])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -50,3 +51,14 @@ def test_an_example_is_short() -> None:
     examples = [block for block in blocks_of(ROOT / "CONTRIBUTING.md") if block.kind == "python"]
     assert len(examples) == 4
     assert all(block.text.count("\n") < 30 for block in examples)
+
+
+def test_each_install_names_extras_that_there_are() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    made = [
+        subprocess.run(["make", "-nB", goal], cwd=ROOT, capture_output=True, text=True) for goal in ("test", "docs")
+    ]
+    installs = re.findall(r"-e '(.*)'", "\n".join(each.stdout for each in made))
+    extras = [name for each in installs if each != "." for name in each.removeprefix(".[").removesuffix("]").split(",")]
+    assert {"test", "docs"} <= set(extras) <= set(setup["options.extras_require"]), installs
