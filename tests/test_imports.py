@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 from rl_lora.scripts.imports import circles, floors, imports, rooms, upward
@@ -39,3 +41,11 @@ def test_a_circle_an_upward_import_and_a_hidden_one_are_seen(tmp_path: Path) -> 
         "sampler.rows -> learner.batch: rl_lora.learner.batch",
     ]
     assert floors(rooms(graph)) == {"types": 1, "policy": 2, "sampler": 2, "learner": 1}
+
+
+def test_no_module_puts_a_folder_of_the_package_before_the_standard_library() -> None:
+    names = [f"rl_lora.{name}" for name in imports(ROOT) if name.startswith("scripts.") and name != "scripts.imports"]
+    code = f"import importlib, sys; before = list(sys.path); [importlib.import_module(n) for n in {names}]; "
+    code += "print([p for p in sys.path if p not in before])"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines()[-1] == "[]"

@@ -19,7 +19,8 @@ from typing import Annotated, Any
 
 from annotated_types import Ge
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # also when the package is not installed
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[2])  # in place of this folder; also when nothing is installed
 
 import torch
 from rich.table import Table

@@ -17,7 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # also when the package is not installed
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[2])  # in place of this folder; also when nothing is installed
 
 import rl_lora.envs  # noqa: F401  registers the environments
 from rl_lora.config import EvalConfig, LogConfig, ModelConfig, RolloutConfig, TrainConfig
