@@ -15,7 +15,7 @@ constexpr int64_t CHUNK = 768;    // inputs of a panel that stay in the first ca
 constexpr int64_t TASKS = 4;      // a thread, at least, so that none is left waiting for long
 
 // One input's weights for a panel. Of bfloat16, a word holds two: output j in its low half, j + LANES in its high half.
-struct Float32 {
+struct Float32Weight {
     static constexpr int64_t BYTES = 8 * LANES;
     static void read(const char* at, Floats& low, Floats& high) {
         std::memcpy(&low, at, sizeof low);
@@ -23,7 +23,7 @@ struct Float32 {
     }
 };
 
-struct BFloat16 {
+struct BFloat16Weight {
     static constexpr int64_t BYTES = 4 * LANES;
     static void read(const char* at, Floats& low, Floats& high) {
         Words words;
@@ -128,10 +128,10 @@ int lanes() { return LANES; }
 // * PANEL).
 void multiply_float32(const float* x, const char* weights, const float* bias, float* out, int64_t out_stride,
                       int64_t rows, int64_t n_panels, int64_t n_in) {
-    multiply<Float32>(x, weights, bias, out, out_stride, rows, n_panels, n_in);
+    multiply<Float32Weight>(x, weights, bias, out, out_stride, rows, n_panels, n_in);
 }
 void multiply_bfloat16(const float* x, const char* weights, const float* bias, float* out, int64_t out_stride,
                        int64_t rows, int64_t n_panels, int64_t n_in) {
-    multiply<BFloat16>(x, weights, bias, out, out_stride, rows, n_panels, n_in);
+    multiply<BFloat16Weight>(x, weights, bias, out, out_stride, rows, n_panels, n_in);
 }
 }

@@ -6,6 +6,10 @@
 #include <cstring>
 
 #if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
 constexpr int LANES = 16;
 constexpr int MOST = 14;  // rows of a block: two sums for each, two vectors to multiply, and one x fill the 32 registers
 #elif defined(__AVX2__) && defined(__FMA__)
@@ -27,6 +31,38 @@ static inline Floats load(const float* at) {
 }
 
 static inline void store(float* at, Floats x) { std::memcpy(at, &x, sizeof x); }
+
+struct BFloat16 {  // the upper half of a float
+    uint16_t bits;
+};
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+
+static inline Floats load(const BFloat16* at) {
+    Halves x;
+    std::memcpy(&x, at, sizeof x);
+    return (Floats)(__builtin_convertvector(x, Words) << 16);
+}
+
+// To the nearest, of two as near to the even one; NaN stays NaN.
+static inline void store(BFloat16* at, Floats x) {
+#if defined(__AVX512BF16__)
+    const __m256bh halves = _mm512_cvtneps_pbh((__m512)x);
+#else
+    const Words bits = (Words)x, rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const Halves halves = __builtin_convertvector(x == x ? rounded : (Words)(Ints{} + 0x7fc0), Halves);
+#endif
+    std::memcpy(at, &halves, sizeof halves);
+}
+
+// sum + a b of two neighbours each: a lane holds two bfloat16, and one product of both is added to one float.
+static inline Floats add_pairs(Floats sum, Words a, Words b) {
+#if defined(__AVX512BF16__)
+    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+    sum += (Floats)(a << 16) * (Floats)(b << 16);
+    return sum + (Floats)(a & 0xffff0000u) * (Floats)(b & 0xffff0000u);
+#endif
+}
 
 // e^x for x <= 0: 2^n e^r with |r| <= log(2) / 2, and a polynomial for e^r (Cephes).
 static inline Floats exponential(Floats x) {
