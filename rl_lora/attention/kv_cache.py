@@ -26,8 +26,9 @@ BLOCK = 32
 GPU_BLOCKS = 4
 """So many blocks at a time on a GPU: a recorded step (a CUDA graph) holds as long as the buffers do."""
 READ = 8
-"""Tokens by which the part of them that attention reads grows, in float32 on a CPU. Elsewhere it reads them whole: in
-bfloat16, torch would copy a part first, and a GPU would have to record its steps anew."""
+"""Tokens by which the part of them grows that attention is given, in float32 on a CPU. Elsewhere it is given the whole:
+in bfloat16, torch would copy a part first, and a GPU would have to record its steps anew. The C++ needs neither: it
+reads each row up to its last token."""
 SHORT_PREFIX = 64
 """Tokens. A prompt keeps a copy of a shared prefix as short as this: to read one source more takes longer."""
 

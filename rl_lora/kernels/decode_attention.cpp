@@ -1,6 +1,6 @@
-// Attention of the new tokens of a decoding step, in float32: out = softmax(scaling q k^T) v over the keys that each may
-// see. A row and a head are worked on by themselves: what comes out does not depend on a row's neighbours, to the bit, nor
-// on which of its keys are shared.
+// Attention of the new tokens of a decoding step: out = softmax(scaling q k^T) v over the keys that each may see. Tensors
+// are all float32 or all bfloat16 (T below); sums are float32. A row and a head are worked on by themselves: what comes
+// out does not depend on a row's neighbours, to the bit, nor on which of its keys are shared.
 //
 // The keys of a query lie in several sources, one behind the other: nodes that rows share, and at last the row's own.
 
@@ -16,24 +16,71 @@ constexpr int N = WIDTH / LANES;  // vectors of a head
 static_assert(N > 0 && WIDTH % LANES == 0, "a head is a number of whole vectors");
 constexpr int TOGETHER = N > 8 ? 1 : N > 4 ? 2 : 4;  // heads whose sums have room in registers
 
+template <class T>
 struct Source {
-    const float* key;
-    const float* value;
+    const T* key;
+    const T* value;
     int64_t key_strides[3];  // between nodes, heads, tokens
     int64_t value_strides[3];
     const int64_t* node;    // of each row; null: every row has its own
     const int64_t* length;  // of each row; null: it ends with the query itself
 };
 
+template <class T>
 struct Call {
-    const float* query;
+    const T* query;
     int64_t query_strides[3];  // between rows, heads, tokens
-    float* out;                // (rows, tokens, heads, WIDTH)
+    T* out;                    // (rows, tokens, heads, WIDTH)
     const int64_t* at;         // (rows, tokens): which of its row's own tokens each query is
     int64_t rows, heads, key_heads, tokens;
     int64_t window;        // keys that a query sees, its own the last; 0: all
     const float* sinks;    // a logit that takes probability away from every key, of each head; or null
     int64_t sinks_stride;  // between rows
+};
+
+// A head of a query, and the products of its numbers with those of a key, to be summed over the lanes.
+template <class T>
+struct Query;
+
+template <>
+struct Query<float> {
+    Floats x[N];
+
+    void read(const float* query) {
+#pragma GCC unroll 32
+        for (int i = 0; i < N; i++) x[i] = load(query + i * LANES);
+    }
+
+    Floats times(const float* key) const {
+        Floats sum = x[0] * load(key);
+#pragma GCC unroll 32
+        for (int i = 1; i < N; i++) sum += x[i] * load(key + i * LANES);
+        return sum;
+    }
+};
+
+template <>
+struct Query<BFloat16> {
+    Words pairs[N / 2 + 1];
+    Floats last;  // what is left where N is odd
+
+    void read(const BFloat16* query) {
+#pragma GCC unroll 32
+        for (int i = 0; i < N / 2; i++) std::memcpy(&pairs[i], query + 2 * i * LANES, sizeof(Words));
+        if constexpr (N % 2) last = load(query + (N - 1) * LANES);
+    }
+
+    Floats times(const BFloat16* key) const {
+        Floats sum = {};
+        if constexpr (N % 2) sum = last * load(key + (N - 1) * LANES);
+#pragma GCC unroll 32
+        for (int i = 0; i < N / 2; i++) {
+            Words x;
+            std::memcpy(&x, key + 2 * i * LANES, sizeof x);
+            sum = add_pairs(sum, pairs[i], x);
+        }
+        return sum;
+    }
 };
 
 // Lanes whose number has the bit STRIDE are b's, the others a's; each is added to the lane that differs in this bit.
@@ -58,8 +105,8 @@ static inline __attribute__((always_inline)) Floats sums(const Vector& vector, i
 
 // A loop over HEADS heads that read the same keys, one after another for each block of keys, which stay in the cache.
 // softcap: 0, or the bound that scores are brought under.
-template <int HEADS>
-static void attend(const Call& call, const Source* sources, int64_t n_sources, float scaling, float softcap, int64_t row,
+template <class T, int HEADS>
+static void attend(const Call<T>& call, const Source<T>* sources, int64_t n_sources, float scaling, float softcap, int64_t row,
                    int64_t token, int64_t head, std::vector<float>& scores) {
     const int64_t own = call.at[row * call.tokens + token] + 1, key_head = head / (call.heads / call.key_heads);
     int64_t n = own;
@@ -69,29 +116,23 @@ static void attend(const Call& call, const Source* sources, int64_t n_sources, f
     if (int64_t(scores.size()) < HEADS * room) scores.resize(2 * HEADS * room);
     float* const begin = scores.data();  // (HEADS, room)
 
-    Floats q[HEADS][N];
-    const float* query =
+    Query<T> q[HEADS];
+    const T* query =
         call.query + row * call.query_strides[0] + head * call.query_strides[1] + token * call.query_strides[2];
-    for (int h = 0; h < HEADS; h++)
-#pragma GCC unroll 32
-        for (int i = 0; i < N; i++) q[h][i] = load(query + h * call.query_strides[1] + i * LANES) * scaling;
+    for (int h = 0; h < HEADS; h++) q[h].read(query + h * call.query_strides[1]);
     int64_t first = 0;  // position of a source's first key
     n = 0;
     for (int64_t s = 0; s < n_sources; s++) {
-        const Source& source = sources[s];
+        const Source<T>& source = sources[s];
         const int64_t length = source.length ? source.length[row] : own, node = source.node ? source.node[row] : row;
-        const float* keys = source.key + node * source.key_strides[0] + key_head * source.key_strides[1];
+        const T* keys = source.key + node * source.key_strides[0] + key_head * source.key_strides[1];
         const int64_t from = std::max<int64_t>(0, unseen - first), stride = source.key_strides[2];
         for (int64_t j = from; j < length; j += LANES)
             for (int h = 0; h < HEADS; h++) {
                 const auto product = [&](int64_t i) __attribute__((always_inline)) {
-                    const float* key = keys + std::min(i, length - 1) * stride;
-                    Floats sum = q[h][0] * load(key);
-#pragma GCC unroll 32
-                    for (int d = 1; d < N; d++) sum += q[h][d] * load(key + d * LANES);
-                    return sum;
+                    return q[h].times(keys + std::min(i, length - 1) * stride);
                 };
-                store(begin + h * room + n + (j - from), sums<LANES / 2>(product, j));
+                store(begin + h * room + n + (j - from), scaling * sums<LANES / 2>(product, j));
             }
         n += std::max<int64_t>(0, length - from);
         first += length;
@@ -130,7 +171,7 @@ static void attend(const Call& call, const Source* sources, int64_t n_sources, f
         for (int h = 0; h < HEADS; h++)
 #pragma GCC unroll 32
             for (int i = 0; i < N; i++) sum[part][h][i] = Floats{};
-    const auto add = [&](int part, const float* value, const float* p) __attribute__((always_inline)) {
+    const auto add = [&](int part, const T* value, const float* p) __attribute__((always_inline)) {
 #pragma GCC unroll 4
         for (int h = 0; h < HEADS; h++)
 #pragma GCC unroll 32
@@ -139,9 +180,9 @@ static void attend(const Call& call, const Source* sources, int64_t n_sources, f
     const float* p = begin;
     first = 0;
     for (int64_t s = 0; s < n_sources; s++) {
-        const Source& source = sources[s];
+        const Source<T>& source = sources[s];
         const int64_t length = source.length ? source.length[row] : own, node = source.node ? source.node[row] : row;
-        const float* values = source.value + node * source.value_strides[0] + key_head * source.value_strides[1];
+        const T* values = source.value + node * source.value_strides[0] + key_head * source.value_strides[1];
         const int64_t stride = source.value_strides[2];
         int64_t j = std::max<int64_t>(0, unseen - first);
         if (PARTS == 2 && j < length && (p - begin) % 2) add(PARTS - 1, values + j++ * stride, p++);
@@ -152,7 +193,7 @@ static void attend(const Call& call, const Source* sources, int64_t n_sources, f
         if (j < length) add(0, values + j * stride, p++);
         first += length;
     }
-    float* out = call.out + ((row * call.tokens + token) * call.heads + head) * WIDTH;
+    T* out = call.out + ((row * call.tokens + token) * call.heads + head) * WIDTH;
 #pragma GCC unroll 4
     for (int h = 0; h < HEADS; h++)
 #pragma GCC unroll 32
@@ -163,29 +204,44 @@ static void attend(const Call& call, const Source* sources, int64_t n_sources, f
         }
 }
 
-using Attend = decltype(&attend<1>);
+template <class T>
+using Attend = decltype(&attend<T, 1>);
 
-template <int... HEADS>
-static Attend of_heads(int64_t heads, std::integer_sequence<int, HEADS...>) {
-    static constexpr Attend of[] = {attend<HEADS + 1>...};
+template <class T, int... HEADS>
+static Attend<T> of_heads(int64_t heads, std::integer_sequence<int, HEADS...>) {
+    static constexpr Attend<T> of[] = {attend<T, HEADS + 1>...};
     return of[heads - 1];
 }
 
-extern "C" void attend_all(const Call* call, const Source* sources, int64_t n_sources, double scaling, double softcap) {
-    const int64_t group = call->heads / call->key_heads;
+template <class T>
+static void attend_rows(const Call<T>& call, const Source<T>* sources, int64_t n_sources, float scaling,
+                        float softcap) {
+    const int64_t group = call.heads / call.key_heads;
 #pragma omp parallel
     {
         std::vector<float> scores;
         // In an order in which neighbours find the same keys in the cache.
 #pragma omp for schedule(static)
-        for (int64_t task = 0; task < call->rows * call->key_heads; task++) {
-            const int64_t row = task % call->rows, key_head = task / call->rows;
-            for (int64_t token = 0; token < call->tokens; token++)
+        for (int64_t task = 0; task < call.rows * call.key_heads; task++) {
+            const int64_t row = task % call.rows, key_head = task / call.rows;
+            for (int64_t token = 0; token < call.tokens; token++)
                 for (int64_t i = 0; i < group; i += TOGETHER) {
-                    const Attend run = of_heads(std::min<int64_t>(TOGETHER, group - i),
-                                                std::make_integer_sequence<int, TOGETHER>{});
-                    run(*call, sources, n_sources, scaling, softcap, row, token, key_head * group + i, scores);
+                    const Attend<T> run = of_heads<T>(std::min<int64_t>(TOGETHER, group - i),
+                                                      std::make_integer_sequence<int, TOGETHER>{});
+                    run(call, sources, n_sources, scaling, softcap, row, token, key_head * group + i, scores);
                 }
         }
     }
+}
+
+extern "C" void attend_all(const void* call, const void* sources, int64_t n_sources, double scaling, double softcap,
+                           int bfloat16) {
+    const auto run = [&](auto like) {
+        using T = decltype(like);
+        attend_rows(*(const Call<T>*)call, (const Source<T>*)sources, n_sources, scaling, softcap);
+    };
+    if (bfloat16)
+        run(BFloat16{});
+    else
+        run(0.0f);
 }

@@ -1,4 +1,4 @@
-"""Attention of a decode step's new tokens in C++ (`decode_attention.cpp`), in float32 on a CPU.
+"""Attention of a decode step's new tokens in C++ (`decode_attention.cpp`), in float32 or bfloat16 on a CPU.
 
 torch takes a dozen operations that pass matrices of a few rows to one another; here a head of a row is one piece of
 work without padding, and reads keys and values where they lie.
@@ -24,6 +24,9 @@ from rl_lora.kernels.verify import FastPath, require_all_close
 SOURCE = Path(__file__).with_suffix(".cpp")
 WIDEST = 256
 """Largest width of heads that it is compiled for."""
+ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8}
+"""The dtypes that query, keys, values and output may have, and what storing an output of 1 in them may add to the error
+of float32 sums."""
 
 
 @functools.cache
@@ -31,19 +34,22 @@ def library(width: int) -> ctypes.CDLL | None:
     """The compiled code for heads of this width; None where it cannot be compiled, or computes something else."""
     found = native_code.load(SOURCE, f"-DWIDTH={width}") if width <= WIDEST else None
     if found is not None:
-        found.attend_all.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_double]
+        found.attend_all.argtypes = [*[ctypes.c_void_p] * 2, ctypes.c_int64, *[ctypes.c_double] * 2, ctypes.c_int]
         found.attend_all.restype = None
     path = FastPath("attention of decode steps is left to torch")
-    return found if found is not None and path.verify(lambda: _compare(found, width)) else None
+    return found if found is not None and path.verify(lambda: _compare_all(found, width)) else None
 
 
 def supports(query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> bool:
-    """Whether `decode_attention` may be called with these: float32, on a CPU, no gradients, heads of one width."""
+    """Whether `decode_attention` may be called with these: on a CPU, no gradients, heads of one width, all of them
+    float32 or all of them bfloat16."""
     if torch.is_grad_enabled():
         return False
     _, H, _, D = query.shape
+    if query.dtype not in ROUNDING:
+        return False
     for x in (query, *keys, *values):
-        if x.dtype != torch.float32 or x.device.type != "cpu" or x.shape[3] != D:
+        if x.dtype != query.dtype or x.device.type != "cpu" or x.shape[3] != D:
             return False
     if any(x.shape[1] != keys[0].shape[1] for x in (*keys, *values)) or H % keys[0].shape[1]:
         return False
@@ -89,6 +95,7 @@ def _call(
     sinks: Tensor | None,
 ) -> Tensor:
     R, H, n, D = query.shape
+    is_bfloat16 = query.dtype == torch.bfloat16
     query, keys, values = dense(query), [dense(x) for x in keys], [dense(x) for x in values]
     at, nodes, lengths = at.contiguous(), [x.contiguous() for x in nodes], [x.contiguous() for x in lengths]
     out = query.new_empty(R, n, H, D)
@@ -101,7 +108,7 @@ def _call(
     for i, (key, value) in enumerate(zip(keys, values, strict=True)):
         sources.extend([key.data_ptr(), value.data_ptr(), *key.stride()[:3], *value.stride()[:3]])
         sources.extend([nodes[i].data_ptr(), lengths[i].data_ptr()] if i < len(nodes) else [0, 0])
-    found.attend_all(call.buffer_info()[0], sources.buffer_info()[0], len(keys), scaling, softcap or 0.0)
+    found.attend_all(call.buffer_info()[0], sources.buffer_info()[0], len(keys), scaling, softcap or 0.0, is_bfloat16)
     return out.transpose(1, 2)
 
 
@@ -117,17 +124,25 @@ torch.library.register_fake(
 )
 
 
-def _compare(found: ctypes.CDLL, D: int) -> None:
-    """With float64: two sources and a row's own, all that a model may ask for."""
+def _compare_all(found: ctypes.CDLL, D: int) -> None:
+    for dtype in ROUNDING:
+        _compare(found, D, dtype)
+
+
+def _compare(found: ctypes.CDLL, D: int, dtype: torch.dtype) -> None:
+    """With float64, of the same inputs: two sources and a row's own, all that a model may ask for."""
     g = torch.Generator().manual_seed(0)
     R, H, n = 3, 14, 2
     sizes = (2, 5), (3, 19), (R, 40)  # nodes, tokens
-    keys, values = ([torch.randn(count, 2, length, D, generator=g) for count, length in sizes] for _ in range(2))
+    keys, values = (
+        [torch.randn(count, 2, length, D, generator=g).to(dtype) for count, length in sizes] for _ in range(2)
+    )
     nodes, lengths = (
         [torch.tensor([0, 1, 1]), torch.tensor([2, 0, 2])],
         [torch.tensor([5, 0, 3]), torch.tensor([0, 9, 19])],
     )
-    at, query = torch.tensor([[0, 1], [36, 37], [4, 5]]), torch.randn(R, n, H, D, generator=g).transpose(1, 2)
+    at = torch.tensor([[0, 1], [36, 37], [4, 5]])
+    query = torch.randn(R, n, H, D, generator=g).to(dtype).transpose(1, 2)
     sinks = torch.randn(R, H, generator=g)
     tolerance = 1e-5 * (D / 64) ** 0.5 + 1e-5
     for window, softcap, of_heads in ((None, None, None), (4, 2.0, sinks)):
@@ -143,7 +158,8 @@ def _compare(found: ctypes.CDLL, D: int) -> None:
             for token in range(n):
                 seen = slice(None, k.shape[1] - sizes[-1][1] + int(at[row, token]) + 1)
                 exact = _dense_attention(query[row, :, token], k[:, seen], v[:, seen], options)
-                require_all_close("in C++ it differs from float64", out[row, :, token], exact, tolerance)
+                allowed = tolerance + ROUNDING[dtype] * float(exact.abs().max())
+                require_all_close(f"in C++ and {dtype} it differs from float64", out[row, :, token], exact, allowed)
 
 
 def _dense_attention(query: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:

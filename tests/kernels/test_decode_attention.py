@@ -34,7 +34,15 @@ class Step:
     own: tuple[Tensor, Tensor]
 
     @classmethod
-    def random(cls, seed: int, n_tokens: int, width: int, heads: int = 6, key_heads: int = 2) -> Step:
+    def random(
+        cls,
+        seed: int,
+        n_tokens: int,
+        width: int,
+        heads: int = 6,
+        key_heads: int = 2,
+        dtype: torch.dtype = torch.float32,
+    ) -> Step:
         rng, g = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
         n_prompts, n_prefixes = int(rng.integers(2, 5)), int(rng.integers(0, 3))
         owner = np.sort(rng.integers(0, n_prompts, n_prompts + 4))
@@ -45,14 +53,14 @@ class Step:
         shared = []
         for n, of_row in levels:
             lengths = rng.integers(0, 70, n)
-            key, value = torch.randn(2, n, key_heads, int(lengths.max()) + 3, width, generator=g)
+            key, value = torch.randn(2, n, key_heads, int(lengths.max()) + 3, width, generator=g).to(dtype)
             lengths_of_rows = torch.from_numpy(lengths[of_row])
             shared.append(Shared(key, value, lengths_of_rows, Sharing(of_row, n)))
         at = torch.from_numpy(rng.integers(0, 40, R))[:, None] + torch.arange(n_tokens)
         W = int(at.max()) + 2
-        buffers = torch.randn(2, R + 2, key_heads, W + 5, width, generator=g)
+        buffers = torch.randn(2, R + 2, key_heads, W + 5, width, generator=g).to(dtype)
         layer = DecodeLayer(buffers[0], buffers[1], at, torch.arange(W), shared, torch.arange(R))
-        query = torch.randn(R, n_tokens, heads, width, generator=g).transpose(1, 2)
+        query = torch.randn(R, n_tokens, heads, width, generator=g).to(dtype).transpose(1, 2)
         return cls(layer, query, (buffers[0][:R, :, :W], buffers[1][:R, :, :W]))
 
     def is_ours(self) -> bool:
@@ -90,6 +98,13 @@ class Step:
         return out
 
 
+def require_attention(out: Tensor, step: Step, options: AttentionOptions) -> None:
+    """Sums of float32, rounded to the dtype of the output at the end."""
+    assert out.dtype == step.query.dtype
+    rtol = 1e-5 if out.dtype == torch.float32 else 2**-8
+    torch.testing.assert_close(out.double(), step.dense(options), atol=1e-5 if rtol == 1e-5 else 5e-4, rtol=rtol)
+
+
 @pytest.fixture(params=["ours", "torch"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "torch":
@@ -112,20 +127,45 @@ def test_it_is_attention(way: str, options: AttentionOptions, n_tokens: int, see
 
 
 @needs_ours
-@pytest.mark.parametrize(("heads", "key_heads"), [(2, 2), (14, 2), (5, 1)])
-def test_any_number_of_heads_reads_a_head_of_keys(heads: int, key_heads: int) -> None:
-    for width in (32, 128, 256):
-        step = Step.random(heads, 1, width, heads, key_heads)
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("seed", range(4))
+def test_bfloat16_is_rounded_only_at_the_end(options: AttentionOptions, seed: int) -> None:
+    for width in (16, 64, 80):
+        step = Step.random(seed, 1 + seed % 2, width, dtype=torch.bfloat16)
         with torch.inference_mode():
             assert step.is_ours()
-            out = step.attend(AttentionOptions(width**-0.5))
-        torch.testing.assert_close(out.double(), step.dense(AttentionOptions(width**-0.5)), atol=1e-5, rtol=1e-5)
+            require_attention(step.attend(options), step, options)
 
 
 @needs_ours
-def test_a_row_does_not_depend_on_its_neighbours() -> None:
+def test_bfloat16_is_nearer_to_float64_than_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    options, errors = AttentionOptions(0.3), []
+    for library in (decode_attention.library, lambda width: None):
+        monkeypatch.setattr(decode_attention, "library", library)
+        steps = [Step.random(seed, 1, 64, dtype=torch.bfloat16) for seed in range(3)]
+        with torch.inference_mode():
+            found = torch.cat([(step.attend(options) - step.dense(options)).flatten() for step in steps])
+        errors.append(float(found.square().mean().sqrt()))
+    assert errors[0] < 0.5 * errors[1]
+
+
+@needs_ours
+@pytest.mark.parametrize("dtype", decode_attention.ROUNDING)
+@pytest.mark.parametrize(("heads", "key_heads"), [(2, 2), (14, 2), (5, 1)])
+def test_any_number_of_heads_reads_a_head_of_keys(heads: int, key_heads: int, dtype: torch.dtype) -> None:
+    for width in (32, 128, 256):
+        step = Step.random(heads, 1, width, heads, key_heads, dtype)
+        with torch.inference_mode():
+            assert step.is_ours()
+            out = step.attend(AttentionOptions(width**-0.5))
+        require_attention(out, step, AttentionOptions(width**-0.5))
+
+
+@needs_ours
+@pytest.mark.parametrize("dtype", decode_attention.ROUNDING)
+def test_a_row_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
     """To the bit: alone, on one thread or many, behind longer buffers."""
-    step, options = Step.random(1, 1, 64), AttentionOptions(0.125, window=50)
+    step, options = Step.random(1, 1, 64, dtype=dtype), AttentionOptions(0.125, window=50)
     before = torch.get_num_threads()
     with torch.inference_mode():
         whole = step.attend(options)
@@ -149,10 +189,11 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
 
 
 @needs_ours
+@pytest.mark.parametrize("dtype", decode_attention.ROUNDING)
 @pytest.mark.parametrize("shift", [0.0, 300.0, -300.0])
-def test_scores_of_any_size_make_probabilities(shift: float) -> None:
+def test_scores_of_any_size_make_probabilities(shift: float, dtype: torch.dtype) -> None:
     """Values of one give one back, also where all but one key count for nothing; what is not finite is not hidden."""
-    step = Step.random(2, 1, 16)
+    step = Step.random(2, 1, 16, dtype=dtype)
     step.query *= 1 + abs(shift)
     for values in (*(x.value for x in step.layer.shared), step.own[1]):
         values.fill_(1)
@@ -166,27 +207,30 @@ def test_scores_of_any_size_make_probabilities(shift: float) -> None:
 
 
 @needs_ours
-@pytest.mark.parametrize(("lanes", "flag"), VECTORS)
+@pytest.mark.parametrize(("lanes", "flag"), [*VECTORS, (16, "-mno-avx512bf16"), (8, "-march=haswell")])
 def test_vectors_of_other_processors(lanes: int, flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where products of bfloat16 pairs are emulated, with pairs of vectors and one that is left."""
     decode_attention.library.cache_clear()
     monkeypatch.setattr(native_code, "FLAGS", [*native_code.FLAGS, flag])
     try:
-        step = Step.random(3, 2, 3 * lanes)
-        with torch.inference_mode():
-            assert step.is_ours()
-            out = step.attend(OPTIONS[3])
-        torch.testing.assert_close(out.double(), step.dense(OPTIONS[3]), atol=1e-5, rtol=1e-5)
+        for dtype in decode_attention.ROUNDING:
+            step = Step.random(3, 2, 3 * lanes, dtype=dtype)
+            with torch.inference_mode():
+                assert step.is_ours()
+                require_attention(step.attend(OPTIONS[3]), step, OPTIONS[3])
     finally:
         decode_attention.library.cache_clear()
 
 
 @needs_ours
-def test_what_is_shared_does_not_matter() -> None:
+@pytest.mark.parametrize("dtype", decode_attention.ROUNDING)
+def test_what_is_shared_does_not_matter(dtype: torch.dtype) -> None:
     """To the bit: keys in one source, or cut in two at any place."""
     g = torch.Generator().manual_seed(0)
-    key, value = torch.randn(2, 1, 1, 12, 64, generator=g)
-    own = torch.randn(2, 1, 1, 8, 64, generator=g)
-    query, at, row = torch.randn(1, 1, 1, 64, generator=g), torch.tensor([[5]]), torch.zeros(1, dtype=torch.int64)
+    key, value = torch.randn(2, 1, 1, 12, 64, generator=g).to(dtype)
+    own = torch.randn(2, 1, 1, 8, 64, generator=g).to(dtype)
+    query = torch.randn(1, 1, 1, 64, generator=g).to(dtype)
+    at, row = torch.tensor([[5]]), torch.zeros(1, dtype=torch.int64)
 
     def attend(*sources: Shared) -> Tensor:
         layer = DecodeLayer(own[0], own[1], at, torch.arange(8), sources, row)
@@ -208,9 +252,10 @@ def test_other_numbers_other_widths_and_gradients_are_torchs() -> None:
     wide = [torch.cat([x, x], -1) for x in values]
     one_head = [x[:, :1] for x in keys]
     with torch.inference_mode():
-        for other in (torch.float64, torch.bfloat16, torch.device("meta")):
+        for other in (torch.float64, torch.float16, torch.bfloat16, torch.device("meta")):
             assert not decode_attention.supports(step.query.to(other), keys, values)
             assert not decode_attention.supports(step.query, [x.to(other) for x in keys], values)
+            assert not decode_attention.supports(step.query, keys, [x.to(other) for x in values])
         assert not decode_attention.supports(step.query, keys, wide)
         assert not decode_attention.supports(step.query, [*keys, *one_head], [*values, *values])
         assert not decode_attention.supports(step.query[:, :5], keys, values)

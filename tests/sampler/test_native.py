@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from rl_lora.kernels import decode_attention
 from rl_lora.learner.learner import target_logprobs
 from rl_lora.learner.packing import pack
 from rl_lora.policy.policy import Policy
@@ -21,7 +22,7 @@ from rl_lora.sampler.protocol import Completion, Request
 from rl_lora.types import Stop
 from tests.oracles import Oracle, as_turn, episode, group, tiny_policy
 from tests.sampler.examples import LETTERS, fits, mixed_requests, prompt, tokens
-from tests.tiny import ARCHITECTURES, EOS_ID, PAD_ID, VOCAB_SIZE
+from tests.tiny import ARCHITECTURES, EOS_ID, PAD_ID, VOCAB_SIZE, tiny_model
 
 
 def greedy_by_transformers(policy: Policy, request: Request) -> tuple[int, ...]:
@@ -62,6 +63,24 @@ def test_logprobs_are_those_of_the_model_at_that_temperature(arch: str, temperat
             with torch.no_grad():
                 exact = oracle.logprobs(as_turn(request, completion), request.adapter, temperature or 1.0)
             torch.testing.assert_close(torch.tensor(completion.logprobs).double(), exact, rtol=0, atol=1e-4)
+
+
+def test_bfloat16_is_no_further_off_in_cpp_than_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mean difference to log-probabilities in float64, of the same weights rounded to bfloat16."""
+    policy = tiny_policy("llama", ["a"], dtype=torch.bfloat16)
+    oracle = Oracle(policy, tiny_model("llama", dtype=torch.bfloat16))
+    requests = [Request(prompt(length, length), 8, max_tokens=30, adapter="a", seed=length) for length in (3, 30, 60)]
+    errors = []
+    for supports in (decode_attention.supports, lambda *_: False):
+        monkeypatch.setattr(decode_attention, "supports", supports)
+        found: list[torch.Tensor] = []
+        for request, completions in zip(requests, NativeSampler(policy).generate(requests), strict=True):
+            for completion in completions:
+                with torch.no_grad():
+                    exact = oracle.logprobs(as_turn(request, completion), "a")
+                found.append(torch.tensor(completion.logprobs).double() - exact)
+        errors.append(float(torch.cat(found).abs().mean()))
+    assert errors[0] < 1.1 * errors[1]
 
 
 @pytest.mark.parametrize("shared", [True, False])
