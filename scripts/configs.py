@@ -72,8 +72,11 @@ class BenchmarkConfig:
     """Data type of the peers' base and activations. By default the same as ours."""
     rounds: Annotated[int, Ge(1)] = 3
     """Measurements of each side, after one for warming up."""
+    adapters: list[Annotated[int, Ge(1)]] = field(default_factory=lambda: [1])
+    """Numbers of fresh adapters that the prompts of a rollout are dealt out to, such as 1 8. All are measured in turns
+    and compared with the first. Training steps have one adapter, and so must measurements beside peers."""
     rank: Annotated[int, Ge(1)] = 1
-    """Rank of the adapter."""
+    """Rank of the adapters."""
     seed: Annotated[int, Ge(0)] = 0
     """Random seed of the problems, the adapters and the sampling, those of the peers too."""
     breakdown: bool = False

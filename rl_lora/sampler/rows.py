@@ -12,11 +12,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from rl_lora.policy.policy import Policy
 from rl_lora.sampler.draw import InverseCDF
 from rl_lora.sampler.protocol import Completion, Request
 from rl_lora.types import Stop
+
+SAMPLING_NAME = "rl_lora::sampling"
+"""Name of the sampling of tokens in a profile, the head's product included."""
 
 
 @dataclass
@@ -150,7 +154,8 @@ class SamplingState:
         """
         at = self.n[:, None]
         uniforms = self.uniforms.gather(1, at.clamp_max(self.uniforms.shape[1] - 1))[:, 0]
-        sampled, logprob = self.sample_from(self.hidden, None if self.plain else self.temperature, uniforms)
+        with record_function(SAMPLING_NAME):
+            sampled, logprob = self.sample_from(self.hidden, None if self.plain else self.temperature, uniforms)
         self.tokens.scatter_(1, torch.where(running[:, None], at, self.tokens.shape[1] - 1), sampled[:, None])
         self.logprobs.scatter_(1, torch.where(running[:, None], at, self.tokens.shape[1] - 1), logprob[:, None])
         self.n += running

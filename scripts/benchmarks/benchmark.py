@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,13 +22,14 @@ import rl_lora.envs  # noqa: F401  registers the environments
 from rl_lora.config import LearnerConfig
 from rl_lora.learner.learner import Learner
 from rl_lora.policy import loading
-from rl_lora.scripts.benchmarks.breakdown import Part, breakdown, breakdown_table
+from rl_lora.scripts.benchmarks.breakdown import Part, breakdown, breakdown_table, naming_fused_kernels
 from rl_lora.scripts.benchmarks.measurements import Bench, Shape, shape
 from rl_lora.scripts.benchmarks.peer_process import Figures, Peers
 from rl_lora.scripts.benchmarks.peers import PEERS
 from rl_lora.scripts.configs import BenchmarkConfig
 from rl_lora.settings.validation import validate_bounds
 from rl_lora.system.terminal import Terminal, in_line
+from rl_lora.types import Group
 
 LAST = 3
 """Rounds at the end whose reward is shown apart: what was learned by then."""
@@ -34,11 +37,21 @@ LAST = 3
 
 def run(config: BenchmarkConfig) -> Figures:
     """Measure, print the tables, write the file."""
-    console = Terminal(width=None if sys.stdout.isatty() else 120)
     rollouts, steps = ([shape(text) for text in texts] for texts in (config.rollouts, config.steps))
+    check(config)
+    with naming_fused_kernels() if config.breakdown else nullcontext():
+        return measure(config, rollouts, steps)
+
+
+def check(config: BenchmarkConfig) -> None:
+    """Raises ValueError for what cannot be measured."""
     validate_bounds(config)
-    if not rollouts and not steps:
+    if not config.rollouts and not config.steps:
         raise ValueError("there is nothing to measure: name rollouts, or steps")
+    if not config.adapters or len(set(config.adapters)) < len(config.adapters):
+        raise ValueError(f"adapters must be different numbers, at least one, got {config.adapters}")
+    if config.peer and config.adapters != [1]:
+        raise ValueError("peers sample without adapters or learn with one: leave adapters out, or the peers")
     for name in config.peer:
         if name not in PEERS:
             raise ValueError(f"no peer {name!r}; there are {', '.join(PEERS)}")
@@ -48,6 +61,10 @@ def run(config: BenchmarkConfig) -> Figures:
             )
     if config.random and config.peer:
         raise ValueError("peers read a model's folder: with random there is none; save one, and name it as model.name")
+
+
+def measure(config: BenchmarkConfig, rollouts: list[Shape], steps: list[Shape]) -> Figures:
+    console = Terminal(width=None if sys.stdout.isatty() else 120)
     loading.check_model(config.model.name, config.model.trust_remote_code)
     with console.status(Text(f"loading {in_line(config.random or config.model.name)} ...")):
         bench = Bench(config.model, random=config.random, rank=config.rank, seed=config.seed)
@@ -89,35 +106,40 @@ def peers_of(bench: Bench, config: BenchmarkConfig, names: list[str], setup: Fig
 
 
 def measure_rollouts(bench: Bench, case: Shape, config: BenchmarkConfig, bandwidth: float) -> Figures:
-    """Rounds of sampling, peers in turns, and of learning from what was sampled."""
+    """Rounds of sampling, peers and numbers of adapters in turns, and of learning from what was sampled."""
     prompts = bench.prompts(case.prompts)
-    costs = bench.rollout_costs(prompts, case)
     job = {"job": "generate", "prompts": prompts, "n": case.n, "max_tokens": case.tokens, "temperature": 1.0}
     rounds: dict[str, list[Figures]] = {}
+    sampled: dict[int, list[Group]] = {}
     with peers_of(bench, config, [p for p in config.peer if p != "trl"], {"max_rows": 256}) as peers:
         for i in range(config.rounds + 1):
-            bench.fresh()
+            bench.fresh(max(config.adapters))
             peak = bench.peak()
-            groups, rollout = bench.sample(prompts, case, i)
-            sides = {"rollout": rollout | costs}
-            if case.n > 1:  # a single completion has nothing to be better than
-                sides["learn"] = bench.learn(groups)
+            ours: dict[str, Figures] = {}
+            for n in config.adapters:
+                sampled[n], rollout = bench.sample(prompts, case, i, n)
+                sides = {"rollout": rollout | bench.rollout_costs(prompts, case, n)}
+                sides["rollout"]["share_of_bandwidth"] = sides["rollout"]["bytes"] / rollout["seconds"] / bandwidth
+                if case.n > 1:  # a single completion has nothing to be better than
+                    sides["learn"] = bench.learn(sampled[n])
+                for name, side in sides.items():
+                    ours[with_adapters(name, n)] = side | {"share_of_peak": side["flops"] / side["seconds"] / peak}
             answers = {name: peer.ask(job | {"stop_ids": [], "adapter": None}) for name, peer in peers.items()}
             if i == 0:
                 continue  # warming up
-            ours = {
-                name: side | {"share_of_peak": side["flops"] / side["seconds"] / peak} for name, side in sides.items()
-            }
-            ours["rollout"]["share_of_bandwidth"] = costs["bytes"] / rollout["seconds"] / bandwidth
             for name, answer in (ours | answers).items():
                 rounds.setdefault(name, []).append(answer | {"tokens_per_second": answer["tokens"] / answer["seconds"]})
             rounds.setdefault("peak", []).append({"flops_per_second": peak, "bytes_per_second": bandwidth})
     where: dict[str, list[Part]] = {}
-    if config.breakdown:
-        where["rollout"] = breakdown(bench.policy, lambda: bench.sample(prompts, case, 0))
+    for n in config.adapters if config.breakdown else ():
+        where[with_adapters("rollout", n)] = breakdown(bench.policy, partial(bench.sample, prompts, case, 0, n))
         if case.n > 1:
-            where["learning"] = breakdown(bench.policy, lambda: bench.learn(groups))
-    return {"shape": str(case), "rounds": rounds, "breakdown": where}
+            where[with_adapters("learning", n)] = breakdown(bench.policy, partial(bench.learn, sampled[n]))
+    return {"shape": str(case), "adapters": config.adapters, "rounds": rounds, "breakdown": where}
+
+
+def with_adapters(name: str, n: int) -> str:
+    return name if n == 1 else f"{name}, {n} adapters"
 
 
 def measure_steps(bench: Bench, case: Shape, config: BenchmarkConfig) -> Figures:
@@ -143,22 +165,28 @@ def median(rounds: list[Figures], key: str) -> float:
 
 
 def rollout_table(figures: Figures) -> Table:
-    rounds = figures["rounds"]
+    rounds, (first, *others) = figures["rounds"], figures["adapters"]
     table = Table(title=f"{figures['shape']}: prompts x completions x tokens", title_justify="left")
-    for name in ("", "seconds", "tokens/s", "of the products' peak", "of the bandwidth", "peak memory"):
-        table.add_column(name, justify="left" if not name else "right")
+    names = ["", "seconds", "tokens/s", "of the products' peak", "of the bandwidth", "peak memory"]
+    for name in [*names, *(["times as long"] if others else [])]:
+        table.add_column(name, justify="left" if not name else "right", no_wrap=not name)
+    compared = {with_adapters(side, n): with_adapters(side, first) for side in ("rollout", "learn") for n in others}
     for name, of_name in rounds.items():
         if name != "peak":
             shares = [
                 f"{median(of_name, key):.0%}" if key in of_name[0] else ""
                 for key in ("share_of_peak", "share_of_bandwidth")
             ]
+            pairs = zip(of_name, rounds[compared.get(name, name)], strict=True)
+            ratio = statistics.median(mine["seconds"] / of_first["seconds"] for mine, of_first in pairs)
+            side, *rest = name.partition(",")
             table.add_row(
-                {"rollout": "rl_lora, rollout", "learn": "rl_lora, learning"}.get(name, name),
+                "".join([{"rollout": "rl_lora, rollout", "learn": "rl_lora, learning"}.get(side, side), *rest]),
                 f"{median(of_name, 'seconds'):.2f}",
                 f"{median(of_name, 'tokens_per_second'):.0f}",
                 *shares,
                 gib(median(of_name, "peak_bytes")),
+                *([f"{ratio:.2f}" if name in compared else ""] if others else []),
             )
     peak = {key: median(rounds["peak"], key) for key in ("flops_per_second", "bytes_per_second")}
     table.add_row(
@@ -167,7 +195,6 @@ def rollout_table(figures: Figures) -> Table:
         "",
         f"{peak['flops_per_second'] / 1e9:.0f} GFLOP/s",
         f"{peak['bytes_per_second'] / 1e9:.0f} GB/s",
-        "",
     )
     return table
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from rl_lora.attention.prefixes import find_shared_prefixes
+from rl_lora.attention.prefixes import find_shared_prefixes, prefix_of
 from rl_lora.config import EnvConfig, LearnerConfig, ModelConfig, RolloutConfig
 from rl_lora.learner.learner import Learner
 from rl_lora.learner.packing import pack
@@ -70,8 +70,18 @@ def shape(text: str) -> Shape:
     return Shape(*map(int, parts))
 
 
+def adapter_names(n: int) -> list[str]:
+    return ["bench", *(f"bench{i}" for i in range(1, n))]
+
+
+def carried(n_prompts: int, n_adapters: int) -> list[str]:
+    """The adapter of each prompt: they are dealt out in turn."""
+    names = adapter_names(n_adapters)
+    return [names[i % n_adapters] for i in range(n_prompts)]
+
+
 class Bench:
-    """Our side: a policy with a fresh adapter, and what measures it.
+    """Our side: a policy with fresh adapters, and what measures it.
 
     Args:
         random: a key of `SHAPES` in place of a model's weights.
@@ -92,13 +102,14 @@ class Bench:
         self.n_head = self.policy.head.weight.numel()
         self.learner = Learner(self.policy, LearnerConfig())
 
-    def fresh(self) -> None:
-        """The adapter as it is before any step."""
-        if "bench" not in self.policy.bank.adapters:
-            self.policy.bank.add("bench", rank=self.rank, seed=self.seed)
-        adapter = self.policy.bank["bench"]
-        adapter.initialize(self.seed)
-        adapter.version += 1
+    def fresh(self, n_adapters: int = 1) -> None:
+        """The adapters as they are before any step, each with a seed of its own."""
+        for i, name in enumerate(adapter_names(n_adapters)):
+            if name not in self.policy.bank.adapters:
+                self.policy.bank.add(name, rank=self.rank, seed=self.seed + i)
+            adapter = self.policy.bank[name]
+            adapter.initialize(self.seed + i)
+            adapter.version += 1
 
     def peak(self) -> float:
         """FLOP/s of a large matrix product in the compute dtype: the best of a few."""
@@ -123,11 +134,15 @@ class Bench:
     def prompts(self, n: int) -> list[tuple[int, ...]]:
         return [tuple(self.worker.first_prompt(seed)) for seed in range(n)]
 
-    def rollout_costs(self, prompts: Sequence[tuple[int, ...]], case: Shape) -> Figures:
+    def rollout_costs(self, prompts: Sequence[tuple[int, ...]], case: Shape, n_adapters: int = 1) -> Figures:
         """What sampling takes at least: multiplications and additions with weights; bytes of weights, read once for all
         prompts and once a step, and of keys and values, those of a prompt read once for all of its completions."""
-        prefix = sum(len(ids) for _, ids in find_shared_prefixes(("bench", ids) for ids in prompts))
-        n_prefill = prefix + sum(map(len, prompts)) - (len(prompts) * prefix if prefix else 0)
+        tagged = list(zip(carried(len(prompts), n_adapters), prompts, strict=True))
+        prefixes = find_shared_prefixes(tagged)
+        n_prefill = sum(len(ids) for _, ids in prefixes)
+        for adapter, ids in tagged:
+            prefix = prefix_of(prefixes, adapter, ids)
+            n_prefill += len(ids) - (0 if prefix is None else len(prefixes[prefix][1]))
         n = case.prompts * case.n * case.tokens
         weights = (self.n_linear + self.n_head) * self.policy.head.weight.element_size()
         read = sum(n_prefill + case.prompts * case.n * t for t in range(case.tokens))
@@ -137,10 +152,14 @@ class Bench:
             "bytes": weights * case.tokens + self.policy.cache_bytes_per_token * read,
         }
 
-    def sample(self, prompts: list[tuple[int, ...]], case: Shape, seed: int) -> tuple[list[Group], Figures]:
+    def sample(
+        self, prompts: list[tuple[int, ...]], case: Shape, seed: int, n_adapters: int = 1
+    ) -> tuple[list[Group], Figures]:
+        """Prompt i carries adapter i % n_adapters."""
+        adapters = carried(len(prompts), n_adapters)
         requests = [
-            Request(ids, case.n, case.tokens, adapter="bench", seed=(self.seed, seed, i), stop_ids=frozenset())
-            for i, ids in enumerate(prompts)
+            Request(ids, case.n, case.tokens, adapter=adapter, seed=(self.seed, seed, i), stop_ids=frozenset())
+            for i, (ids, adapter) in enumerate(zip(prompts, adapters, strict=True))
         ]
         self.meter.start()
         completions = self.sampler.generate(requests)
@@ -149,23 +168,23 @@ class Bench:
             Group(
                 "bench",
                 i,
-                "bench",
+                adapter,
                 tuple(
-                    Episode("bench", i, (Turn(ids, c.token_ids, c.logprobs, c.stop),), k % 2, Stop.END, "bench")
+                    Episode("bench", i, (Turn(ids, c.token_ids, c.logprobs, c.stop),), k % 2, Stop.END, adapter)
                     for k, c in enumerate(of_prompt)
                 ),
             )
-            for i, (ids, of_prompt) in enumerate(zip(prompts, completions, strict=True))
+            for i, (ids, adapter, of_prompt) in enumerate(zip(prompts, adapters, completions, strict=True))
         ]
         return groups, measured
 
     def learn(self, groups: list[Group]) -> Figures:
-        """One update; tokens are those that had to be computed, each prompt and each common beginning once."""
+        """One update of each adapter; tokens are those that had to be computed, each shared prefix and prompt once."""
         signal = [(group, torch.tensor([e.reward - 0.5 for e in group.episodes]).numpy()) for group in groups]
         shared = self.policy.not_shared is None
         batches = pack(
             signal,
-            denominators={"bench": 1.0},
+            denominators={group.adapter: 1.0 for group in groups},
             tokens_per_microbatch=self.learner.config.tokens_per_microbatch,
             shared_prefix=shared,
         )
@@ -183,7 +202,7 @@ class Bench:
         """One training step on the problems of these seeds."""
         self.worker.config = RolloutConfig(max_tokens=case.tokens)
         self.meter.start()
-        groups = self.worker.collect(seeds, adapters=["bench"], n=case.n, random_seed=(self.seed, i))
+        groups = self.worker.collect(seeds, adapters=adapter_names(1), n=case.n, random_seed=(self.seed, i))
         rollout_seconds = self.meter.now() - self.meter.began
         learner.step(groups)
         measured = self.meter.stop()

@@ -9,9 +9,23 @@ from pathlib import Path
 
 import pytest
 
+from rl_lora.attention.prefixes import find_shared_prefixes
 from rl_lora.config import ModelConfig
 from rl_lora.scripts.benchmarks.benchmark import BenchmarkConfig, run
-from rl_lora.scripts.benchmarks.breakdown import ADAPTER, ATTENTION, BASE, HEAD, OTHER, REST, breakdown
+from rl_lora.scripts.benchmarks.breakdown import (
+    ADAPTER,
+    ATTENTION,
+    BASE,
+    ELEMENTWISE,
+    HEAD,
+    KINDS,
+    REST,
+    VOCABULARY,
+    WeightShapes,
+    breakdown,
+    kind_of,
+    naming_fused_kernels,
+)
 from rl_lora.scripts.benchmarks.measurements import Bench, Shape, shape
 from tests.tiny import tiny_folder
 
@@ -41,7 +55,7 @@ def test_every_figure_is_printed_and_written(tmp_path: Path, capsys: pytest.Capt
             assert of_round["tokens_per_second"] == pytest.approx(of_round["tokens"] / of_round["seconds"])
             assert 0 < of_round["share_of_peak"] < 1
     assert all(0 < of_round["share_of_bandwidth"] < 1 for of_round in rollouts["rounds"]["rollout"])
-    assert {part["kind"] for part in rollouts["breakdown"]["learning"]} == {BASE, HEAD, ADAPTER, ATTENTION, OTHER, REST}
+    assert {part["kind"] for part in rollouts["breakdown"]["learning"]} == set(KINDS)
     (steps,) = figures["steps"]
     for of_round in steps["rounds"]["rl_lora"]:
         assert of_round["seconds"] == pytest.approx(of_round["rollout_seconds"] + of_round["learn_seconds"])
@@ -88,8 +102,94 @@ def test_a_breakdown_knows_products_by_their_weights(tmp_path: Path, rank: int) 
     assert passes in (4 + 1, 4 + 2)
     assert parts[ADAPTER].n == 2 * parts[BASE].n, "A and B of every matrix"
     assert parts[HEAD].n == 5
-    assert parts[ATTENTION].n > 0
+    assert all(part.n > 0 for kind, part in parts.items() if kind != REST)
     assert all(part.seconds > 0 for part in parts.values())
+
+
+@pytest.mark.parametrize(
+    ("kind", "names", "shapes"),
+    [
+        (BASE, ["rl_lora::frozen_linear"], [[8, 48], [64, 48], [64, 48], []]),
+        (HEAD, ["rl_lora::frozen_linear"], [[8, 48], [258, 48], [258, 48], []]),
+        (BASE, ["mkldnn::_linear_pointwise", "rl_lora::frozen_linear"], [[8, 48], [64, 48]]),
+        (BASE, ["aten::mm"], [[8, 64], [64, 48]]),
+        (HEAD, ["aten::mm", "_TokenLogprobs"], [[8, 258], [258, 48]]),
+        (ADAPTER, ["aten::mm", "## Call CompiledFxGraph f1 ##"], [[8, 48], [48, 1]]),
+        (ADAPTER, ["aten::addcmul_"], [[8, 64], [8, 1], [1, 64]]),
+        (ELEMENTWISE, ["aten::addcmul_"], [[8, 64], [8, 64], [8, 64]]),
+        (ATTENTION, ["rl_lora::decode_attention"], []),
+        (ATTENTION, ["aten::copy_", "aten::contiguous", "_PaddedAttentionBackward"], [[8, 48]]),
+        (ATTENTION, ["graph_0_cpp_fused__softmax__to_copy_add_4", "## Call CompiledFxGraph f1 ##"], []),
+        (VOCABULARY, ["aten::_softmax", "rl_lora::sampling"], [[8, 258]]),
+        (VOCABULARY, ["aten::copy_", "_TokenLogprobs"], [[8, 258]]),
+        (ELEMENTWISE, ["graph_0_cpp_fused_addcmul_mul_silu_t_view_7", "## Call CompiledFxGraph f1 ##"], []),
+        (ELEMENTWISE, ["rl_lora::rms_norm"], [[8, 48]]),
+        (ELEMENTWISE, ["aten::copy_"], [[8, 48]]),
+        (REST, ["## Call CompiledFxGraph f1 ##"], []),
+        (REST, ["AOTDispatcher Runtime Wrapper Prologue"], []),
+        (REST, ["aten::_unsafe_view"], [[8, 48]]),
+        (REST, ["autograd::engine::evaluate_function: MmBackward0"], []),
+    ],
+)
+def test_the_kind_of_an_operation(tmp_path: Path, kind: str, names: list[str], shapes: list[list[int]]) -> None:
+    bench = Bench(ModelConfig(name=str(tiny_folder(tmp_path, "llama")), dtype="bfloat16"))
+    bench.fresh()
+    assert kind_of(WeightShapes.of(bench.policy), names, shapes) == kind
+
+
+def test_the_python_around_a_product_is_no_product(tmp_path: Path) -> None:
+    bench = Bench(ModelConfig(name=str(tiny_folder(tmp_path, "llama"))))
+    weights, name = WeightShapes.of(bench.policy), "rl_lora::frozen_linear"
+    assert kind_of(weights, [name], [[8, 48], [64, 48]], has_product_inside=True) == REST
+
+
+@pytest.mark.slow
+def test_fused_kernels_of_compiled_layers_are_counted_apart_from_their_python(tmp_path: Path) -> None:
+    with naming_fused_kernels():
+        bench = Bench(ModelConfig(name=str(tiny_folder(tmp_path, "llama")), dtype="bfloat16", compile=True))
+        bench.fresh()
+        prompts = bench.prompts(2)
+        bench.sample(prompts, Shape(2, 2, 5), 0)
+        parts = {p.kind: p for p in breakdown(bench.policy, lambda: bench.sample(prompts, Shape(2, 2, 5), 0))}
+    assert parts[ELEMENTWISE].n >= 2 * 3 * 4, "two layers, three kernels at least, four steps"
+
+
+def test_numbers_of_adapters_are_measured_in_turns_and_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = BenchmarkConfig(
+        model=ModelConfig(name=str(tiny_folder(tmp_path, "llama")), dtype="float32"),
+        rollouts=["5x2x3"],
+        steps=[],
+        adapters=[1, 3],
+        rounds=2,
+        breakdown=True,
+        out=str(tmp_path / "figures.json"),
+    )
+    (figures,) = run(config)["rollouts"]
+    assert set(figures["rounds"]) == {"rollout", "learn", "rollout, 3 adapters", "learn, 3 adapters", "peak"}
+    assert set(figures["breakdown"]) == {"rollout", "learning", "rollout, 3 adapters", "learning, 3 adapters"}
+    assert all(of_round["tokens"] == 30 for of_round in figures["rounds"]["rollout, 3 adapters"])
+    printed = capsys.readouterr().out
+    assert "rl_lora, rollout, 3 adapters" in printed
+    assert "times" in printed
+
+
+def test_prompts_are_dealt_out_to_adapters_of_different_seeds(tmp_path: Path) -> None:
+    bench = Bench(ModelConfig(name=str(tiny_folder(tmp_path, "llama")), dtype="float32"))
+    bench.fresh(2)
+    prompts = bench.prompts(3)
+    groups, _ = bench.sample(prompts, Shape(3, 2, 3), 0, 2)
+    assert [group.adapter for group in groups] == ["bench", "bench1", "bench"]
+    one, other = (bench.policy.bank[name].flat for name in ("bench", "bench1"))
+    assert not one.equal(other)
+    before = other.clone()
+    bench.learn(groups)
+    assert not other.equal(before), "every adapter learns from its own"
+    # What another adapter computed of a prefix is of no use: the prompt of the second is read in full.
+    together, dealt_out = (bench.rollout_costs(prompts[:2], Shape(2, 2, 3), n)["flops"] for n in (1, 2))
+    ((_, prefix),) = find_shared_prefixes((None, ids) for ids in prompts[:2])
+    assert dealt_out - together == 2 * bench.n_linear * len(prefix)
 
 
 @pytest.mark.parametrize("text", ["3x2", "3x2xx", "0x1x1", "axbxc", "1x2x3x4", ""])
@@ -107,5 +207,11 @@ def test_peers_that_are_not_there_are_named_before_anything_is_loaded(tmp_path: 
         run(BenchmarkConfig(peer=["trl"], peer_python=missing))
     with pytest.raises(ValueError, match="peers read a model's folder"):
         run(BenchmarkConfig(peer=["trl"], peer_python=sys.executable, random="llama-8b"))
+    with pytest.raises(ValueError, match="leave adapters out, or the peers"):
+        run(BenchmarkConfig(peer=["trl"], peer_python=sys.executable, adapters=[1, 8]))
     with pytest.raises(ValueError, match="rounds must be >= 1"):
         run(BenchmarkConfig(rounds=0))
+    with pytest.raises(ValueError, match=r"adapters\[1\] must be >= 1"):
+        run(BenchmarkConfig(adapters=[1, 0]))
+    with pytest.raises(ValueError, match="adapters must be different numbers"):
+        run(BenchmarkConfig(adapters=[8, 8]))
