@@ -16,6 +16,7 @@ import pytest
 
 from rl_lora.config import EvaluateConfig, TrainConfig
 from rl_lora.scripts.benchmarks import (
+    benchmark_accuracy,
     benchmark_evaluate,
     benchmark_rewards,
     compare_lm_eval,
@@ -31,6 +32,7 @@ from tests.docs.pages import ROOT
 
 CONFIGS: dict[str, type[Any]] = {
     **{name: command.config for name, command in COMMANDS.items()},
+    "benchmark_accuracy": benchmark_accuracy.AccuracyConfig,
     "benchmark_evaluate": benchmark_evaluate.EvaluationBenchmarkConfig,
     "compare_lm_eval": compare_lm_eval.CompareConfig,
     "compare_loaders": compare_loaders.LoadersConfig,

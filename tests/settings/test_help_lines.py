@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from rl_lora.config import EvaluateConfig, TrainConfig
+from rl_lora.scripts.benchmarks.benchmark_accuracy import AccuracyConfig
 from rl_lora.scripts.benchmarks.benchmark_evaluate import EvaluationBenchmarkConfig
 from rl_lora.scripts.benchmarks.compare_lm_eval import CompareConfig
 from rl_lora.scripts.benchmarks.compare_loaders import LoadersConfig
@@ -18,6 +19,7 @@ from rl_lora.scripts.schema import Usage, schema_of
 
 CONFIGS: list[type[Any]] = [
     *(command.config for command in COMMANDS.values()),
+    AccuracyConfig,
     EvaluationBenchmarkConfig,
     CompareConfig,
     LoadersConfig,
