@@ -137,6 +137,11 @@ class SpanTree:
         """int64 (n, 3): the spans."""
         return torch.tensor(self.spans)
 
+    @functools.cached_property
+    def past_of_span(self) -> Tensor:
+        """int64 (n,): the node of the past that each span continues."""
+        return torch.from_numpy(self._past_owner.astype(np.int64))
+
     def last(self) -> Tensor:
         """int64: where the last token of every span stands."""
         return torch.tensor([start + length - 1 for start, length, _ in self.spans], device=self.device)

@@ -1,5 +1,6 @@
-// Attention of the tokens of a tree to what is before them in their own span and to all ancestors of it, in float32:
-// out = softmax(scaling q k^T) v, and its gradients. Nothing is padded, and what is shared is read where it lies.
+// Attention of the tokens of a tree to what is before them in their own span and to all ancestors of it:
+// out = softmax(scaling q k^T) v, and its gradients. Nothing is padded, and what is shared is read where it lies. A root
+// may continue keys and values of an earlier pass.
 //
 // The queries of a token's heads that share keys are neighbours; PANEL of them are worked on at a time, one in each lane
 // of two vectors, the last of a tree with lanes to spare: scores are (keys, PANEL), so that softmax needs no sums across
@@ -7,16 +8,34 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "vectors.h"
 
-// out[m][c] (+)= sum over k of x[m * row + k * step] * w[k * w_stride + c]
+// ELEMENT, float or BFloat16, is given when this is compiled. Scores, softmax and sums are float32 for either; products
+// take what they multiply STEP elements of k at a time: `One` for all lanes, or one of `All` for each.
+using Element = ELEMENT;
+using One = std::conditional_t<std::is_same_v<Element, float>, float, uint32_t>;
+using All = std::conditional_t<std::is_same_v<Element, float>, Floats, Words>;
+constexpr int STEP = sizeof(One) / sizeof(Element);
+
+static inline Floats add_products(Floats sum, float x, Floats w) { return sum + x * w; }
+static inline Floats add_products(Floats sum, uint32_t x, Words w) { return add_pairs(sum, Words{} + x, w); }
+
+template <class To>
+static inline To read(const Element* at) {
+    To x;
+    std::memcpy(&x, at, sizeof x);
+    return x;
+}
+
+// out[m][c] (+)= sum over k of x[m * row + k * step] * w[k * w_stride + STEP * c], and of the STEP - 1 behind each
 struct Product {
-    const float* x;
+    const Element* x;
     int64_t row, step;
-    const float* w;
+    const Element* w;
     int64_t w_stride;
     int64_t n;  // of k
     float* out;
@@ -27,8 +46,8 @@ struct Product {
 template <int ROWS, int VECTORS>
 static void tile(const Product& p) {
     Floats sum[ROWS][VECTORS];
-    const float* x[(ROWS + 2) / 3];  // of every third row: the two behind it are an addition away, not a pointer each
-    const float* w = p.w;
+    const Element* x[(ROWS + 2) / 3];  // of every third row: the two behind it are an addition away, not a pointer each
+    const Element* w = p.w;
 #pragma GCC unroll 16
     for (int i = 0; i < (ROWS + 2) / 3; i++) x[i] = p.x + 3 * i * p.row;
 #pragma GCC unroll 16
@@ -37,12 +56,12 @@ static void tile(const Product& p) {
     const int64_t row = p.row, step = p.step, w_stride = p.w_stride;
 #pragma GCC unroll 1
     for (int64_t k = p.n; k > 0; k--) {
-        Floats of_w[VECTORS];
-        for (int v = 0; v < VECTORS; v++) of_w[v] = load(w + v * LANES);
+        All of_w[VECTORS];
+        for (int v = 0; v < VECTORS; v++) of_w[v] = read<All>(w + v * LANES * STEP);
 #pragma GCC unroll 16
         for (int m = 0; m < ROWS; m++) {
-            const float a = x[m / 3][m % 3 * row];
-            for (int v = 0; v < VECTORS; v++) sum[m][v] += a * of_w[v];
+            const One a = read<One>(x[m / 3] + m % 3 * row);
+            for (int v = 0; v < VECTORS; v++) sum[m][v] = add_products(sum[m][v], a, of_w[v]);
         }
 #pragma GCC unroll 16
         for (int i = 0; i < (ROWS + 2) / 3; i++) x[i] += step;
@@ -72,16 +91,47 @@ static void multiply(const Product& p, int64_t rows, int64_t columns) {
             const int64_t from = rows * block / n_blocks, n = rows * (block + 1) / n_blocks - from;
             Product part = p;
             part.x += from * p.row;
-            part.w += column;
+            part.w += STEP * column;
             part.out += from * p.out_stride + column;
             (columns - column < PANEL ? of_rows<1>(n, sizes) : of_rows<2>(n, sizes))(part);
         }
 }
 
-struct Matrices {  // of each head, (tokens, width)
-    const float* data;
-    int64_t head, token;  // strides
-    const float* of(int64_t h, int64_t t) const { return data + h * head + t * token; }
+// What products take STEP of at a time, of neighbouring rows: to (width, STEP). STEP of 1: a copy of a.
+static inline void interleave(const Element* a, const Element* b, int64_t width, Element* to) {
+    for (int64_t d = 0; d < width; d += LANES) {
+        if constexpr (STEP == 1) {
+            std::memcpy(to + d, a + d, LANES * sizeof *to);
+        } else {
+            const Words both = pairs(read<Halves>(a + d), read<Halves>(b + d));
+            std::memcpy(to + STEP * d, &both, sizeof both);
+        }
+    }
+}
+
+// What was lane j of vector i becomes lane i of vector j.
+template <int STRIDE = LANES / 2>
+static inline void transpose(Words (&x)[LANES]) {
+    Ints low, high;
+    for (int i = 0; i < LANES; i++) {
+        low[i] = i & STRIDE ? LANES + i - STRIDE : i;
+        high[i] = i & STRIDE ? LANES + i : i + STRIDE;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++)
+        if (!(i & STRIDE)) {
+            const Words a = x[i], b = x[i + STRIDE];
+            x[i] = __builtin_shuffle(a, b, low), x[i + STRIDE] = __builtin_shuffle(a, b, high);
+        }
+    if constexpr (STRIDE > 1) transpose<STRIDE / 2>(x);
+}
+
+struct Matrices {  // of each head, (tokens, width); of an earlier pass, those of each of its nodes
+    const Element* data;
+    int64_t node, head, token;  // strides
+    const Element* of(int64_t h, int64_t t, int64_t of_node = 0) const {
+        return data + of_node * node + h * head + t * token;
+    }
 };
 
 struct Span {
@@ -90,28 +140,35 @@ struct Span {
 
 struct Call {
     Matrices query, key, value;
-    const Span* spans;  // in the order of a walk through the tree
+    Matrices past_key, past_value;
+    const int64_t* past_of_span;  // the node that each span without a parent continues; null: there is no earlier pass
+    const int64_t* past_length;   // of each node
+    const Span* spans;            // in the order of a walk through the tree
     int64_t n_spans;
     const int64_t* end;       // of each token: where the descendants of its span end
     const int64_t* position;  // of each token in its sequence
     int64_t tokens, heads, key_heads, width, value_width;
     int64_t window;      // keys that a query sees, its own the last; 0: all
     const float* sinks;  // a logit that takes probability away from every key, of each head; or null
-    float* out;          // (tokens, heads, value_width)
+    Element* out;        // (tokens, heads, value_width)
     float* softmax;      // (tokens, heads, 2): the highest score, and 1 / sum of e^(score - highest)
 };
 
 struct Gradients {
     Matrices of_out;
-    float* query;  // (tokens, heads, width)
-    float* key;    // (parts, tokens, key_heads, width), zeros: each part of the queries adds to its own
-    float* value;
+    Element* query;  // (tokens, heads, width)
+    Element* key;    // (tokens, key_heads, width)
+    Element* value;
+    float* key_parts;  // (parts, key_heads, tokens, width): each part of the queries adds to its own
+    float* value_parts;
     int64_t parts;
 };
 
 struct Keys {
     int64_t from, to;
+    int64_t node;  // of an earlier pass, whose positions are counted then; or OWN
 };
+constexpr int64_t OWN = -1;
 
 // Queries `first` to `last` of every head of keys, counted as token * group + head of the group: of one tree, since
 // another's may carry another adapter, and whatever has become of that must not be multiplied by nothing here.
@@ -144,17 +201,24 @@ class Walk {
         int64_t lowest = call.position[first];
         for (int64_t t = first; t <= last; t++) lowest = std::min(lowest, call.position[t]);
         std::vector<Keys> found;
-        const auto add = [&](int64_t from, int64_t to) {
+        const auto add = [&](int64_t from, int64_t to, int64_t position, int64_t node) {
             if (call.window)  // positions of a span are consecutive
-                from = std::max(from, from + lowest - call.window + 1 - call.position[from]);
-            if (from < to) found.push_back({from, to});
+                from = std::max(from, from + lowest - call.window + 1 - position);
+            if (from < to) found.push_back({from, to, node});
         };
-        for (int64_t s = of_first->parent; s >= 0; s = call.spans[s].parent)
-            add(call.spans[s].start, call.spans[s].start + call.spans[s].length);
+        const Span* root = of_first;
+        for (int64_t s = of_first->parent; s >= 0; s = root->parent) {
+            root = call.spans + s;
+            add(root->start, root->start + root->length, call.position[root->start], OWN);
+        }
+        if (call.past_of_span) {
+            const int64_t node = call.past_of_span[root - call.spans];
+            add(0, call.past_length[node], 0, node);
+        }
         if (last < of_first->start + of_first->length)
-            add(of_first->start, last + 1);
+            add(of_first->start, last + 1, call.position[of_first->start], OWN);
         else  // later spans, and all their ancestors that are not among those above, lie in between
-            found.push_back({of_first->start, last + 1});
+            found.push_back({of_first->start, last + 1, OWN});
         return found;
     }
 
@@ -162,6 +226,28 @@ class Walk {
     const int64_t group;
     std::vector<Panel> panels;
 };
+
+// Weights (keys, PANEL) as products read them: unchanged, or rounded.
+static inline const float* in_rows(const std::vector<float>& x, std::vector<float>&) { return x.data(); }
+static inline const float* in_pairs(const std::vector<float>& x, std::vector<float>&) { return x.data(); }
+
+static inline const BFloat16* in_rows(const std::vector<float>& x, std::vector<BFloat16>& to) {
+    to.resize(x.size());
+    for (size_t i = 0; i < x.size(); i += LANES) store(&to[i], load(&x[i]));
+    return to.data();
+}
+
+// (keys / 2, PANEL, 2), with nothing for a last one's neighbour that is not there.
+static inline const BFloat16* in_pairs(const std::vector<float>& x, std::vector<BFloat16>& to) {
+    to.resize(x.size() + PANEL);
+    for (size_t i = 0; i < x.size(); i += 2 * PANEL)
+        for (size_t j = i; j < i + PANEL; j += LANES) {
+            const Floats next = j + PANEL < x.size() ? load(&x[j + PANEL]) : Floats{};
+            const Words both = pairs(rounded(load(&x[j])), rounded(next));
+            std::memcpy(&to[i + 2 * (j - i)], &both, sizeof both);
+        }
+    return to.data();
+}
 
 // A panel under one head of keys, and where it is worked on.
 struct Work {
@@ -172,104 +258,129 @@ struct Work {
     Panel panel;
     int64_t key_head;
     std::vector<Keys> keys;
-    Ints token[2], position[2];               // of each lane; those without a query repeat the last one's
-    std::vector<float> query, query_columns;  // scaled, (PANEL, width), zeros without a query; transposed
-    std::vector<float> grad, grad_columns;
-    std::vector<float> scores, slopes;  // (keys, PANEL)
-    std::vector<float> result;          // (PANEL, width)
+    Ints token[2], position[2];  // of each lane; those without a query repeat the last one's
+    std::vector<Element> rows;   // of queries, (PANEL, width rounded up to whole vectors), zeros without a query
+    std::vector<Element> query, query_columns;  // (PANEL / STEP, width, STEP); (width / STEP, PANEL, STEP)
+    std::vector<Element> grad, grad_columns;
+    std::vector<float> scores, slopes;        // (keys, PANEL)
+    std::vector<Element> weights, key_pairs;  // as products read them
+    std::vector<float> result;                // (PANEL, width)
 
-    void begin(const Panel& of, int64_t head, float scaling) {
+    void begin(const Panel& of, int64_t head) {
         panel = of, key_head = head, keys = walk.keys(of);
         for (int64_t r = 0; r < PANEL; r++) {
             const int64_t t = std::min(panel.first + r, panel.last - 1) / walk.group;
             token[r / LANES][r % LANES] = int32_t(t);
             position[r / LANES][r % LANES] = int32_t(call.position[t]);
         }
-        read(call.query, call.width, scaling, query, query_columns);
     }
 
     int64_t head_of(int64_t row) const { return key_head * walk.group + row % walk.group; }
 
     float* softmax_of(int64_t row) const { return call.softmax + 2 * (row / walk.group * call.heads + head_of(row)); }
 
-    void read(const Matrices& from, int64_t width, float factor, std::vector<float>& rows, std::vector<float>& columns) {
-        rows.resize(PANEL * width), columns.resize(PANEL * width);
-        for (int64_t r = 0; r < PANEL; r++) {
-            const int64_t row = panel.first + r;
-            const float* x = row < panel.last ? from.of(head_of(row), row / walk.group) : nullptr;
-            for (int64_t d = 0; d < width; d++) rows[r * width + d] = x ? factor * x[d] : 0;
-        }
-        for (int64_t d = 0; d < width; d++)
-            for (int64_t r = 0; r < PANEL; r++) columns[d * PANEL + r] = rows[r * width + d];
-    }
-
-    void write(float* to, int64_t width, const float* factors) {
+    void columns(const Matrices& from, int64_t width, std::vector<Element>& to) {
+        constexpr int64_t VECTOR = STEP * LANES;
+        const int64_t stride = (width + VECTOR - 1) / VECTOR * VECTOR;
+        rows.assign(PANEL * stride, Element{}), to.resize(PANEL * stride);
         for (int64_t row = panel.first; row < panel.last; row++)
-            for (int64_t d = 0; d < width; d++) {
-                const int64_t r = row - panel.first;
-                to[(row / walk.group * call.heads + head_of(row)) * width + d] = result[r * width + d] * factors[r];
+            std::memcpy(&rows[(row - panel.first) * stride], from.of(head_of(row), row / walk.group),
+                        width * sizeof(Element));
+        for (int64_t half = 0; half < 2; half++)
+            for (int64_t d = 0; d < stride; d += VECTOR) {
+                Words x[LANES];
+                for (int64_t r = 0; r < LANES; r++) x[r] = read<Words>(&rows[(half * LANES + r) * stride + d]);
+                transpose(x);
+                for (int64_t r = 0; r < LANES; r++)
+                    std::memcpy(&to[(d / STEP + r) * PANEL * STEP + half * VECTOR], &x[r], sizeof x[r]);
             }
     }
 
+    // Of the rows that `columns` has read.
+    void pair_rows(int64_t width, std::vector<Element>& to) {
+        const int64_t stride = rows.size() / PANEL;
+        to.resize(PANEL * width);
+        for (int64_t r = 0; r < PANEL; r += STEP)
+            interleave(&rows[r * stride], &rows[(r + STEP - 1) * stride], width, &to[r * width]);
+    }
+
+    void write(Element* to, int64_t width, const float* factors) {
+        for (int64_t row = panel.first; row < panel.last; row++) {
+            const int64_t r = row - panel.first;
+            Element* const out = to + (row / walk.group * call.heads + head_of(row)) * width;
+            for (int64_t d = 0; d < width; d += LANES) store(out + d, load(&result[r * width + d]) * factors[r]);
+        }
+    }
+
     // (keys, PANEL): of every key's row, with every query's column.
-    void products(const Matrices& of_keys, const std::vector<float>& columns, int64_t width, std::vector<float>& out) {
+    void products(const Matrices& own, const Matrices& past, const std::vector<Element>& columns, int64_t width,
+                  std::vector<float>& out) {
         out.resize(panel.n_keys * PANEL);
         float* to = out.data();
-        for (const auto& [from, end] : keys) {
-            multiply({of_keys.of(key_head, from), of_keys.token, 1, columns.data(), PANEL, width, to, PANEL, false},
-                     end - from, PANEL);
+        for (const auto& [from, end, node] : keys) {
+            const Element* x = node == OWN ? own.of(key_head, from) : past.of(key_head, from, node);
+            const int64_t token = node == OWN ? own.token : past.token;
+            multiply({x, token, STEP, columns.data(), STEP * PANEL, width / STEP, to, PANEL, false}, end - from, PANEL);
             to += (end - from) * PANEL;
         }
     }
 
     // result (PANEL, width): sums over the keys, with their weights (keys, PANEL).
-    void mix(const std::vector<float>& weights, const Matrices& of_keys, int64_t width) {
-        result.resize(PANEL * width);
-        const float* x = weights.data();
-        for (const auto& [from, end] : keys) {
-            multiply({x, 1, PANEL, of_keys.of(key_head, from), of_keys.token, end - from, result.data(), width,
-                      x != weights.data()},
-                     PANEL, width);
-            x += (end - from) * PANEL;
-        }
+    void mix(const std::vector<float>& of_keys, const Matrices& own, const Matrices& past, int64_t width) {
+        const int64_t n = (panel.n_keys + STEP - 1) / STEP;
+        result.resize(PANEL * width), key_pairs.resize(n * width * STEP);
+        const Element* before = nullptr;
+        int64_t i = 0;
+        for (const auto& [from, end, node] : keys)
+            for (int64_t key = from; key < end; key++, i++) {
+                const Element* x = node == OWN ? own.of(key_head, key) : past.of(key_head, key, node);
+                if (i % STEP == STEP - 1 || i == panel.n_keys - 1)
+                    interleave(i % STEP ? before : x, x, width, &key_pairs[i / STEP * STEP * width]);
+                before = x;
+            }
+        const Element* x = in_pairs(of_keys, weights);
+        multiply({x, STEP, PANEL * STEP, key_pairs.data(), width * STEP, n, result.data(), width, false}, PANEL, width);
     }
 
-    // to (tokens, key heads, width) += sums over the queries, with their weights (keys, PANEL).
-    void give(const std::vector<float>& weights, const std::vector<float>& rows, int64_t width, float* to) {
-        const float* x = weights.data();
-        const int64_t stride = call.key_heads * width;
-        for (const auto& [from, end] : keys) {
-            multiply({x, PANEL, 1, rows.data(), width, PANEL, to + from * stride + key_head * width, stride, true},
+    // to (tokens, width) += sums over the queries, with their weights (keys, PANEL).
+    void give(const std::vector<float>& of_keys, const std::vector<Element>& pairs, int64_t width, float* to) {
+        const Element* x = in_rows(of_keys, weights);
+        for (const auto& [from, end, node] : keys) {
+            multiply({x, PANEL, STEP, pairs.data(), width * STEP, PANEL / STEP, to + from * width, width, true},
                      end - from, width);
             x += (end - from) * PANEL;
         }
     }
 
     // Scores, -inf where a query does not see a key; and what the soft cap multiplies gradients by, if there is one.
-    void score(float softcap, bool sloping) {
-        products(call.key, query_columns, call.width, scores);
+    void score(float scaling, float softcap, bool sloping) {
+        columns(call.query, call.width, query_columns);
+        products(call.key, call.past_key, query_columns, call.width, scores);
         if (softcap != 0) {
             slopes.resize(sloping ? scores.size() : 0);
             for (size_t i = 0; i < scores.size(); i += LANES) {
-                const Floats capped = tangent(load(&scores[i]) / softcap);
+                const Floats capped = tangent(load(&scores[i]) * (scaling / softcap));
                 store(&scores[i], softcap * capped);
                 if (sloping) store(&slopes[i], 1.0f - capped * capped);
             }
+            scaling = 1;
         }
         float* x = scores.data();
-        for (const auto& [from, end] : keys)
+        for (const auto& [from, end, node] : keys)
             for (int64_t key = from; key < end; key++)
                 for (int half = 0; half < 2; half++, x += LANES) {
-                    Ints seen = (token[half] >= int32_t(key)) & (token[half] < int32_t(call.end[key]));
-                    if (call.window) seen &= position[half] - int32_t(call.position[key]) < int32_t(call.window);
-                    store(x, seen ? load(x) : Floats{} - INFINITY);
+                    Ints seen = Ints{} - 1;
+                    if (node == OWN) seen = (token[half] >= int32_t(key)) & (token[half] < int32_t(call.end[key]));
+                    const int64_t at = node == OWN ? call.position[key] : key;
+                    if (call.window) seen &= position[half] - int32_t(at) < int32_t(call.window);
+                    store(x, seen ? load(x) * scaling : Floats{} - INFINITY);
                 }
     }
 };
 
-static void forward(Work& work, float softcap) {
+static void forward(Work& work, float scaling, float softcap) {
     const Call& call = work.call;
-    work.score(softcap, false);
+    work.score(scaling, softcap, false);
     float most[PANEL], shares[PANEL];
     for (int r = 0; r < PANEL; r++)
         most[r] = call.sinks ? call.sinks[work.head_of(work.panel.first + r)] : -INFINITY;
@@ -288,7 +399,7 @@ static void forward(Work& work, float softcap) {
         store(most + half * LANES, highest);
         store(shares + half * LANES, 1.0f / sum);
     }
-    work.mix(work.scores, call.value, call.value_width);
+    work.mix(work.scores, call.value, call.past_value, call.value_width);
     work.write(call.out, call.value_width, shares);
     for (int64_t row = work.panel.first; row < work.panel.last; row++) {
         float* const to = work.softmax_of(row);
@@ -296,18 +407,21 @@ static void forward(Work& work, float softcap) {
     }
 }
 
-static void backward(Work& work, const Gradients& to, int64_t part, float scaling, float softcap,
+// An earlier pass gets no gradients.
+static void backward(Work& work, const Gradients& to, float* of_keys, float* of_values, float scaling, float softcap,
                      std::vector<float>& of_scores) {
     const Call& call = work.call;
-    work.score(softcap, true);
-    work.read(to.of_out, call.value_width, 1, work.grad, work.grad_columns);
-    work.products(call.value, work.grad_columns, call.value_width, of_scores);  // as yet of probabilities
+    work.score(scaling, softcap, true);
+    work.pair_rows(call.width, work.query);
+    work.columns(to.of_out, call.value_width, work.grad_columns);
+    work.pair_rows(call.value_width, work.grad);
+    work.products(call.value, call.value, work.grad_columns, call.value_width, of_scores);  // as yet of probabilities
     float most[PANEL] = {}, shares[PANEL] = {}, factors[PANEL];  // lanes without a query have a share of nothing
     for (int64_t row = work.panel.first; row < work.panel.last; row++) {
         const float* const from = work.softmax_of(row);
         most[row - work.panel.first] = from[0], shares[row - work.panel.first] = from[1];
     }
-    std::fill(factors, factors + PANEL, scaling);
+    std::fill(factors, factors + PANEL, 1.0f);
     for (int half = 0; half < 2; half++) {
         const int64_t n = work.scores.size(), first = half * LANES;
         const Floats highest = load(most + first), share = load(shares + first);
@@ -318,16 +432,28 @@ static void backward(Work& work, const Gradients& to, int64_t part, float scalin
             mean += p * load(&of_scores[i]);
         }
         for (int64_t i = first; i < n; i += PANEL) {
-            Floats x = load(&work.scores[i]) * (load(&of_scores[i]) - mean);
+            Floats x = load(&work.scores[i]) * (load(&of_scores[i]) - mean) * scaling;
             if (softcap != 0) x *= load(&work.slopes[i]);
             store(&of_scores[i], x);
         }
     }
-    work.mix(of_scores, call.key, call.width);
+    work.mix(of_scores, call.key, call.key, call.width);
     work.write(to.query, call.width, factors);
-    const int64_t before = part * call.tokens * call.key_heads;
-    work.give(of_scores, work.query, call.width, to.key + before * call.width);
-    work.give(work.scores, work.grad, call.value_width, to.value + before * call.value_width);
+    work.give(of_scores, work.query, call.width, of_keys);
+    work.give(work.scores, work.grad, call.value_width, of_values);
+}
+
+// out (tokens, heads, width): sums of the parts, (parts, heads, tokens, width), that have anything of a token.
+static void sum_parts(const Call& call, const std::vector<std::vector<uint8_t>>& touched, const float* parts,
+                      int64_t width, int64_t token, Element* out) {
+    for (int64_t head = 0; head < call.key_heads; head++)
+        for (int64_t d = 0; d < width; d += LANES) {
+            Floats sum = {};
+            for (size_t part = 0; part < touched.size(); part++)
+                if (touched[part][token])
+                    sum += load(parts + ((part * call.key_heads + head) * call.tokens + token) * width + d);
+            store(out + (token * call.key_heads + head) * width + d, sum);
+        }
 }
 
 extern "C" void attend_forward(const Call* call, double scaling, double softcap) {
@@ -338,8 +464,8 @@ extern "C" void attend_forward(const Call* call, double scaling, double softcap)
         Work work(walk);
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < n * call->key_heads; task++) {
-            work.begin(walk.panels[task % n], task / n, scaling);
-            forward(work, softcap);
+            work.begin(walk.panels[task % n], task / n);
+            forward(work, scaling, softcap);
         }
     }
 }
@@ -348,22 +474,41 @@ extern "C" void attend_forward(const Call* call, double scaling, double softcap)
 // same order every time.
 extern "C" void attend_backward(const Call* call, const Gradients* to, double scaling, double softcap) {
     const Walk walk(*call);
+    const int64_t heads = call->key_heads;
     std::vector<int64_t> done = {0};  // work up to each panel
     for (const Panel& panel : walk.panels) done.push_back(done.back() + panel.n_keys);
     const auto first_of = [&](int64_t part) {
         return std::lower_bound(done.begin(), done.end() - 1, done.back() * part / to->parts) - done.begin();
     };
+    std::vector<std::vector<uint8_t>> touched(to->parts, std::vector<uint8_t>(call->tokens));
+    for (int64_t part = 0; part < to->parts; part++) {
+        const int64_t first = first_of(part), last = first_of(part + 1) - 1;
+        if (first > last) continue;
+        for (const Keys& some : walk.keys({walk.panels[first].first, walk.panels[last].last, 0}))
+            std::fill(&touched[part][some.from], &touched[part][some.to], 1);
+    }
 #pragma omp parallel
     {
         Work work(walk);
         std::vector<float> of_scores;
 #pragma omp for schedule(static, 1)
-        for (int64_t task = 0; task < to->parts * call->key_heads; task++) {
-            const int64_t part = task / call->key_heads;
+        for (int64_t task = 0; task < to->parts * heads; task++) {
+            const int64_t part = task / heads, before = task * call->tokens;
+            float *const keys = to->key_parts + before * call->width, *const values = to->value_parts + before * call->value_width;
+            for (int64_t t = 0; t < call->tokens; t++)
+                if (touched[part][t]) {
+                    std::fill_n(keys + t * call->width, call->width, 0.0f);
+                    std::fill_n(values + t * call->value_width, call->value_width, 0.0f);
+                }
             for (int64_t i = first_of(part); i < first_of(part + 1); i++) {
-                work.begin(walk.panels[i], task % call->key_heads, scaling);
-                backward(work, *to, part, scaling, softcap, of_scores);
+                work.begin(walk.panels[i], task % heads);
+                backward(work, *to, keys, values, scaling, softcap, of_scores);
             }
+        }
+#pragma omp for schedule(static)
+        for (int64_t token = 0; token < call->tokens; token++) {
+            sum_parts(*call, touched, to->key_parts, call->width, token, to->key);
+            sum_parts(*call, touched, to->value_parts, call->value_width, token, to->value);
         }
     }
 }

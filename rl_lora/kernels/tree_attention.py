@@ -1,4 +1,4 @@
-"""Attention on a tree of spans, and its gradients, in C++ (`tree_attention.cpp`), in float32 on a CPU.
+"""Attention on a tree of spans, and its gradients, in C++ (`tree_attention.cpp`), in float32 or bfloat16 on a CPU.
 
 torch takes a dozen passes over padded copies of queries, keys and scores; here only the products that the mask leaves
 are computed, where queries and keys lie, and scores stay in the CPU's cache.
@@ -29,6 +29,8 @@ NAME = "rl_lora::tree_attention"
 """Its name in a profile."""
 WIDTHS = 16
 """The widths of heads are multiples of it."""
+ELEMENTS = {torch.float32: "float", torch.bfloat16: "BFloat16"}
+"""In C++, by the dtype of queries, keys and values."""
 
 
 class Spans(NamedTuple):
@@ -42,23 +44,38 @@ class Spans(NamedTuple):
     """int64 (N,)"""
 
 
+class Past(NamedTuple):
+    """Keys and values of an earlier pass that the roots of a tree continue; they get no gradients."""
+
+    key: Tensor
+    """(n, H_kv, L, D)"""
+    value: Tensor
+    """(n, H_kv, L, D_v)"""
+    lengths: Tensor
+    """int64 (n,): tokens of each node."""
+    node: Tensor
+    """int64: the node that each span of the tree continues; of spans with a parent, anything."""
+
+
 @functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled code; None where it cannot be compiled, or computes something else."""
-    found = native_code.load(SOURCE)
+def library(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The compiled code for a dtype; None where it cannot be compiled, or computes something else."""
+    found = native_code.load(SOURCE, f"-DELEMENT={ELEMENTS[dtype]}") if dtype in ELEMENTS else None
     if found is not None:
         pointer, real = ctypes.c_void_p, ctypes.c_double
         found.attend_forward.argtypes, found.attend_forward.restype = [pointer, real, real], None
         found.attend_backward.argtypes, found.attend_backward.restype = [pointer, pointer, real, real], None
     path = FastPath("attention of packed sequences is left to torch")
-    return found if found is not None and path.verify(lambda: _compare(found)) else None
+    return found if found is not None and path.verify(lambda: _compare(found, dtype)) else None
 
 
-def tree_attention(query: Tensor, key: Tensor, value: Tensor, spans: Spans, options: AttentionOptions) -> Tensor:
+def tree_attention(
+    query: Tensor, key: Tensor, value: Tensor, spans: Spans, options: AttentionOptions, past: Past | None = None
+) -> Tensor:
     """query: (1, H, N, D); key: (1, H_kv, N, D); value: (1, H_kv, N, D_v). Returns (1, H, N, D_v)."""
-    found = library()
+    found = library(query.dtype)
     assert found is not None
-    return _TreeAttention.apply(query, key, value, spans, options, found)
+    return _TreeAttention.apply(query, key, value, spans, options, past, found)
 
 
 class _TreeAttention(torch.autograd.Function):
@@ -66,33 +83,40 @@ class _TreeAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, spans: Spans, options: AttentionOptions, found: ctypes.CDLL
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        spans: Spans,
+        options: AttentionOptions,
+        past: Past | None,
+        found: ctypes.CDLL,
     ) -> Tensor:
         query, key, value = (dense(x) for x in (query, key, value))
         _, H, N, _ = query.shape
-        out, softmax = query.new_empty(1, N, H, value.shape[3]), query.new_empty(N, H, 2)
-        call = _Call(spans, query, key, value, options, out, softmax)
+        out = query.new_empty(1, N, H, value.shape[3])
+        softmax = query.new_empty(N, H, 2, dtype=torch.float32)
+        call = _Call(spans, query, key, value, options, past, out, softmax)
         with record_function(NAME):
             found.attend_forward(call.address, options.scaling, options.softcap or 0.0)
         ctx.save_for_backward(query, key, value, softmax)
-        ctx.spans, ctx.options, ctx.found = spans, options, found
+        ctx.spans, ctx.options, ctx.has_past, ctx.found = spans, options, past is not None, found
         return out.transpose(1, 2)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        assert not ctx.has_past
         query, key, value, softmax = ctx.saved_tensors
         grad, (_, H, N, D), (_, H_kv, _, D_v) = dense(grad), query.shape, value.shape
-        threads = torch.get_num_threads()
-        parts = parts_of(threads, H_kv)
-        dquery = query.new_empty(1, N, H, D)
-        dkey, dvalue = query.new_zeros(parts, N, H_kv, D), query.new_zeros(parts, N, H_kv, D_v)
-        call = _Call(ctx.spans, query, key, value, ctx.options, None, softmax)
-        to = array("q", [*_matrices(grad), *(x.data_ptr() for x in (dquery, dkey, dvalue)), parts])
+        parts = parts_of(torch.get_num_threads(), H_kv)
+        results = [query.new_empty(1, N, h, d) for h, d in ((H, D), (H_kv, D), (H_kv, D_v))]
+        of_parts = [query.new_empty(parts, H_kv, N, d, dtype=torch.float32) for d in (D, D_v)]
+        call = _Call(ctx.spans, query, key, value, ctx.options, None, None, softmax)
+        to = array("q", [*_matrices(grad), *(x.data_ptr() for x in (*results, *of_parts)), parts])
         with record_function(NAME):
             found, options = ctx.found, ctx.options
             found.attend_backward(call.address, to.buffer_info()[0], options.scaling, options.softcap or 0.0)
-        dk, dv = (x if parts == 1 else x.sum(0, keepdim=True) for x in (dkey, dvalue))
-        return dquery.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), None, None, None
+        return *(x.transpose(1, 2) for x in results), None, None, None, None
 
 
 def parts_of(threads: int, key_heads: int) -> int:
@@ -111,14 +135,22 @@ class _Call:
         key: Tensor,
         value: Tensor,
         options: AttentionOptions,
+        past: Past | None,
         out: Tensor | None,
         softmax: Tensor,
     ):
         table, end, positions = spans.table, spans.end, spans.positions.contiguous()
         sinks = None if options.sinks is None else options.sinks.float().contiguous()
-        self._alive = (query, key, value, out, softmax, table, end, positions, sinks)
-        window = min(options.window or 0, len(end))
+        of_past: list[Tensor] = []
+        if past is not None:
+            of_past = [dense(past.key), dense(past.value), past.node.contiguous(), past.lengths.contiguous()]
+        self._alive = (query, key, value, out, softmax, table, end, positions, sinks, of_past)
+        window = min(options.window or 0, 2**31 - 1)
         fields = [*_matrices(query), *_matrices(key), *_matrices(value)]
+        if past is None:
+            fields += [0] * 10
+        else:
+            fields += [*_matrices(of_past[0]), *_matrices(of_past[1]), of_past[2].data_ptr(), of_past[3].data_ptr()]
         fields += [table.data_ptr(), len(table), end.data_ptr(), positions.data_ptr()]
         fields += [query.shape[2], query.shape[1], key.shape[1], query.shape[3], value.shape[3], window]
         fields += [0 if x is None else x.data_ptr() for x in (sinks, out, softmax)]
@@ -127,43 +159,61 @@ class _Call:
 
 
 def _matrices(x: Tensor) -> Sequence[int]:
-    """(1, h, N, D) as `Matrices` in the C++."""
-    return x.data_ptr(), x.stride(1), x.stride(2)
+    """(n, h, N, D) as `Matrices` in the C++."""
+    return x.data_ptr(), *x.stride()[:3]
 
 
-def _compare(found: ctypes.CDLL) -> None:
-    """With a dense mask in float64, gradients too, on a tree of everything that a model may ask for."""
+def _compare(found: ctypes.CDLL, dtype: torch.dtype) -> None:
+    """With a dense mask in float64, on a tree of everything that a model may ask for: gradients too, and what comes out
+    behind an earlier pass."""
     g = torch.Generator().manual_seed(0)
-    spans = _example()
-    N, H, H_kv, position = len(spans.end), 6, 2, spans.positions
-    q, k, grad = (torch.randn(1, N, h, 48, generator=g).transpose(1, 2) for h in (H, H_kv, H))
-    v, sinks = torch.randn(1, N, H_kv, 48, generator=g).transpose(1, 2), torch.randn(H, generator=g)
+    spans, of_root = _example()
+    N, H, H_kv, D = len(spans.end), 6, 2, 48
+    q, k, v, grad = (torch.randn(1, N, h, D, generator=g).to(dtype).transpose(1, 2) for h in (H, H_kv, H_kv, H))
+    lengths, sinks = torch.tensor([9, 21]), torch.randn(H, generator=g)
+    past = Past(*torch.randn(2, 2, H_kv, 21, D, generator=g).to(dtype), lengths, of_root[spans.table[:, 0]])
+    behind = Spans(spans.table, spans.end, spans.positions + lengths[of_root])
+    k_all, v_all = (torch.cat([*(x[None] for x in xs), own], 2) for xs, own in ((past.key, k), (past.value, v)))
     i, j = torch.arange(N)[:, None], torch.arange(N)
+    node, place = torch.arange(2).repeat_interleave(21), torch.arange(21).repeat(2)
     for options in (AttentionOptions(0.3), AttentionOptions(0.3, 7, 2.0, sinks)):
-        seen = (j <= i) & (i < spans.end) & (position[:, None] - position < (options.window or N))
-        results = []
+        window = options.window or 2 * N
+
+        def check(name: str, ours: Tensor, exact: Tensor) -> None:
+            tolerance = (1e-5 if dtype == torch.float32 else 2e-2) * (1 + float(exact.detach().abs().max()))
+            what = f"in C++ its {name} differs from that in float64"
+            require_all_close(what, ours.detach(), exact.detach(), tolerance)
+
+        seen = (j <= i) & (i < spans.end) & (spans.positions[:, None] - spans.positions < window)
+        of_past = (of_root[:, None] == node) & (place < lengths[node]) & (behind.positions[:, None] - place < window)
         # Hooks that count or drop what a pass keeps for its backward pass are not meant for this comparison.
         with torch.inference_mode(False), torch.enable_grad(), saved_tensors_hooks(lambda x: x, lambda x: x):
-            for dtype in (torch.float32, torch.float64):
-                given = query, key, value = tuple(x.to(dtype, copy=True).requires_grad_() for x in (q, k, v))
-                if dtype == torch.float64:
-                    out = _dense_attention(query, key, value, seen, options)
-                else:
-                    out = _TreeAttention.apply(query, key, value, spans, options, found)
-                results.append([out, *torch.autograd.grad(out, given, grad.to(dtype))])
-        for what, ours, exact in zip(("output", "dq", "dk", "dv"), *results, strict=True):
-            tolerance = 1e-5 * (1 + float(exact.detach().abs().max()))
-            require_all_close(
-                f"in C++ its {what} differs from that in float64", ours.detach(), exact.detach(), tolerance
+            given, exactly = (
+                [x.to(to, copy=True).requires_grad_() for x in (q, k, v)] for to in (dtype, torch.float64)
             )
+            out = _TreeAttention.apply(*given, spans, options, None, found)
+            exact = _dense_attention(*exactly, seen, options)
+            ours = torch.autograd.grad(out, given, grad)
+            for name, x, y in zip(
+                ("output", "dq", "dk", "dv"),
+                (out, *ours),
+                (exact, *torch.autograd.grad(exact, exactly, grad.double())),
+                strict=True,
+            ):
+                check(name, x, y)
+            out = _TreeAttention.apply(q, k, v, behind, options, past, found)
+        exact = _dense_attention(*(x.double() for x in (q, k_all, v_all)), torch.cat([of_past, seen], 1), options)
+        check("output behind an earlier pass", out, exact)
 
 
-def _example() -> Spans:
+def _example() -> tuple[Spans, Tensor]:
+    """Two trees, and of each token the tree that it belongs to."""
     table = [(0, 5, -1), (5, 9, 0), (14, 17, 1), (31, 1, 1), (32, 20, 0), (52, 23, -1)]
     ends, first = (52, 32, 31, 32, 52, 75), (0, 5, 14, 14, 5, 0)
     lengths = torch.tensor([length for _, length, _ in table])
     positions = torch.cat([start + torch.arange(length) for start, (_, length, _) in zip(first, table, strict=True)])
-    return Spans(torch.tensor(table), torch.tensor(ends).repeat_interleave(lengths), positions)
+    spans = Spans(torch.tensor(table), torch.tensor(ends).repeat_interleave(lengths), positions)
+    return spans, (torch.arange(75) >= 52).long()
 
 
 def _dense_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, options: AttentionOptions) -> Tensor:

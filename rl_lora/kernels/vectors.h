@@ -44,14 +44,23 @@ static inline Floats load(const BFloat16* at) {
 }
 
 // To the nearest, of two as near to the even one; NaN stays NaN.
-static inline void store(BFloat16* at, Floats x) {
+static inline Halves rounded(Floats x) {
 #if defined(__AVX512BF16__)
-    const __m256bh halves = _mm512_cvtneps_pbh((__m512)x);
+    return (Halves)_mm512_cvtneps_pbh((__m512)x);
 #else
-    const Words bits = (Words)x, rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const Halves halves = __builtin_convertvector(x == x ? rounded : (Words)(Ints{} + 0x7fc0), Halves);
+    const Words bits = (Words)x, upper = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return __builtin_convertvector(x == x ? upper : (Words)(Ints{} + 0x7fc0), Halves);
 #endif
+}
+
+static inline void store(BFloat16* at, Floats x) {
+    const Halves halves = rounded(x);
     std::memcpy(at, &halves, sizeof halves);
+}
+
+// Each lane holds one of both: a's in its lower half.
+static inline Words pairs(Halves a, Halves b) {
+    return __builtin_convertvector(a, Words) | (__builtin_convertvector(b, Words) << 16);
 }
 
 // sum + a b of two neighbours each: a lane holds two bfloat16, and one product of both is added to one float.
