@@ -11,7 +11,7 @@ from rl_lora.kernels.attention_options import AttentionOptions
 from rl_lora.kernels.tree_attention import Past, Spans
 
 
-def supports(tree: SpanTree, query: Tensor, key: Tensor, value: Tensor, layer: int = 0) -> bool:
+def supports(tree: SpanTree, query: Tensor, key: Tensor, value: Tensor, *, layer: int = 0) -> bool:
     """Whether `native_attention` may be called with these: on a CPU, of one dtype that the C++ knows."""
     if query.dtype not in tree_attention.ELEMENTS or tree.end is None:
         return False

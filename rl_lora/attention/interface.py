@@ -72,7 +72,7 @@ def attend_on_tree(
     tree.windows.add(options.window)
     if flex.supports(tree, query, options) and flex.verified(query, key, value, options):
         return flex.fused_attention(tree, query, key, value, options)
-    if cpu.supports(tree, query, key, value, layer):
+    if cpu.supports(tree, query, key, value, layer=layer):
         return cpu.native_attention(tree, query, key, value, options, layer)
     return padded_attention(tree, query, key, value, options, layer)
 

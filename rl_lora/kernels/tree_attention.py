@@ -171,7 +171,8 @@ def _compare(found: ctypes.CDLL, dtype: torch.dtype) -> None:
     N, H, H_kv, D = len(spans.end), 6, 2, 48
     q, k, v, grad = (torch.randn(1, N, h, D, generator=g).to(dtype).transpose(1, 2) for h in (H, H_kv, H_kv, H))
     lengths, sinks = torch.tensor([9, 21]), torch.randn(H, generator=g)
-    past = Past(*torch.randn(2, 2, H_kv, 21, D, generator=g).to(dtype), lengths, of_root[spans.table[:, 0]])
+    past_key, past_value = torch.randn(2, 2, H_kv, 21, D, generator=g).to(dtype)
+    past = Past(past_key, past_value, lengths, of_root[spans.table[:, 0]])
     behind = Spans(spans.table, spans.end, spans.positions + lengths[of_root])
     k_all, v_all = (torch.cat([*(x[None] for x in xs), own], 2) for xs, own in ((past.key, k), (past.value, v)))
     i, j = torch.arange(N)[:, None], torch.arange(N)
@@ -192,7 +193,7 @@ def _compare(found: ctypes.CDLL, dtype: torch.dtype) -> None:
                 [x.to(to, copy=True).requires_grad_() for x in (q, k, v)] for to in (dtype, torch.float64)
             )
             out = _TreeAttention.apply(*given, spans, options, None, found)
-            exact = _dense_attention(*exactly, seen, options)
+            exact = _dense_attention(exactly, seen, options)
             ours = torch.autograd.grad(out, given, grad)
             for name, x, y in zip(
                 ("output", "dq", "dk", "dv"),
@@ -202,7 +203,8 @@ def _compare(found: ctypes.CDLL, dtype: torch.dtype) -> None:
             ):
                 check(name, x, y)
             out = _TreeAttention.apply(q, k, v, behind, options, past, found)
-        exact = _dense_attention(*(x.double() for x in (q, k_all, v_all)), torch.cat([of_past, seen], 1), options)
+        every = torch.cat([of_past, seen], 1)
+        exact = _dense_attention([x.double() for x in (q, k_all, v_all)], every, options)
         check("output behind an earlier pass", out, exact)
 
 
@@ -216,7 +218,8 @@ def _example() -> tuple[Spans, Tensor]:
     return spans, (torch.arange(75) >= 52).long()
 
 
-def _dense_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, options: AttentionOptions) -> Tensor:
+def _dense_attention(qkv: Sequence[Tensor], seen: Tensor, options: AttentionOptions) -> Tensor:
+    q, k, v = qkv
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = options.scaling * q @ k.transpose(2, 3)
     if options.softcap is not None:

@@ -69,11 +69,11 @@ def random(
 def attend(tree: SpanTree, given: list[Tensor], options: AttentionOptions) -> list[Tensor]:
     """What comes out, and gradients of queries, keys and values."""
     assert cpu.supports(tree, *given[:3])
-    return with_gradients(lambda *qkv: attend_on_tree(tree, 0, *qkv, options), given)
+    return with_gradients(lambda q, k, v: attend_on_tree(tree, 0, q, k, v, options), given)
 
 
 def attend_by_torch(tree: SpanTree, given: list[Tensor], options: AttentionOptions) -> list[Tensor]:
-    return with_gradients(lambda *qkv: padded_attention(tree, *qkv, options), given)
+    return with_gradients(lambda q, k, v: padded_attention(tree, q, k, v, options), given)
 
 
 def attend_exactly(tree: SpanTree, given: list[Tensor], options: AttentionOptions) -> list[Tensor]:
@@ -210,7 +210,8 @@ def test_roots_go_on_behind_an_earlier_pass(
 ) -> None:
     """Of several nodes of it, one of them empty, as prompts go on behind what they begin with."""
     rng, g, options = np.random.default_rng(seed), torch.Generator().manual_seed(seed), of_heads(options, 6)
-    past = KeyValues(*([torch.randn(4, 2, 23, 32, generator=g).to(dtype)] for _ in range(2)), np.array([23, 0, 7, 1]))
+    keys, values = ([torch.randn(4, 2, 23, 32, generator=g).to(dtype)] for _ in range(2))
+    past = KeyValues(keys, values, np.array([23, 0, 7, 1]))
     lengths = rng.choice([1, 3, 40], 9)
     starts, node = np.cumsum(lengths) - lengths, rng.integers(0, 4, 9).tolist()
     spans = [(int(start), int(n), -1) for start, n in zip(starts, lengths, strict=True)]
@@ -222,12 +223,12 @@ def test_roots_go_on_behind_an_earlier_pass(
     exact = torch.empty_like(out, dtype=torch.float64)
     for (start, n, _), of in zip(spans, node, strict=True):
         t, own = past.lengths[of], slice(start, start + n)
-        keys, values = (
+        key, value = (
             torch.cat([x[of, :, :t], y[0, :, own]], 1).double() for x, y in ((past.keys[0], k), (past.values[0], v))
         )
         behind = torch.arange(t, t + n)[:, None] - torch.arange(t + n)
         mask = (behind >= 0) & (behind < (options.window or t + n))
-        exact[0, :, own] = dense(q[0, :, own].double(), keys, values, mask, options)
+        exact[0, :, own] = dense(q[0, :, own].double(), key, value, mask, options)
     by_torch = padded_attention(tree, q, k, v, options)
     error, usual = ((x - exact).abs().mean() for x in (out, by_torch))
     assert error <= 1.05 * usual + 1e-6
@@ -282,9 +283,8 @@ def test_without_the_code_it_is_torchs(dtype: torch.dtype, monkeypatch: pytest.M
     ours = attend_on_tree(tree, 0, q, k, v, options)
     monkeypatch.setattr(tree_attention, "library", lambda dtype: None)
     theirs = attend_on_tree(tree, 0, q, k, v, options)
-    torch.testing.assert_close(
-        ours, theirs, **({"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2})
-    )
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize(
