@@ -18,6 +18,7 @@ from rl_lora.attention.interface import Layout, shared_prefix_attention_of
 from rl_lora.attention.kv_cache import KeyValues, PrefillCache
 from rl_lora.attention.tree import SpanTree
 from rl_lora.lora.bank import AdapterBank
+from rl_lora.policy.fused import fuse, rotaries_of, rotating
 from rl_lora.policy.head import Head
 from rl_lora.policy.hooks import recomputing
 from rl_lora.policy.loading import context_length
@@ -34,6 +35,8 @@ class AdaptedModel:
     def __init__(self, model: PreTrainedModel):
         self.model = model.eval()
         self.bank = AdapterBank(model)
+        fuse(model)
+        self._rotaries = rotaries_of(model)
         self.head = Head.of(model, may_pack=self.bank.may_pack)
         self.backbone = model.base_model
         parameters = inspect.signature(self.backbone.forward).parameters
@@ -78,7 +81,7 @@ class AdaptedModel:
     def setting(self, adapters: Sequence[str | None], layout: Layout | None) -> Iterator[None]:
         """Inside, the model's layers apply these adapters, and attend as the layout says."""
         attention = nullcontext() if layout is None else shared_prefix_attention_of(self.model)
-        with self.bank.route(adapters), attention:
+        with self.bank.route(adapters), attention, rotating(self._rotaries):
             yield
 
     def prefill(
