@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rl_lora.kernels import vocabulary_softmax
 from rl_lora.kernels.frozen_linear import FrozenLinear
 
 CHUNK_ELEMENTS = 1 << 24
@@ -98,9 +99,14 @@ class Head:
         if out is None:
             out = hidden.new_empty(*hidden.shape[:-1], len(self.weight), dtype=torch.float32)
         rows = hidden.reshape(-1, hidden.shape[-1])
-        for part, linear in self.parts:
-            linear(rows, out=out.view(len(rows), -1)[:, part])
+        self.project_in_parts(rows, out.view(len(rows), -1))
         return self.scaled(out)
+
+    def project_in_parts(self, hidden: Tensor, out: Tensor) -> Tensor:
+        """What `project` computes, (N, d) -> (N, V), for few rows and without gradients; `out` may be of any dtype."""
+        for part, linear in self.parts:
+            linear(hidden, out=out[:, part])
+        return out
 
     def scaled(self, logits: Tensor) -> Tensor:
         """cap(scale * logits), in place."""
@@ -123,32 +129,21 @@ class _TokenLogprobs(torch.autograd.Function):
         logprobs, entropy = hidden.new_empty(N, dtype=torch.float32), hidden.new_empty(N, dtype=torch.float32)
         jacobian = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # (N, d)
         chunk = min(N, max(1, CHUNK_ELEMENTS // V))
-        block = min(chunk, rows_of_a_block(V, hidden.device))
-        products = hidden.new_empty(chunk, V)  # logits in the compute dtype, then p
-        logits_of_block, p_of_block = (hidden.new_empty(block, V, dtype=torch.float32) for _ in range(2))
+        products = hidden.new_empty(chunk, V)  # logits in the compute dtype, then their gradients
+        ours = vocabulary_softmax.supports(hidden.dtype, hidden.device)
         for start in range(0, N, chunk):
-            of_chunk = products[: N - start]
-            head.project(hidden[start : start + chunk], out=of_chunk)
-            for i in range(0, len(of_chunk), block):
-                projected = of_chunk[i : i + block]
-                part = slice(start + i, start + i + len(projected))
-                y = targets[part, None]
-                logits = head.finish(projected, out=logits_of_block[: len(projected)])
-                p = p_of_block[: len(projected)]
-                uncapped_slope = None if head.softcap is None else 1 - (logits / head.softcap) ** 2
-                logits /= temperature
-                torch.softmax(logits, -1, out=p)
-                log_z = logits.amax(-1) - p.amax(-1).log()
-                logprobs[part] = logits.gather(1, y)[:, 0] - log_z
-                entropy[part] = log_z - logits.mul_(p).sum(-1)
-                if jacobian is None:
-                    continue
-                p.neg_().scatter_add_(1, y, torch.ones_like(y, dtype=p.dtype))  # d log p(y) / d logits, times T
-                if uncapped_slope is not None:
-                    p *= uncapped_slope
-                projected.copy_(p)
+            of_chunk, part = products[: N - start], slice(start, start + chunk)
+            head.project(hidden[part], out=of_chunk)
+            if ours:
+                logprobs[part], entropy[part] = vocabulary_softmax.token_logprobs(
+                    of_chunk, targets[part], temperature, head.scale, head.softcap, gradient=jacobian is not None
+                )
+            else:
+                logprobs[part], entropy[part] = _logprobs_in_blocks(
+                    of_chunk, targets[part], temperature, head, gradient=jacobian is not None
+                )
             if jacobian is not None:
-                of_chunk_J = jacobian[start : start + chunk]
+                of_chunk_J = jacobian[part]
                 torch.mm(of_chunk, head.weight, out=of_chunk_J)
                 of_chunk_J *= head.scale / temperature
         ctx.save_for_backward(jacobian)
@@ -159,3 +154,30 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, grad_logprobs: Tensor, _grad_entropy: Tensor) -> tuple[Tensor, None, None, None]:
         (jacobian,) = ctx.saved_tensors
         return (grad_logprobs[:, None] * jacobian).to(jacobian.dtype), None, None, None
+
+
+def _logprobs_in_blocks(
+    projected: Tensor, targets: Tensor, temperature: float, head: Head, *, gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """What `vocabulary_softmax.token_logprobs` computes, in torch: a few rows at a time are in float32."""
+    N, V = projected.shape
+    logprobs, entropy = projected.new_empty(2, N, dtype=torch.float32)
+    block = min(N, rows_of_a_block(V, projected.device))
+    logits_of_block, p_of_block = projected.new_empty(2, block, V, dtype=torch.float32)
+    for start in range(0, N, block):
+        part = slice(start, min(start + block, N))
+        y = targets[part, None]
+        logits = head.finish(projected[part], out=logits_of_block[: len(y)])
+        p = p_of_block[: len(y)]
+        uncapped_slope = None if head.softcap is None else 1 - (logits / head.softcap) ** 2
+        logits /= temperature
+        torch.softmax(logits, -1, out=p)
+        log_z = logits.amax(-1) - p.amax(-1).log()
+        logprobs[part] = logits.gather(1, y)[:, 0] - log_z
+        entropy[part] = log_z - logits.mul_(p).sum(-1)
+        if gradient:
+            p.neg_().scatter_add_(1, y, torch.ones_like(y, dtype=p.dtype))  # d log p(y) / d logits, times T
+            if uncapped_slope is not None:
+                p *= uncapped_slope
+            projected[part] = p
+    return logprobs, entropy

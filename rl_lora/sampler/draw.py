@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rl_lora.kernels import vocabulary_softmax
 from rl_lora.policy.head import Head, rows_of_a_block
 
 CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 25}
@@ -23,20 +24,35 @@ class InverseCDF:
         V, device = len(head.weight), head.weight.device
         self.rows = max(1, CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cuda"]) // V)
         self.block = min(self.rows, rows_of_a_block(V, device))
-        self._logits = head.weight.new_empty(0, V, dtype=torch.float32)
-        self._p = head.weight.new_empty(self.block, V, dtype=torch.float32)
+        self.in_one_pass = vocabulary_softmax.supports(head.weight.dtype, device)
+        self._logits = head.weight.new_empty(0, V, dtype=head.weight.dtype if self.in_one_pass else torch.float32)
+        self._p = head.weight.new_empty(0 if self.in_one_pass else self.block, V, dtype=torch.float32)
 
     def __call__(self, hidden: Tensor, temperature: Tensor | None, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         """hidden: (R, d); the rest, and what is returned, as in `sample`."""
         if len(self._logits) < min(self.rows, len(hidden)):
             self._logits = self._logits.new_empty(min(self.rows, len(hidden)), self._logits.shape[1])
+        draw = self._in_one_pass if self.in_one_pass else self._in_blocks
         parts = []
-        for start, of_chunk in zip(range(0, len(hidden), self.rows), hidden.split(self.rows), strict=True):
-            logits = self.head.logits(of_chunk, out=self._logits[: len(of_chunk)])
-            for i, block in zip(range(start, len(hidden), self.block), logits.split(self.block), strict=False):
-                part = slice(i, i + len(block))
-                given = None if temperature is None else temperature[part]
-                parts.append(sample(block, given, uniforms[part], out=self._p[: len(block)]))
+        for start in range(0, len(hidden), self.rows):
+            chunk = slice(start, min(start + self.rows, len(hidden)))
+            given = None if temperature is None else temperature[chunk]
+            parts.append(draw(hidden[chunk], given, uniforms[chunk]))
+        if len(parts) == 1:
+            return parts[0]
+        tokens, logprobs = zip(*parts, strict=True)
+        return torch.cat(tokens), torch.cat(logprobs)
+
+    def _in_one_pass(self, hidden: Tensor, temperature: Tensor | None, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        projected = self.head.project_in_parts(hidden, self._logits[: len(hidden)])
+        return vocabulary_softmax.draw(projected, temperature, uniforms, self.head.scale, self.head.softcap)
+
+    def _in_blocks(self, hidden: Tensor, temperature: Tensor | None, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        logits, parts = self.head.logits(hidden, out=self._logits[: len(hidden)]), []
+        for start in range(0, len(hidden), self.block):
+            block = slice(start, min(start + self.block, len(hidden)))
+            given = None if temperature is None else temperature[block]
+            parts.append(sample(logits[block], given, uniforms[block], out=self._p[: block.stop - start]))
         tokens, logprobs = zip(*parts, strict=True)
         return torch.cat(tokens), torch.cat(logprobs)
 
@@ -44,7 +60,8 @@ class InverseCDF:
 def sample(
     logits: Tensor, temperature: Tensor | None, uniforms: Tensor, *, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Sample one token a row, in two levels: first a block of the vocabulary, then a token in it.
+    """Sample one token a row, in two levels: first a block of the vocabulary, then a token in it. In torch; on a CPU,
+    `vocabulary_softmax.draw` does the same where it can be compiled.
 
     logits: float32 (R, V); temperature: (R,), 0 for greedy, or None where all are 1; uniforms: (R,) in [0, 1);
     out: room for the probabilities. Returns tokens int64 (R,), and their log-probabilities float32 (R,).

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from rl_lora.config import LearnerConfig
+from rl_lora.kernels import vocabulary_softmax
 from rl_lora.learner.learner import Learner
 from rl_lora.policy import head
 from rl_lora.policy.head import Head
@@ -86,7 +87,17 @@ def random_head(
     return Head(weight, b, scale, softcap), h, torch.randint(V, (N,), generator=generator)
 
 
-@settings(max_examples=40, deadline=None)
+@pytest.fixture(params=["torch", "C++"])
+def softmax(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What computes the softmax over the vocabulary."""
+    if request.param == "torch":
+        monkeypatch.setattr(vocabulary_softmax, "supports", lambda *_: False)
+    elif vocabulary_softmax.library(torch.float32) is None:
+        pytest.skip("GCC, and AVX2 or AVX-512 are not here")
+
+
+@pytest.mark.usefixtures("softmax")
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     N=st.integers(1, 23),
     rows_at_a_time=st.integers(1, 25),
@@ -118,6 +129,7 @@ def test_logprobs_entropy_and_gradient_are_those_of_full_logits(
     torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=1e-4, atol=1e-5 * float(exact.grad.abs().max()))
 
 
+@pytest.mark.usefixtures("softmax")
 def test_without_a_gradient_the_values_are_the_same() -> None:
     W, h, y = random_head(9, 31, 8, bias=True, scale=0.5, softcap=4.0)
     with torch.no_grad():
@@ -126,6 +138,7 @@ def test_without_a_gradient_the_values_are_the_same() -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.usefixtures("softmax")
 def test_certainty_is_neither_nan_nor_a_gradient() -> None:
     """Logits thousands apart: p is exactly one or zero."""
     W = Head(torch.eye(4) * 1e4)
@@ -139,6 +152,7 @@ def test_certainty_is_neither_nan_nor_a_gradient() -> None:
     assert h.grad.isfinite().all()
 
 
+@pytest.mark.usefixtures("softmax")
 def test_bfloat16_hidden_states_keep_float32_logprobs() -> None:
     W, h, y = random_head(16, 33, 8, bias=False, scale=1.0, softcap=None)
     W, h = Head(W.weight.bfloat16()), h.bfloat16().requires_grad_()
@@ -150,6 +164,27 @@ def test_bfloat16_hidden_states_keep_float32_logprobs() -> None:
     logprobs.sum().backward()
     assert h.grad is not None
     assert h.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.usefixtures("softmax")
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("scale, softcap, temperature", [(1.0, None, 1.0), (0.5, None, 0.6), (2.0, 5.0, 1.5)])
+def test_gradients_in_bfloat16_are_those_of_full_logits(
+    scale: float, softcap: float | None, temperature: float, bias: bool
+) -> None:
+    """As far as the rounding of logits allows; the same in C++ and in torch."""
+    W, h, y = random_head(24, 301, 32, bias=bias, scale=scale, softcap=softcap)
+    W = replace(W, weight=0.2 * W.weight.bfloat16(), bias=None if W.bias is None else W.bias.bfloat16())
+    ours = h.bfloat16().requires_grad_()
+    exact = ours.detach().double().requires_grad_()
+    (found, _), (expected, _) = W.logprobs(ours, y, temperature), oracle(exact, y, W, temperature)
+    found.exp().sum().backward()
+    expected.exp().sum().backward()
+    assert ours.grad is not None
+    assert exact.grad is not None
+    assert (found - expected).abs().max() < 0.05
+    off = (ours.grad.double() - exact.grad).norm() / exact.grad.norm()
+    assert off < 0.02
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
