@@ -199,51 +199,74 @@ static inline Floats inner(Floats x) {
 
 constexpr int64_t BLOCK = 4096;  // numbers of a piece of work
 
-// out = activation(gate) up
+// out = activation(gate) up, of whole vectors
 template <class T, bool GELU>
-static void gate_forward(const T* gate, const T* up, T* out, int64_t size) {
-#pragma omp parallel for schedule(static) if (size > SMALL / 4)
-    for (int64_t block = 0; block < size; block += BLOCK)
-        // One loop for the last vector too, so that a number's bits do not depend on how many there are.
-        for (int64_t i = block; i < std::min(block + BLOCK, size); i += LANES) {
-            const int64_t n = std::min<int64_t>(LANES, size - i);
-            const Floats x = load(gate + i, n);
-            store(out + i, x * sigmoid(inner<GELU>(x)).of * load(up + i, n), n);
-        }
+static __attribute__((noinline)) void gate_forward(const T* gate, const T* up, T* out, int64_t size) {
+    for (int64_t i = 0; i < size; i += LANES) {
+        const Floats x = load(gate + i);
+        store(out + i, x * sigmoid(inner<GELU>(x)).of * load(up + i));
+    }
 }
 
 template <class T, bool GELU>
-static void gate_backward(const T* dout, const T* gate, const T* up, T* dgate, T* dup, int64_t size) {
+static __attribute__((noinline)) void gate_backward(const T* dout, const T* gate, const T* up, T* dgate, T* dup,
+                                                    int64_t size) {
+    for (int64_t i = 0; i < size; i += LANES) {
+        const Floats x = load(gate + i), grad = load(dout + i);
+        const Sigmoid s = sigmoid(inner<GELU>(x));
+        const Floats value = x * s.of;
+        const Floats inside = GELU ? GELU_LINEAR + 3.0f * GELU_CUBIC * (x * x) : Floats{} + 1.0f;
+        store(dup + i, grad * value);
+        store(dgate + i, grad * load(up + i) * (s.of + value * s.rest * inside));
+    }
+}
+
+// work(inputs, outputs, numbers) on blocks of whole vectors, and on a copy of what is left behind them: it is the same code
+// for every number, so that its bits do not depend on how many there are.
+template <class T, int INPUTS, int OUTPUTS, class Work>
+static void in_blocks(const void* const (&inputs)[INPUTS], void* const (&outputs)[OUTPUTS], int64_t size, Work work) {
+    const int64_t whole = size - size % LANES;
 #pragma omp parallel for schedule(static) if (size > SMALL / 4)
-    for (int64_t block = 0; block < size; block += BLOCK)
-        for (int64_t i = block; i < std::min(block + BLOCK, size); i += LANES) {
-            const int64_t n = std::min<int64_t>(LANES, size - i);
-            const Floats x = load(gate + i, n), grad = load(dout + i, n);
-            const Sigmoid s = sigmoid(inner<GELU>(x));
-            const Floats value = x * s.of;
-            const Floats inside = GELU ? GELU_LINEAR + 3.0f * GELU_CUBIC * (x * x) : Floats{} + 1.0f;
-            store(dup + i, grad * value, n);
-            store(dgate + i, grad * load(up + i, n) * (s.of + value * s.rest * inside), n);
-        }
+    for (int64_t first = 0; first < whole; first += BLOCK) {
+        const T* from[INPUTS];
+        T* to[OUTPUTS];
+        for (int i = 0; i < INPUTS; i++) from[i] = (const T*)inputs[i] + first;
+        for (int i = 0; i < OUTPUTS; i++) to[i] = (T*)outputs[i] + first;
+        work(from, to, std::min(BLOCK, whole - first));
+    }
+    if (whole == size) return;
+    T all[INPUTS + OUTPUTS][LANES] = {};
+    const T* from[INPUTS];
+    T* to[OUTPUTS];
+    for (int i = 0; i < INPUTS; i++) {
+        std::memcpy(all[i], (const T*)inputs[i] + whole, (size - whole) * sizeof(T));
+        from[i] = all[i];
+    }
+    for (int i = 0; i < OUTPUTS; i++) to[i] = all[INPUTS + i];
+    work(from, to, LANES);
+    for (int i = 0; i < OUTPUTS; i++) std::memcpy((T*)outputs[i] + whole, to[i], (size - whole) * sizeof(T));
+}
+
+template <class T>
+static void gated_of(const void* gate, const void* up, void* out, int64_t size, int gelu) {
+    const auto run = gelu ? gate_forward<T, true> : gate_forward<T, false>;
+    in_blocks<T>({gate, up}, {out}, size,
+                 [&](const T** from, T** to, int64_t n) { run(from[0], from[1], to[0], n); });
+}
+
+template <class T>
+static void gated_backward_of(const void* dout, const void* gate, const void* up, void* dgate, void* dup, int64_t size,
+                              int gelu) {
+    const auto run = gelu ? gate_backward<T, true> : gate_backward<T, false>;
+    in_blocks<T>({dout, gate, up}, {dgate, dup}, size,
+                 [&](const T** from, T** to, int64_t n) { run(from[0], from[1], from[2], to[0], to[1], n); });
 }
 
 extern "C" void gated(const void* gate, const void* up, void* out, int64_t size, int is_bfloat16, int gelu) {
-    if (is_bfloat16) {
-        const auto run = gelu ? gate_forward<BFloat16, true> : gate_forward<BFloat16, false>;
-        run((const BFloat16*)gate, (const BFloat16*)up, (BFloat16*)out, size);
-    } else {
-        const auto run = gelu ? gate_forward<float, true> : gate_forward<float, false>;
-        run((const float*)gate, (const float*)up, (float*)out, size);
-    }
+    (is_bfloat16 ? gated_of<BFloat16> : gated_of<float>)(gate, up, out, size, gelu);
 }
 
 extern "C" void gated_backward(const void* dout, const void* gate, const void* up, void* dgate, void* dup, int64_t size,
                                int is_bfloat16, int gelu) {
-    if (is_bfloat16) {
-        const auto run = gelu ? gate_backward<BFloat16, true> : gate_backward<BFloat16, false>;
-        run((const BFloat16*)dout, (const BFloat16*)gate, (const BFloat16*)up, (BFloat16*)dgate, (BFloat16*)dup, size);
-    } else {
-        const auto run = gelu ? gate_backward<float, true> : gate_backward<float, false>;
-        run((const float*)dout, (const float*)gate, (const float*)up, (float*)dgate, (float*)dup, size);
-    }
+    (is_bfloat16 ? gated_backward_of<BFloat16> : gated_backward_of<float>)(dout, gate, up, dgate, dup, size, gelu);
 }
