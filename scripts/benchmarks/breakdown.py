@@ -34,14 +34,15 @@ PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::_grouped_mm")
 FROZEN = ("rl_lora::frozen_linear*", "mkl::_mkl_linear", "mkldnn::_linear_pointwise")
 """Products with frozen weights (`rl_lora/kernels/frozen_linear.py`); they may add the adapter's part themselves."""
 OPERATIONS = {
-    VOCABULARY: (SAMPLING_NAME, "rl_lora::draw*", "rl_lora::logprobs*", "rl_lora::*_logprobs*", "_TokenLogprobs*"),
+    VOCABULARY: (SAMPLING_NAME, "rl_lora::draw*", "rl_lora::vocabulary*", "rl_lora::*logprobs*", "_TokenLogprobs*"),
     ATTENTION: (
         *("rl_lora::decode_attention*", f"{tree_attention.NAME}*", "_PaddedAttention*"),
         *("aten::bmm", "aten::baddbmm", "*_fused_*softmax*", "aten::_softmax", "aten::_softmax_backward_data"),
     ),
+    ADAPTER: ("_AdaptedLinear*", "rl_lora::*delta*", "rl_lora::*outer*"),
     ELEMENTWISE: ("rl_lora::rms_norm*", "rl_lora::rotary*", "rl_lora::gated*", "*_fused_*"),
     REST: (
-        *("## Call CompiledFxGraph*", "AOTDispatcher*", "*autograd::*", "*Backward*", "Optimizer.*"),
+        *("## Call CompiledFxGraph*", "AOTDispatcher*", "*autograd::*", "*Backward*", "_[A-Z]*", "Optimizer.*"),
         *("aten::empty*", "aten::new_empty*", "aten::resize_", "aten::set_"),
         *("aten::*view", "aten::*reshape*", "aten::as_strided", "aten::transpose", "aten::t", "aten::permute"),
         *("aten::slice", "aten::select", "aten::narrow", "aten::expand*", "aten::*squeeze*", "aten::detach*"),
