@@ -12,7 +12,7 @@
 
 #include "vectors.h"
 
-constexpr int64_t BLOCK = 256;  // logits; a multiple of LANES
+constexpr int64_t BLOCK = 1024;  // logits; a multiple of LANES
 
 struct Call {
     void* projected;  // (rows, V), float or BFloat16: logits before `scale` and `softcap`
