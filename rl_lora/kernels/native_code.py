@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from rl_lora.system.cache_folder import not_ours, private_folder
+from rl_lora.system.openmp import openmp_library
 
 FLAGS = ["-O3", "-std=c++17", "-march=native", "-fopenmp", "-shared", "-fPIC"]
 OPERATIONS = torch.library.Library("rl_lora", "DEF")
@@ -31,7 +32,7 @@ def load(source: Path, *more_flags: str) -> ctypes.CDLL | None:
 
     Only a library that this user has compiled is loaded: its hash is kept beside it.
     """
-    flags, compiler, openmp = [*FLAGS, *more_flags], shutil.which("g++"), _openmp()
+    flags, compiler, openmp = [*FLAGS, *more_flags], shutil.which("g++"), openmp_library()
     if compiler is None or openmp is None:
         return None
     cpu = [
@@ -85,17 +86,6 @@ def _record(path: Path) -> Path:
 
 def _hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _openmp() -> str | None:
-    """Where torch's own threads come from, if that is GNU's library: others would wait beside them, spinning."""
-    try:
-        maps = Path("/proc/self/maps").read_text(encoding="utf-8")
-    except OSError:  # no Linux
-        return None
-    places = {line.split(maxsplit=5)[5] for line in maps.splitlines() if "/libgomp" in line}
-    of_torch = [place for place in places if "/torch/" in place or "/torch.libs/" in place]
-    return min(of_torch or places, default=None)
 
 
 _dispatched = False  # of all threads: nothing else decodes while a layer is compiled

@@ -17,10 +17,11 @@ from rl_lora.kernels import native_code
 from rl_lora.policy import default_model
 from rl_lora.system import cache_folder
 from rl_lora.system.cache_folder import not_ours, place_compiler_cache, private_folder
+from rl_lora.system.openmp import openmp_library
 
 OTHER = 12345
 as_root = pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="gives files to another user")
-with_gcc = pytest.mark.skipif(shutil.which("g++") is None or native_code._openmp() is None, reason="needs GCC")
+with_gcc = pytest.mark.skipif(shutil.which("g++") is None or openmp_library() is None, reason="needs GCC")
 Change = Callable[[Path], object]
 
 
