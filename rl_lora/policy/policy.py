@@ -22,6 +22,7 @@ from rl_lora.system.dtype import Dtype, compute_dtype
 from rl_lora.system.memory import ready_memory
 from rl_lora.system.model_names import DEFAULT_MODEL, EMBEDDED_MODEL, HUB_MODEL
 from rl_lora.system.plurals import counted
+from rl_lora.system.waiting import watch_neighbours
 
 
 class Policy(AdaptedModel):
@@ -44,6 +45,8 @@ class Policy(AdaptedModel):
         stop_tokens: Sequence[str] = (),
         template_kwargs: Mapping[str, Any] | None = None,
     ):
+        if model.device.type == "cpu":
+            watch_neighbours()
         loading.check_finite(model)
         super().__init__(model)
         self.name = name or str(model.config._name_or_path)
@@ -72,6 +75,7 @@ class Policy(AdaptedModel):
         device = torch.device(device)
         if device.type == "cpu":
             ready_memory()
+            watch_neighbours()
         name = settled(name)
         tokenizer = loading.load_tokenizer(name, trust_remote_code=trust_remote_code)
         model = loading.load_causal_lm(
