@@ -18,6 +18,7 @@ from rl_lora.config import EvaluateConfig, TrainConfig
 from rl_lora.scripts.benchmarks import (
     benchmark_accuracy,
     benchmark_evaluate,
+    benchmark_neighbour,
     benchmark_rewards,
     compare_lm_eval,
     compare_loaders,
@@ -34,6 +35,7 @@ CONFIGS: dict[str, type[Any]] = {
     **{name: command.config for name, command in COMMANDS.items()},
     "benchmark_accuracy": benchmark_accuracy.AccuracyConfig,
     "benchmark_evaluate": benchmark_evaluate.EvaluationBenchmarkConfig,
+    "benchmark_neighbour": benchmark_neighbour.NeighbourBenchmarkConfig,
     "compare_lm_eval": compare_lm_eval.CompareConfig,
     "compare_loaders": compare_loaders.LoadersConfig,
     "compare_math_verify": compare_math_verify.CompareMathConfig,

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 import rl_lora
 import rl_lora.scripts.benchmarks.benchmark_evaluate
+import rl_lora.scripts.benchmarks.benchmark_neighbour
 import rl_lora.scripts.benchmarks.compare_lm_eval
 from rl_lora.config import EvaluateConfig, TrainConfig
 from rl_lora.scripts.cli import main
@@ -38,6 +39,7 @@ CONFIGS: list[type[Any]] = [
     PlotConfig,
     BenchmarkConfig,
     rl_lora.scripts.benchmarks.benchmark_evaluate.EvaluationBenchmarkConfig,
+    rl_lora.scripts.benchmarks.benchmark_neighbour.NeighbourBenchmarkConfig,
     rl_lora.scripts.benchmarks.compare_lm_eval.CompareConfig,
 ]
 TEXTS = [

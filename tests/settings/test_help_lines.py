@@ -10,6 +10,7 @@ import pytest
 from rl_lora.config import EvaluateConfig, TrainConfig
 from rl_lora.scripts.benchmarks.benchmark_accuracy import AccuracyConfig
 from rl_lora.scripts.benchmarks.benchmark_evaluate import EvaluationBenchmarkConfig
+from rl_lora.scripts.benchmarks.benchmark_neighbour import NeighbourBenchmarkConfig
 from rl_lora.scripts.benchmarks.compare_lm_eval import CompareConfig
 from rl_lora.scripts.benchmarks.compare_loaders import LoadersConfig
 from rl_lora.scripts.benchmarks.compare_math_verify import CompareMathConfig
@@ -21,6 +22,7 @@ CONFIGS: list[type[Any]] = [
     *(command.config for command in COMMANDS.values()),
     AccuracyConfig,
     EvaluationBenchmarkConfig,
+    NeighbourBenchmarkConfig,
     CompareConfig,
     LoadersConfig,
     CompareMathConfig,
