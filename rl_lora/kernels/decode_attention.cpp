@@ -1,6 +1,6 @@
-// Attention of the new tokens of a decoding step: out = softmax(scaling q k^T) v over the keys that each may see. Tensors
-// are all float32 or all bfloat16 (T below); sums are float32. A row and a head are worked on by themselves: what comes
-// out does not depend on a row's neighbours, to the bit, nor on which of its keys are shared.
+// Attention of the new tokens of a decoding step: out = softmax(scaling q k^T) v over the keys that each may see.
+// Tensors are all float32 or all bfloat16 (T below); sums are float32. A row and a head are worked on by themselves:
+// what comes out does not depend on a row's neighbours, to the bit, nor on which of its keys are shared.
 //
 // The keys of a query lie in several sources, one behind the other: nodes that rows share, and at last the row's own.
 
@@ -187,9 +187,10 @@ static void attend(const Call<T>& call, const Source<T>* sources, int64_t n_sour
         const T* keys = source.key + node * source.key_strides[0] + key_head * source.key_strides[1];
         const int64_t stride = source.key_strides[2];
         for (int64_t j = std::max<int64_t>(0, unseen - first); j < length; j += LANES, end += LANES) {
-            Many<HEADS> score = sums<LANES / 2>(
-                [&](int64_t i) __attribute__((always_inline)) { return q.times(keys + std::min(i, length - 1) * stride); },
-                j);
+            const auto products = [&](int64_t i) __attribute__((always_inline)) {
+                return q.times(keys + std::min(i, length - 1) * stride);
+            };
+            const Many<HEADS> score = sums<LANES / 2>(products, j);
 #pragma GCC unroll 4
             for (int h = 0; h < HEADS; h++) {
                 Floats x = scaling * score.of[h];
@@ -267,8 +268,8 @@ static void attend(const Call<T>& call, const Source<T>* sources, int64_t n_sour
     }
 }
 
-// What a row reads lies in memory, in pieces too short for the processor to foresee; so its beginning is asked for while
-// the row before it is worked on. `always_inline`: GCC drops calls of a function that does nothing else.
+// What a row reads lies in memory, in pieces too short for the processor to foresee; so its beginning is asked for
+// while the row before it is worked on. `always_inline`: GCC drops calls of a function that does nothing else.
 template <class T>
 static inline __attribute__((always_inline)) void prefetch(const Call<T>& call, const Source<T>* sources,
                                                            int64_t n_sources, int64_t row, int64_t key_head) {
