@@ -152,12 +152,13 @@ class SamplingState:
 
         Returns the tokens, and which rows run on.
         """
-        at = self.n[:, None]
-        uniforms = self.uniforms.gather(1, at.clamp_max(self.uniforms.shape[1] - 1))[:, 0]
+        T = self.uniforms.shape[1]
+        at = torch.where(running, self.n, T)[:, None]
+        uniforms = self.uniforms.gather(1, at.clamp_max(T - 1))[:, 0]
         with record_function(SAMPLING_NAME):
             sampled, logprob = self.sample_from(self.hidden, None if self.plain else self.temperature, uniforms)
-        self.tokens.scatter_(1, torch.where(running[:, None], at, self.tokens.shape[1] - 1), sampled[:, None])
-        self.logprobs.scatter_(1, torch.where(running[:, None], at, self.tokens.shape[1] - 1), logprob[:, None])
+        self.tokens.scatter_(1, at, sampled[:, None])
+        self.logprobs.scatter_(1, at, logprob[:, None])
         self.n += running
         return sampled, running & ~self.is_stop[self.stop_set, sampled] & (self.n < self.limit)
 
