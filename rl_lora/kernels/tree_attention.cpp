@@ -1,5 +1,5 @@
 // Attention of the tokens of a tree to what is before them in their own span and to all ancestors of it:
-// out = softmax(scaling q k^T) v, and its gradients. Nothing is padded, and what is shared is read where it lies. A root
+// out = softmax(scaling q k^T) v, and its gradients. Nothing is padded, and what is shared is read where it lies. Roots
 // may continue keys and values of an earlier pass.
 //
 // The queries of a token's heads that share keys are neighbours; PANEL of them are worked on at a time, one in each lane
@@ -53,7 +53,9 @@ static void tile(const Product& p) {
 #pragma GCC unroll 16
     for (int m = 0; m < ROWS; m++)
         for (int v = 0; v < VECTORS; v++) sum[m][v] = Floats{};
-    const int64_t row = p.row, step = p.step, w_stride = p.w_stride;
+    const int64_t row = p.row, step = p.step, w_stride = p.w_stride, out_stride = p.out_stride;
+    float* out = p.out;
+    const bool add = p.add;
 #pragma GCC unroll 1
     for (int64_t k = p.n; k > 0; k--) {
         All of_w[VECTORS];
@@ -68,11 +70,9 @@ static void tile(const Product& p) {
         w += w_stride;
     }
 #pragma GCC unroll 16
-    for (int m = 0; m < ROWS; m++)
-        for (int v = 0; v < VECTORS; v++) {
-            float* out = p.out + m * p.out_stride + v * LANES;
-            store(out, p.add ? load(out) + sum[m][v] : sum[m][v]);
-        }
+    for (int m = 0; m < ROWS; m++, out += out_stride)
+        for (int v = 0; v < VECTORS; v++)
+            store(out + v * LANES, add ? load(out + v * LANES) + sum[m][v] : sum[m][v]);
 }
 
 using Tile = decltype(&tile<1, 1>);
@@ -186,6 +186,7 @@ class Walk {
                 Panel panel = {first, std::min<int64_t>(first + PANEL, stop * group), 0};
                 for (const Keys& some : keys(panel)) panel.n_keys += some.to - some.from;
                 panels.push_back(panel);
+                most_keys = std::max(most_keys, panel.n_keys);
             }
             while (s < call.n_spans && call.spans[s].start < stop) s++;
         }
@@ -225,97 +226,108 @@ class Walk {
     const Call& call;
     const int64_t group;
     std::vector<Panel> panels;
+    int64_t most_keys = 0;  // of a panel
 };
 
 // Weights (keys, PANEL) as products read them: unchanged, or rounded.
-static inline const float* in_rows(const std::vector<float>& x, std::vector<float>&) { return x.data(); }
-static inline const float* in_pairs(const std::vector<float>& x, std::vector<float>&) { return x.data(); }
+static inline const float* in_rows(const std::vector<float>& x, int64_t, std::vector<float>&) { return x.data(); }
+static inline const float* in_pairs(const std::vector<float>& x, int64_t, std::vector<float>&) { return x.data(); }
 
-static inline const BFloat16* in_rows(const std::vector<float>& x, std::vector<BFloat16>& to) {
-    to.resize(x.size());
-    for (size_t i = 0; i < x.size(); i += LANES) store(&to[i], load(&x[i]));
+static inline const BFloat16* in_rows(const std::vector<float>& x, int64_t n_keys, std::vector<BFloat16>& to) {
+    for (int64_t i = 0; i < n_keys * PANEL; i += LANES) store(&to[i], load(&x[i]));
     return to.data();
 }
 
 // (keys / 2, PANEL, 2), with nothing for a last one's neighbour that is not there.
-static inline const BFloat16* in_pairs(const std::vector<float>& x, std::vector<BFloat16>& to) {
-    to.resize(x.size() + PANEL);
-    for (size_t i = 0; i < x.size(); i += 2 * PANEL)
-        for (size_t j = i; j < i + PANEL; j += LANES) {
-            const Floats next = j + PANEL < x.size() ? load(&x[j + PANEL]) : Floats{};
-            const Words both = pairs(rounded(load(&x[j])), rounded(next));
-            std::memcpy(&to[i + 2 * (j - i)], &both, sizeof both);
+static inline const BFloat16* in_pairs(const std::vector<float>& x, int64_t n_keys, std::vector<BFloat16>& to) {
+    for (int64_t key = 0; key < n_keys; key += 2)
+        for (int64_t r = 0; r < PANEL; r += LANES) {
+            const float* at = &x[key * PANEL + r];
+            const Words both = pairs(rounded(load(at)), rounded(key + 1 < n_keys ? load(at + PANEL) : Floats{}));
+            std::memcpy(&to[key * PANEL + 2 * r], &both, sizeof both);
         }
     return to.data();
 }
 
+struct Place {
+    int64_t token, head;
+};
+
 // A panel under one head of keys, and where it is worked on.
 struct Work {
-    explicit Work(const Walk& walk) : walk(walk), call(walk.call) {}
+    explicit Work(const Walk& walk)
+        : walk(walk),
+          call(walk.call),
+          width(std::max(call.width, call.value_width)),
+          nothing(width),
+          columns(PANEL * (width + VECTOR)),
+          scores(PANEL * walk.most_keys),
+          weights(PANEL * (walk.most_keys + 1)),
+          key_pairs(width * (walk.most_keys + 1)),
+          result(PANEL * width) {}
 
+    static constexpr int64_t VECTOR = STEP * LANES;  // elements of one
     const Walk& walk;
     const Call& call;
+    const int64_t width;  // of the wider of keys and values
     Panel panel;
     int64_t key_head;
     std::vector<Keys> keys;
-    Ints token[2], position[2];  // of each lane; those without a query repeat the last one's
-    std::vector<Element> rows;   // of queries, (PANEL, width rounded up to whole vectors), zeros without a query
-    std::vector<Element> query, query_columns;  // (PANEL / STEP, width, STEP); (width / STEP, PANEL, STEP)
-    std::vector<Element> grad, grad_columns;
-    std::vector<float> scores, slopes;        // (keys, PANEL)
-    std::vector<Element> weights, key_pairs;  // as products read them
-    std::vector<float> result;                // (PANEL, width)
+    Place at[PANEL];             // of each lane; those without a query repeat the last one's
+    Ints token[2], position[2];  // likewise
+    Floats highest[2];           // score of each lane
+    const std::vector<Element> nothing;            // in the place of a query that is not there
+    std::vector<Element> columns;                  // of queries, or of gradients: (width / STEP, PANEL, STEP)
+    std::vector<Element> query, grad;              // (PANEL / STEP, width, STEP)
+    std::vector<float> scores, slopes, of_scores;  // (keys, PANEL)
+    std::vector<Element> weights, key_pairs;       // as products read them
+    std::vector<float> result;                     // (PANEL, width)
 
     void begin(const Panel& of, int64_t head) {
         panel = of, key_head = head, keys = walk.keys(of);
+        int64_t t = panel.first / walk.group, i = panel.first % walk.group;
         for (int64_t r = 0; r < PANEL; r++) {
-            const int64_t t = std::min(panel.first + r, panel.last - 1) / walk.group;
+            at[r] = {t, key_head * walk.group + i};
             token[r / LANES][r % LANES] = int32_t(t);
             position[r / LANES][r % LANES] = int32_t(call.position[t]);
+            if (r + 1 < n_queries() && ++i == walk.group) t++, i = 0;
         }
     }
 
-    int64_t head_of(int64_t row) const { return key_head * walk.group + row % walk.group; }
+    int64_t n_queries() const { return panel.last - panel.first; }
 
-    float* softmax_of(int64_t row) const { return call.softmax + 2 * (row / walk.group * call.heads + head_of(row)); }
+    int64_t place(int64_t r) const { return at[r].token * call.heads + at[r].head; }  // in what comes out
 
-    void columns(const Matrices& from, int64_t width, std::vector<Element>& to) {
-        constexpr int64_t VECTOR = STEP * LANES;
-        const int64_t stride = (width + VECTOR - 1) / VECTOR * VECTOR;
-        rows.assign(PANEL * stride, Element{}), to.resize(PANEL * stride);
-        for (int64_t row = panel.first; row < panel.last; row++)
-            std::memcpy(&rows[(row - panel.first) * stride], from.of(head_of(row), row / walk.group),
-                        width * sizeof(Element));
-        for (int64_t half = 0; half < 2; half++)
-            for (int64_t d = 0; d < stride; d += VECTOR) {
-                Words x[LANES];
-                for (int64_t r = 0; r < LANES; r++) x[r] = read<Words>(&rows[(half * LANES + r) * stride + d]);
+    // Sets columns, and rows where they are asked for.
+    void read_queries(const Matrices& from, int64_t width, std::vector<Element>* rows) {
+        const Element* x_of[PANEL];
+        for (int64_t r = 0; r < PANEL; r++)
+            x_of[r] = r < n_queries() ? from.of(at[r].head, at[r].token) : nothing.data();
+        for (int64_t half = 0; half < PANEL; half += LANES)
+            for (int64_t d = 0; d < width; d += VECTOR) {
+                Words x[LANES] = {};
+                for (int64_t r = 0; r < LANES; r++)
+                    if (d + VECTOR <= width)
+                        x[r] = read<Words>(x_of[half + r] + d);
+                    else
+                        std::memcpy(&x[r], x_of[half + r] + d, (width - d) * sizeof(Element));
                 transpose(x);
                 for (int64_t r = 0; r < LANES; r++)
-                    std::memcpy(&to[(d / STEP + r) * PANEL * STEP + half * VECTOR], &x[r], sizeof x[r]);
+                    std::memcpy(&columns[(d / STEP + r) * PANEL * STEP + half * STEP], &x[r], sizeof x[r]);
             }
-    }
-
-    // Of the rows that `columns` has read.
-    void pair_rows(int64_t width, std::vector<Element>& to) {
-        const int64_t stride = rows.size() / PANEL;
-        to.resize(PANEL * width);
-        for (int64_t r = 0; r < PANEL; r += STEP)
-            interleave(&rows[r * stride], &rows[(r + STEP - 1) * stride], width, &to[r * width]);
+        if (!rows) return;
+        rows->resize(PANEL * width);
+        for (int64_t r = 0; r < PANEL; r += STEP) interleave(x_of[r], x_of[r + STEP - 1], width, &(*rows)[r * width]);
     }
 
     void write(Element* to, int64_t width, const float* factors) {
-        for (int64_t row = panel.first; row < panel.last; row++) {
-            const int64_t r = row - panel.first;
-            Element* const out = to + (row / walk.group * call.heads + head_of(row)) * width;
-            for (int64_t d = 0; d < width; d += LANES) store(out + d, load(&result[r * width + d]) * factors[r]);
-        }
+        for (int64_t r = 0; r < n_queries(); r++)
+            for (int64_t d = 0; d < width; d += LANES)
+                store(to + place(r) * width + d, load(&result[r * width + d]) * factors[r]);
     }
 
     // (keys, PANEL): of every key's row, with every query's column.
-    void products(const Matrices& own, const Matrices& past, const std::vector<Element>& columns, int64_t width,
-                  std::vector<float>& out) {
-        out.resize(panel.n_keys * PANEL);
+    void products(const Matrices& own, const Matrices& past, int64_t width, std::vector<float>& out) {
         float* to = out.data();
         for (const auto& [from, end, node] : keys) {
             const Element* x = node == OWN ? own.of(key_head, from) : past.of(key_head, from, node);
@@ -327,26 +339,27 @@ struct Work {
 
     // result (PANEL, width): sums over the keys, with their weights (keys, PANEL).
     void mix(const std::vector<float>& of_keys, const Matrices& own, const Matrices& past, int64_t width) {
-        const int64_t n = (panel.n_keys + STEP - 1) / STEP;
-        result.resize(PANEL * width), key_pairs.resize(n * width * STEP);
         const Element* before = nullptr;
         int64_t i = 0;
-        for (const auto& [from, end, node] : keys)
-            for (int64_t key = from; key < end; key++, i++) {
-                const Element* x = node == OWN ? own.of(key_head, key) : past.of(key_head, key, node);
+        for (const auto& [from, end, node] : keys) {
+            const int64_t token = node == OWN ? own.token : past.token;
+            const Element* x = node == OWN ? own.of(key_head, from) : past.of(key_head, from, node);
+            for (int64_t key = from; key < end; key++, i++, x += token) {
                 if (i % STEP == STEP - 1 || i == panel.n_keys - 1)
                     interleave(i % STEP ? before : x, x, width, &key_pairs[i / STEP * STEP * width]);
                 before = x;
             }
-        const Element* x = in_pairs(of_keys, weights);
+        }
+        const Element* x = in_pairs(of_keys, panel.n_keys, weights);
+        const int64_t n = (panel.n_keys + STEP - 1) / STEP;
         multiply({x, STEP, PANEL * STEP, key_pairs.data(), width * STEP, n, result.data(), width, false}, PANEL, width);
     }
 
     // to (tokens, width) += sums over the queries, with their weights (keys, PANEL).
-    void give(const std::vector<float>& of_keys, const std::vector<Element>& pairs, int64_t width, float* to) {
-        const Element* x = in_rows(of_keys, weights);
+    void give(const std::vector<float>& of_keys, const std::vector<Element>& rows, int64_t width, float* to) {
+        const Element* x = in_rows(of_keys, panel.n_keys, weights);
         for (const auto& [from, end, node] : keys) {
-            multiply({x, PANEL, STEP, pairs.data(), width * STEP, PANEL / STEP, to + from * width, width, true},
+            multiply({x, PANEL, STEP, rows.data(), width * STEP, PANEL / STEP, to + from * width, width, true},
                      end - from, width);
             x += (end - from) * PANEL;
         }
@@ -354,11 +367,10 @@ struct Work {
 
     // Scores, -inf where a query does not see a key; and what the soft cap multiplies gradients by, if there is one.
     void score(float scaling, float softcap, bool sloping) {
-        columns(call.query, call.width, query_columns);
-        products(call.key, call.past_key, query_columns, call.width, scores);
+        products(call.key, call.past_key, call.width, scores);
         if (softcap != 0) {
             slopes.resize(sloping ? scores.size() : 0);
-            for (size_t i = 0; i < scores.size(); i += LANES) {
+            for (int64_t i = 0; i < panel.n_keys * PANEL; i += LANES) {
                 const Floats capped = tangent(load(&scores[i]) * (scaling / softcap));
                 store(&scores[i], softcap * capped);
                 if (sloping) store(&slopes[i], 1.0f - capped * capped);
@@ -366,30 +378,32 @@ struct Work {
             scaling = 1;
         }
         float* x = scores.data();
+        const int64_t *const ends = call.end, *const positions = call.position;
+        const Ints window = Ints{} + int32_t(call.window ? call.window : INT32_MAX);
+        for (int half = 0; half < 2; half++) highest[half] = Floats{} - INFINITY;
         for (const auto& [from, end, node] : keys)
             for (int64_t key = from; key < end; key++)
                 for (int half = 0; half < 2; half++, x += LANES) {
-                    Ints seen = Ints{} - 1;
-                    if (node == OWN) seen = (token[half] >= int32_t(key)) & (token[half] < int32_t(call.end[key]));
-                    const int64_t at = node == OWN ? call.position[key] : key;
-                    if (call.window) seen &= position[half] - int32_t(at) < int32_t(call.window);
-                    store(x, seen ? load(x) * scaling : Floats{} - INFINITY);
+                    Ints seen = position[half] - int32_t(node == OWN ? positions[key] : key) < window;
+                    if (node == OWN) seen &= (token[half] >= int32_t(key)) & (token[half] < int32_t(ends[key]));
+                    const Floats masked = seen ? load(x) * scaling : Floats{} - INFINITY;
+                    highest[half] = masked > highest[half] ? masked : highest[half];
+                    store(x, masked);
                 }
     }
 };
 
 static void forward(Work& work, float scaling, float softcap) {
     const Call& call = work.call;
+    work.read_queries(call.query, call.width, nullptr);
     work.score(scaling, softcap, false);
     float most[PANEL], shares[PANEL];
-    for (int r = 0; r < PANEL; r++)
-        most[r] = call.sinks ? call.sinks[work.head_of(work.panel.first + r)] : -INFINITY;
+    for (int r = 0; r < PANEL; r++) most[r] = call.sinks ? call.sinks[work.at[r].head] : -INFINITY;
     for (int half = 0; half < 2; half++) {
         float* const begin = work.scores.data() + half * LANES;
-        float* const end = begin + work.scores.size();
+        float* const end = begin + work.panel.n_keys * PANEL;
         const Floats sink = load(most + half * LANES);
-        Floats highest = sink;
-        for (float* x = begin; x < end; x += PANEL) highest = load(x) > highest ? load(x) : highest;
+        const Floats highest = work.highest[half] > sink ? work.highest[half] : sink;
         Floats sum = exponential(sink - highest);
         for (float* x = begin; x < end; x += PANEL) {
             const Floats p = exponential(load(x) - highest);
@@ -401,38 +415,38 @@ static void forward(Work& work, float scaling, float softcap) {
     }
     work.mix(work.scores, call.value, call.past_value, call.value_width);
     work.write(call.out, call.value_width, shares);
-    for (int64_t row = work.panel.first; row < work.panel.last; row++) {
-        float* const to = work.softmax_of(row);
-        to[0] = most[row - work.panel.first], to[1] = shares[row - work.panel.first];
+    for (int64_t r = 0; r < work.n_queries(); r++) {
+        float* const to = call.softmax + 2 * work.place(r);
+        to[0] = most[r], to[1] = shares[r];
     }
 }
 
 // An earlier pass gets no gradients.
-static void backward(Work& work, const Gradients& to, float* of_keys, float* of_values, float scaling, float softcap,
-                     std::vector<float>& of_scores) {
+static void backward(Work& work, const Gradients& to, float* of_keys, float* of_values, float scaling, float softcap) {
     const Call& call = work.call;
+    std::vector<float>&scores = work.scores, &of_scores = work.of_scores;
+    work.read_queries(call.query, call.width, &work.query);
     work.score(scaling, softcap, true);
-    work.pair_rows(call.width, work.query);
-    work.columns(to.of_out, call.value_width, work.grad_columns);
-    work.pair_rows(call.value_width, work.grad);
-    work.products(call.value, call.value, work.grad_columns, call.value_width, of_scores);  // as yet of probabilities
+    work.read_queries(to.of_out, call.value_width, &work.grad);
+    of_scores.resize(scores.size());
+    work.products(call.value, call.value, call.value_width, of_scores);  // as yet of probabilities
     float most[PANEL] = {}, shares[PANEL] = {}, factors[PANEL];  // lanes without a query have a share of nothing
-    for (int64_t row = work.panel.first; row < work.panel.last; row++) {
-        const float* const from = work.softmax_of(row);
-        most[row - work.panel.first] = from[0], shares[row - work.panel.first] = from[1];
+    for (int64_t r = 0; r < work.n_queries(); r++) {
+        const float* const from = call.softmax + 2 * work.place(r);
+        most[r] = from[0], shares[r] = from[1];
     }
     std::fill(factors, factors + PANEL, 1.0f);
     for (int half = 0; half < 2; half++) {
-        const int64_t n = work.scores.size(), first = half * LANES;
+        const int64_t n = work.panel.n_keys * PANEL, first = half * LANES;
         const Floats highest = load(most + first), share = load(shares + first);
         Floats mean = {};
         for (int64_t i = first; i < n; i += PANEL) {
-            const Floats p = exponential(load(&work.scores[i]) - highest) * share;
-            store(&work.scores[i], p);
+            const Floats p = exponential(load(&scores[i]) - highest) * share;
+            store(&scores[i], p);
             mean += p * load(&of_scores[i]);
         }
         for (int64_t i = first; i < n; i += PANEL) {
-            Floats x = load(&work.scores[i]) * (load(&of_scores[i]) - mean) * scaling;
+            Floats x = load(&scores[i]) * (load(&of_scores[i]) - mean) * scaling;
             if (softcap != 0) x *= load(&work.slopes[i]);
             store(&of_scores[i], x);
         }
@@ -440,7 +454,7 @@ static void backward(Work& work, const Gradients& to, float* of_keys, float* of_
     work.mix(of_scores, call.key, call.key, call.width);
     work.write(to.query, call.width, factors);
     work.give(of_scores, work.query, call.width, of_keys);
-    work.give(work.scores, work.grad, call.value_width, of_values);
+    work.give(scores, work.grad, call.value_width, of_values);
 }
 
 // out (tokens, heads, width): sums of the parts, (parts, heads, tokens, width), that have anything of a token.
@@ -490,11 +504,11 @@ extern "C" void attend_backward(const Call* call, const Gradients* to, double sc
 #pragma omp parallel
     {
         Work work(walk);
-        std::vector<float> of_scores;
 #pragma omp for schedule(static, 1)
         for (int64_t task = 0; task < to->parts * heads; task++) {
             const int64_t part = task / heads, before = task * call->tokens;
-            float *const keys = to->key_parts + before * call->width, *const values = to->value_parts + before * call->value_width;
+            float* const keys = to->key_parts + before * call->width;
+            float* const values = to->value_parts + before * call->value_width;
             for (int64_t t = 0; t < call->tokens; t++)
                 if (touched[part][t]) {
                     std::fill_n(keys + t * call->width, call->width, 0.0f);
@@ -502,7 +516,7 @@ extern "C" void attend_backward(const Call* call, const Gradients* to, double sc
                 }
             for (int64_t i = first_of(part); i < first_of(part + 1); i++) {
                 work.begin(walk.panels[i], task % heads);
-                backward(work, *to, keys, values, scaling, softcap, of_scores);
+                backward(work, *to, keys, values, scaling, softcap);
             }
         }
 #pragma omp for schedule(static)

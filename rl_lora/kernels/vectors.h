@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512F__)
+#if defined(__AVX512BW__)
 #include <immintrin.h>
 #endif
 
@@ -37,10 +37,18 @@ struct BFloat16 {  // the upper half of a float
 };
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 
+static inline Words widened(Halves x) {
+#if defined(__AVX512BW__)  // GCC would take it apart
+    return (Words)_mm512_cvtepu16_epi32((__m256i)x);
+#else
+    return __builtin_convertvector(x, Words);
+#endif
+}
+
 static inline Floats load(const BFloat16* at) {
     Halves x;
     std::memcpy(&x, at, sizeof x);
-    return (Floats)(__builtin_convertvector(x, Words) << 16);
+    return (Floats)(widened(x) << 16);
 }
 
 // To the nearest, of two as near to the even one; NaN stays NaN.
@@ -60,7 +68,7 @@ static inline void store(BFloat16* at, Floats x) {
 
 // Each lane holds one of both: a's in its lower half.
 static inline Words pairs(Halves a, Halves b) {
-    return __builtin_convertvector(a, Words) | (__builtin_convertvector(b, Words) << 16);
+    return widened(a) | (widened(b) << 16);
 }
 
 // sum + a b of two neighbours each: a lane holds two bfloat16, and one product of both is added to one float.
