@@ -292,7 +292,7 @@ def test_without_the_code_it_is_torchs(dtype: torch.dtype, monkeypatch: pytest.M
     [
         ("(load(&of_scores[i]) - mean)", "load(&of_scores[i])"),  # gradients of probabilities, not of scores
         ("call.window ? call.window : INT32_MAX", "INT32_MAX"),
-        ("token[half] < int32_t(call.end[key])", "token[half] >= 0"),  # siblings
+        ("token[half] < int32_t(ends[key])", "token[half] >= 0"),  # siblings
         ("add(0, call.past_length[node], 0, node)", "add(1, call.past_length[node], 0, node)"),
     ],
 )
