@@ -298,13 +298,14 @@ def test_without_the_code_it_is_torchs(dtype: torch.dtype, monkeypatch: pytest.M
 def test_code_that_computes_something_else_is_not_used(
     dtype: torch.dtype, right: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, header = tree_attention.SOURCE, tree_attention.SOURCE.with_name("vectors.h")
-    text = source.read_text()
-    assert right in text
-    (tmp_path / header.name).write_text(header.read_text())
+    source, found = tree_attention.SOURCE, 0
+    for path in (source, *source.parent.glob("*.h")):
+        text = path.read_text(encoding="utf-8")
+        found += text.count(right)
+        (tmp_path / path.name).write_text(text.replace(right, wrong), encoding="utf-8")
+    assert found == 1
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(tree_attention, "SOURCE", tmp_path / source.name)
-    tree_attention.SOURCE.write_text(text.replace(right, wrong))
     tree_attention.library.cache_clear()
     try:
         with pytest.warns(UserWarning, match="left to torch: in C\\+\\+ its .* differs"):
