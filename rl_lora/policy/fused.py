@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from rl_lora.kernels import elementwise
@@ -119,7 +120,7 @@ def _rms_norm(norm: Norm, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         x = args[0]
         # One that multiplies in the dtype of x returns another dtype where its weight has another.
         fits = weight.dtype == x.dtype or (not norm.rounds and weight.dtype in elementwise.DTYPES)
-        if fits and x.shape[-1:] == weight.shape and weight.device == x.device and elementwise.supports(x):
+        if fits and x.shape[-1:] == weight.shape and weight.device == x.device and _serves(x):
             return elementwise.rms_norm(x, weight, getattr(module, norm.epsilon), norm.offset, norm.rounds)
     return type(module).forward(module, *args, **kwargs)
 
@@ -149,14 +150,20 @@ def _gated_mlp_of(module: nn.Module) -> Callable[..., Any] | None:
 
 def _gated_mlp(activation: Activation, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """In the place of a gated MLP's forward. Its linear layers are looked up here: adapters replace them later."""
-    if len(args) == 1 and not kwargs and elementwise.supports(args[0]):
+    if len(args) == 1 and not kwargs and _serves(args[0]):
         gate, up = module.gate_proj(args[0]), module.up_proj(args[0])  # type: ignore[operator]
-        if elementwise.supports(gate, up) and gate.shape == up.shape:
+        if _serves(gate, up) and gate.shape == up.shape:
             h = elementwise.gated(gate, up, activation)
         else:
             h = module.act_fn(gate) * up  # type: ignore[operator]
         return module.down_proj(h)  # type: ignore[operator]
     return type(module).forward(module, *args, **kwargs)
+
+
+def _serves(*tensors: Tensor) -> bool:
+    """Whether the kernels take these. A compiler that traces a layer fuses the chains with what is around them: to it,
+    each kernel would be one more call, of 25 us, in a decode step."""
+    return not isinstance(tensors[0], FakeTensor) and elementwise.supports(*tensors)
 
 
 class Rotary(NamedTuple):
@@ -210,7 +217,7 @@ def _rotary(
 ) -> Any:
     """In the place of `apply_rotary_pos_emb`."""
     if not args and not kwargs and q.dim() == k.dim() == 4 and cos.dim() == sin.dim() == 3:
-        (B, _, L, D), fits = q.shape, elementwise.supports(q, k, cos, sin) and k.shape[::2] == q.shape[::2]
+        (B, _, L, D), fits = q.shape, _serves(q, k, cos, sin) and k.shape[::2] == q.shape[::2]
         # A part of a head may be turned, and the rest not.
         turned = [x.shape[0] in (1, B) and x.shape[1:] == (L, D) for x in (cos, sin)]
         if fits and all(turned) and D % 2 == 0 and k.shape[3] == D and not (cos.requires_grad or sin.requires_grad):
