@@ -1,8 +1,8 @@
-"""Products with weights that never change, rearranged once for reading on a CPU.
+"""Products with weights that never change, rearranged once for reading on a CPU, and the deltas of adapters on them.
 
-In float32 they are computed by `packed_gemm.py` where it can be compiled, else by the CPU's matrix library. The library
-rearranges a weight before it multiplies, a fifth of the time for the few rows of a decode step; torch has operators
-that do so beforehand, made for its compiler's frozen models, and not public. Either is used once it has been verified.
+They are computed by `packed_gemm.py` where it can be compiled, else by the CPU's matrix library. The library rearranges
+a weight before it multiplies, a fifth of the time for the few rows of a decode step; torch has operators that do so
+beforehand, made for its compiler's frozen models, and not public. Either is used once it has been verified.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from torch import Tensor, nn
 
 from rl_lora.kernels import packed_gemm
 from rl_lora.kernels.native_code import OPERATIONS, is_dispatched
+from rl_lora.kernels.row_deltas import RowDeltas
 from rl_lora.kernels.verify import FastPath, require_all_close
 from rl_lora.system.memory import free_bytes
 
 ROWS = 128
-"""Rows that the library packs weights for. Other numbers can be multiplied as well; up to `MOST_ROWS` it pays."""
+"""Rows that the library packs weights for. Other numbers can be multiplied as well."""
 MOST_ROWS = 512
+"""Up to so many rows it pays in float32, and with the library's packed weights."""
 SHARE = 0.25
 """Share of the free memory that packed copies may take."""
 
@@ -35,7 +37,10 @@ class Operators(NamedTuple):
     multiply: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
     """x (N, in), packed, weight (out, in), bias (out,), tensor to write to or None -> (N, out)."""
     least_rows: int
-    """The fewest rows with which it is faster than torch's own product."""
+    most_rows: float
+    """The numbers of rows with which it is faster than torch's own product."""
+    is_ours: bool = False
+    """`packed_gemm.multiply` does it, which adds deltas on the way."""
 
 
 class FrozenLinear:
@@ -44,91 +49,157 @@ class FrozenLinear:
     A weight that is written to is packed anew; a write through its `.data` is not noticed.
 
     Args:
-        may_pack: there is memory for a second copy of the weight.
+        copies: so many packed copies of the weight have room in memory: one, and in bfloat16 one for gradients.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, may_pack: bool = False):
-        self.weight, self.bias, self.may_pack = weight, bias, may_pack
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, copies: int = 0):
+        self.weight, self.bias, self.copies = weight, bias, copies
         self.packed: Tensor | None = None
         """The packed weight, after the first product."""
         self._version = -1
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """(N, in) -> (N, out), in `out` where that is given: it may be of another dtype."""
-        if self.may_pack and not torch.is_grad_enabled() and 0 < x.shape[0] <= MOST_ROWS:
-            operators = _operators(self.weight.dtype)
-            if operators is None or not self.weight.numel() or self.weight.device.type != "cpu":
-                self.may_pack = False
-            elif x.shape[0] >= operators.least_rows:
-                if self.packed is None or self._version != self.weight._version:
-                    self.packed, self._version = operators.pack(self.weight), self.weight._version
-                if not is_dispatched():
-                    return operators.multiply(x, self.packed, self.weight, self.bias, out)
-                result = torch.ops.rl_lora.frozen_linear(x, self.packed, self.weight, self.bias)
-                return _written(result, out)
-        return _written(F.linear(x, self.weight, self.bias), out)
+        if (operators := self._ready(len(x))) is None:
+            return _written(F.linear(x, self.weight, self.bias), out)
+        assert self.packed is not None
+        if not is_dispatched():
+            return operators.multiply(x, self.packed, self.weight, self.bias, out)
+        result, _ = torch.ops.rl_lora.frozen_linear(x, self.packed, self.weight, self.bias, None, None, None, None)
+        return _written(result, out)
+
+    def add_deltas(self, x: Tensor, deltas: RowDeltas) -> tuple[Tensor, Tensor]:
+        """(N, in) -> (N, out) with the deltas of adapters, and z of those, float32 (N, >= most); no gradients."""
+        if (operators := self._ready(len(x))) is None:
+            y = F.linear(x, self.weight, self.bias)
+            return y, packed_gemm.add_deltas(x, deltas, y)
+        assert self.packed is not None
+        if not is_dispatched():
+            return _with_deltas(operators, x, self.packed, self.weight, self.bias, deltas)
+        of = deltas.A, deltas.B, deltas.first, deltas.count
+        return torch.ops.rl_lora.frozen_linear(x, self.packed, self.weight, self.bias, *of)
+
+    @functools.cached_property
+    def turned(self) -> FrozenLinear:
+        """x W, as the gradient with respect to x asks for."""
+        return FrozenLinear(self.weight.t(), None, self.copies - 1 if self.weight.dtype == torch.bfloat16 else 0)
+
+    def _ready(self, n: int) -> Operators | None:
+        """What multiplies n rows with the packed weight, after that has been brought up to date; None: torch does."""
+        if not self.copies or torch.is_grad_enabled() or not n:
+            return None
+        operators = _operators(self.weight.dtype)
+        if operators is None or not self.weight.numel() or self.weight.device.type != "cpu":
+            self.copies = 0
+            return None
+        if not operators.least_rows <= n <= operators.most_rows:
+            return None
+        if self.packed is None or self._version != self.weight._version:
+            self.packed, self._version = operators.pack(self.weight), self.weight._version
+        return operators
 
 
-def _frozen_linear(x: Tensor, packed: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _with_deltas(
+    operators: Operators, x: Tensor, packed: Tensor, weight: Tensor, bias: Tensor | None, deltas: RowDeltas
+) -> tuple[Tensor, Tensor]:
+    if operators.is_ours:
+        y, z = packed_gemm.multiply(x, packed, len(weight), bias, None, deltas)
+        assert z is not None
+        return y, z
+    y = operators.multiply(x, packed, weight, bias, None)
+    return y, packed_gemm.add_deltas(x, deltas, y)
+
+
+def _frozen_linear(
+    x: Tensor,
+    packed: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor | None,
+    B: Tensor | None,
+    first: Tensor | None,
+    count: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     operators = _operators(weight.dtype)
     assert operators is not None
-    return operators.multiply(x, packed, weight, bias, None)
+    if A is None or B is None or first is None or count is None:
+        return operators.multiply(x, packed, weight, bias, None), x.new_empty(0, dtype=torch.float32)
+    return _with_deltas(operators, x, packed, weight, bias, RowDeltas(A, B, first, count, len(A)))
 
 
 # torch's compiler knows the library's operators as made by itself only, and passes no symbolic sizes on to them.
-OPERATIONS.define("frozen_linear(Tensor x, Tensor packed, Tensor weight, Tensor? bias) -> Tensor")
+OPERATIONS.define(
+    "frozen_linear(Tensor x, Tensor packed, Tensor weight, Tensor? bias, Tensor? A, Tensor? B, Tensor? first, "
+    "Tensor? count) -> (Tensor, Tensor)"
+)
 for key in ("CPU", "MkldnnCPU"):  # what oneDNN has packed is of the second kind
     OPERATIONS.impl("frozen_linear", _frozen_linear, key)
 torch.library.register_fake(
-    "rl_lora::frozen_linear", lambda x, _, weight, __: x.new_empty(x.shape[0], weight.shape[0]), lib=OPERATIONS
+    "rl_lora::frozen_linear",
+    lambda x, _, weight, __, A, *___: (
+        x.new_empty(len(x), len(weight)),
+        x.new_empty(*((0,) if A is None else (len(x), len(A))), dtype=torch.float32),
+    ),
+    lib=OPERATIONS,
 )
 
 
-def may_pack(model: nn.Module) -> bool:
-    """Whether this is a CPU, with memory for a second copy of all linear layers."""
+def packed_copies(model: nn.Module) -> int:
+    """How many packed copies of all linear layers to make room for, two at most: none but on a CPU with the memory."""
     weights = {layer.weight for layer in model.modules() if isinstance(layer, nn.Linear)}
     if any(weight.device.type != "cpu" for weight in weights):
-        return False
+        return 0
     needed = sum(weight.numel() * weight.element_size() for weight in weights)
-    return needed <= SHARE * free_bytes(torch.device("cpu"))
+    return min(2, int(SHARE * free_bytes(torch.device("cpu")) // max(1, needed)))
 
 
 @functools.cache
 def _operators(dtype: torch.dtype) -> Operators | None:
     """The first that computes what it should on this machine."""
-    for candidate in {torch.float32: (_ours, _mkl), torch.bfloat16: (_onednn,)}.get(dtype, ()):
+    of_bfloat16 = (_onednn, _ours) if _has_tiles() else (_ours, _onednn)
+    for candidate in {torch.float32: (_ours, _mkl), torch.bfloat16: of_bfloat16}.get(dtype, ()):
         path = FastPath("weights are packed in another way, or not at all", absent=(AttributeError, RuntimeError))
-        operators = path.attempt(candidate)
+        operators = path.attempt(partial(candidate, dtype))
         if operators is not None and path.verify(partial(_compare, operators, dtype)):
             return operators
     return None
 
 
-def _ours() -> Operators | None:
+def _has_tiles() -> bool:
+    """Whether this CPU multiplies tiles (AMX), as oneDNN does and `packed_gemm.cpp` does not."""
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return bool(supported and supported())
+
+
+def _ours(dtype: torch.dtype) -> Operators | None:
     if packed_gemm.library() is None:
         return None
     return Operators(
         packed_gemm.pack_weight,
-        lambda x, packed, weight, bias, out: packed_gemm.multiply(x, packed, len(weight), bias, out),
+        lambda x, packed, weight, bias, out: packed_gemm.multiply(x, packed, len(weight), bias, out)[0],
         least_rows=1,
+        most_rows=MOST_ROWS if dtype == torch.float32 else float("inf"),
+        is_ours=True,
     )
 
 
-def _mkl() -> Operators:
+def _mkl(_: torch.dtype) -> Operators:
     pack, multiply = torch.ops.mkl._mkl_reorder_linear_weight.default, torch.ops.mkl._mkl_linear.default
     return Operators(
-        lambda weight: pack(weight, ROWS),
+        lambda weight: pack(weight.contiguous(), ROWS),
         lambda x, packed, weight, bias, out: _written(multiply(x, packed, weight, bias, len(x)), out),
         least_rows=2,
+        most_rows=MOST_ROWS,
     )
 
 
-def _onednn() -> Operators:
+def _onednn(_: torch.dtype) -> Operators:
     pack, multiply = torch.ops.mkldnn._reorder_linear_weight.default, torch.ops.mkldnn._linear_pointwise.default
     return Operators(
-        lambda weight: pack(weight, ROWS),
+        lambda weight: pack(weight.contiguous(), ROWS),
         lambda x, packed, weight, bias, out: _written(multiply(x, packed, bias, "none", [], ""), out),
         least_rows=2,
+        most_rows=MOST_ROWS,
     )
 
 

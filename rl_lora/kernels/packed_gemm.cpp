@@ -1,29 +1,37 @@
-// Products of few rows with a weight: out = x W^T + b in float32, as a decoding step asks for.
+// Products with a weight that never changes: out = x W^T + b, and the deltas of adapters, in float32 or bfloat16.
 //
-// It waits for the weight to come from memory, so the weight is laid out in the order in which it is read,
-// asked for ahead of time, and half as long where bfloat16 holds it exactly. Every element is summed in the same order
-// whatever the number of rows and threads: a row's result does not depend on its neighbours, to the bit.
+// Few rows wait for the weight to come from memory, so it is laid out in the order in which it is read, asked for ahead
+// of time, and half as long where bfloat16 holds it exactly. Sums are in float32, and every element is summed in the same
+// order whatever the number of rows and threads: a row's result does not depend on its neighbours, to the bit.
 
 #include <algorithm>
 #include <utility>
+#include <vector>
 
 #include <omp.h>
 
+#include "deltas.h"
 #include "vectors.h"
 
-constexpr int64_t CHUNK = 768;    // inputs of a panel that stay in the first cache while the blocks of rows go by
-constexpr int64_t TASKS = 4;      // a thread, at least, so that none is left waiting for long
+constexpr int64_t TASKS = 4;       // a thread, at least, so that none is left waiting for long
+constexpr int64_t TASK_ROWS = 256;  // of a task, at most: they stay in the second cache while the panels go by
 
-// One input's weights for a panel. Of bfloat16, a word holds two: output j in its low half, j + LANES in its high half.
-struct Float32Weight {
-    static constexpr int64_t BYTES = 8 * LANES;
+// How x and the weights of a panel lie, and what is multiplied at a step: one input, or two neighbours.
+struct Float32 {
+    using Input = float;
+    using Step = float;  // of a row of x
+    using Weights = Floats;
+    static constexpr int64_t INPUTS = 1, BYTES = 8 * LANES;
+    static constexpr int64_t CHUNK = 768;  // steps of a panel that stay in the first cache while blocks of rows go by
     static void read(const char* at, Floats& low, Floats& high) {
         std::memcpy(&low, at, sizeof low);
         std::memcpy(&high, at + sizeof low, sizeof high);
     }
+    static Floats add(Floats sum, float a, Floats weights) { return sum + a * weights; }
 };
 
-struct BFloat16Weight {
+// The same weights in half the bytes: a word holds two, output j in its low half, j + LANES in its high half.
+struct Float32Halved : Float32 {
     static constexpr int64_t BYTES = 4 * LANES;
     static void read(const char* at, Floats& low, Floats& high) {
         Words words;
@@ -33,22 +41,49 @@ struct BFloat16Weight {
     }
 };
 
-struct Block {
-    const float* x;       // the first row's first input of the chunk
-    int64_t stride;       // between rows of x
-    const char* weights;  // of the chunk
-    int64_t n_in;         // of the chunk
-    const char* ahead;    // weights that will be wanted next
-    int64_t n_ahead;      // inputs' worth
-    float* out;
-    int64_t out_stride;
-    const float* bias;  // of the panel, or null
-    bool first;         // of the chunks: the others add to it
+// A word holds the weights of two neighbouring inputs for one output, and two numbers of a row of x.
+struct Pairs {
+    using Input = BFloat16;
+    using Step = uint32_t;
+    using Weights = Words;
+    static constexpr int64_t INPUTS = 2, BYTES = 8 * LANES;
+    static constexpr int64_t CHUNK = 2048;
+    static void read(const char* at, Words& low, Words& high) {
+        std::memcpy(&low, at, sizeof low);
+        std::memcpy(&high, at + sizeof low, sizeof high);
+    }
+    static Floats add(Floats sum, uint32_t a, Words weights) { return add_pairs(sum, Words{} + a, weights); }
 };
 
-template <int ROWS, class Weight, bool ASK>
-inline __attribute__((always_inline)) void add(Floats (&sum)[ROWS][2], const Block& block, int64_t from, int64_t to) {
-    const float* x[(ROWS + 2) / 3];  // of every third row: the two behind it are an addition away, not a pointer each
+struct Call {
+    const char* x;        // (rows, n_in)
+    const char* weights;  // (n_panels, steps, BYTES)
+    const float* bias;    // (n_panels * PANEL), or null
+    char* out;            // (rows, >= n_panels * PANEL)
+    int64_t out_stride;   // in elements
+    int64_t out_single;   // out is float32, whatever x is
+    int64_t rows, n_panels, n_in;
+    const Deltas* deltas;  // or null
+};
+
+// Rows of a panel, over a chunk of its inputs.
+template <class Format>
+struct Block {
+    const typename Format::Step* x;  // the first row's first step of the chunk
+    int64_t stride;                  // between rows of x
+    const char* weights;             // of the chunk
+    int64_t steps;                   // of the chunk
+    const char* ahead;               // weights that will be wanted next
+    int64_t n_ahead;                 // steps' worth
+    float* partial;                  // (rows, PANEL): sums of the chunks before, which this one's are added to; or null
+    bool last;                       // of the chunks
+    int64_t row, panel;              // of the first row and output
+};
+
+template <int ROWS, class Format, bool ASK>
+inline __attribute__((always_inline)) void add(Floats (&sum)[ROWS][2], const Block<Format>& block, int64_t from,
+                                               int64_t to) {
+    const typename Format::Step* x[(ROWS + 2) / 3];  // of every third row: the two behind it are an addition away
 #pragma GCC unroll 16
     for (int i = 0; i < (ROWS + 2) / 3; i++) x[i] = block.x + 3 * i * block.stride + from;
     const int64_t stride = block.stride;
@@ -56,67 +91,173 @@ inline __attribute__((always_inline)) void add(Floats (&sum)[ROWS][2], const Blo
     const char* ahead = block.ahead;
 #pragma GCC unroll 1
     for (int64_t k = from; k < to; k++) {
-        Floats low, high;
-        Weight::read(weights + k * Weight::BYTES, low, high);
+        typename Format::Weights low, high;
+        Format::read(weights + k * Format::BYTES, low, high);
         if (ASK)
-            for (int64_t b = 0; b < Weight::BYTES; b += 64) __builtin_prefetch(ahead + k * Weight::BYTES + b, 0, 2);
+            for (int64_t b = 0; b < Format::BYTES; b += 64) __builtin_prefetch(ahead + k * Format::BYTES + b, 0, 2);
 #pragma GCC unroll 16
         for (int m = 0; m < ROWS; m++) {
-            const float a = x[m / 3][m % 3 * stride];
-            sum[m][0] += a * low;
-            sum[m][1] += a * high;
+            const typename Format::Step a = x[m / 3][m % 3 * stride];
+            sum[m][0] = Format::add(sum[m][0], a, low);
+            sum[m][1] = Format::add(sum[m][1], a, high);
         }
 #pragma GCC unroll 16
         for (int i = 0; i < (ROWS + 2) / 3; i++) x[i]++;
     }
 }
 
-template <int ROWS, class Weight>
-void run(const Block& block) {
+template <int ROWS, class Format>
+void run(const Call& call, const Block<Format>& block, bool first) {
     Floats sum[ROWS][2];
 #pragma GCC unroll 16
     for (int m = 0; m < ROWS; m++) sum[m][0] = sum[m][1] = Floats{};
-    add<ROWS, Weight, true>(sum, block, 0, block.n_ahead);
-    add<ROWS, Weight, false>(sum, block, block.n_ahead, block.n_in);
+    add<ROWS, Format, true>(sum, block, 0, block.n_ahead);
+    add<ROWS, Format, false>(sum, block, block.n_ahead, block.steps);
+    const float* const bias = call.bias ? call.bias + block.panel * PANEL : nullptr;
 #pragma GCC unroll 16
     for (int m = 0; m < ROWS; m++)
         for (int half = 0; half < 2; half++) {
-            float* out = block.out + m * block.out_stride + half * LANES;
-            const float* before = !block.first ? out : block.bias ? block.bias + half * LANES : nullptr;
-            store(out, (before ? load(before) : Floats{}) + sum[m][half]);
+            const int64_t row = block.row + m, column = block.panel * PANEL + half * LANES;
+            float* const partial = block.partial + m * PANEL + half * LANES;
+            Floats y = sum[m][half];
+            if (first && bias) y += load(bias + half * LANES);
+            if (!first) y = load(partial) + y;
+            if (!block.last) {
+                store(partial, y);
+                continue;
+            }
+            if (call.deltas) y = expand<typename Format::Input>(*call.deltas, row, column, y);
+            const int64_t at = row * call.out_stride + column;
+            if (call.out_single)
+                store(reinterpret_cast<float*>(call.out) + at, y);
+            else
+                store(reinterpret_cast<typename Format::Input*>(call.out) + at, y);
         }
 }
 
-template <class Weight, int... N>
-void run_rows(int64_t rows, const Block& block, std::integer_sequence<int, N...>) {
-    static constexpr void (*of[])(const Block&) = {run<N + 1, Weight>...};
-    of[rows - 1](block);
+template <class Format, int... N>
+void run_rows(int64_t rows, const Call& call, const Block<Format>& block, bool first,
+              std::integer_sequence<int, N...>) {
+    static constexpr void (*of[])(const Call&, const Block<Format>&, bool) = {run<N + 1, Format>...};
+    of[rows - 1](call, block, first);
 }
 
-template <class Weight>
-void multiply(const float* x, const char* weights, const float* bias, float* out, int64_t out_stride, int64_t rows,
-              int64_t n_panels, int64_t n_in) {
-    const int64_t n_blocks = (rows + MOST - 1) / MOST, n_chunks = (n_in + CHUNK - 1) / CHUNK;
-    const int64_t wanted = (TASKS * omp_get_max_threads() + n_panels - 1) / n_panels;
-    const int64_t n_parts = std::min(n_blocks, wanted);  // of the rows, which several threads may then share out
-    for (int64_t chunk = 0; chunk < n_chunks; chunk++) {
-        const int64_t k = n_in * chunk / n_chunks, n = n_in * (chunk + 1) / n_chunks - k;
-#pragma omp parallel for schedule(static)
-        for (int64_t task = 0; task < n_panels * n_parts; task++) {
-            const int64_t panel = task / n_parts, part = task % n_parts;
+template <class Format>
+void multiply(const Call& call) {
+    const int64_t steps = call.n_in / Format::INPUTS, n_chunks = (steps + Format::CHUNK - 1) / Format::CHUNK;
+    const int64_t n_blocks = (call.rows + MOST - 1) / MOST;
+    const int64_t wanted = (TASKS * omp_get_max_threads() + call.n_panels - 1) / call.n_panels;
+    const int64_t of_size = (call.rows + TASK_ROWS - 1) / TASK_ROWS;
+    const int64_t n_parts = std::min(n_blocks, std::max(wanted, of_size));  // of the rows
+#pragma omp parallel
+    {
+        if (call.deltas) {
+            const auto* x = reinterpret_cast<const typename Format::Input*>(call.x);
+#pragma omp for schedule(static)
+            for (int64_t row = 0; row < call.rows; row++) project(*call.deltas, x + row * call.n_in, call.n_in, row);
+        }
+        std::vector<float> partial(n_chunks > 1 ? ((n_blocks + n_parts - 1) / n_parts) * MOST * PANEL : 0);
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < call.n_panels * n_parts; task++) {
+            const int64_t panel = task % call.n_panels, part = task / call.n_panels;
             const int64_t from = n_blocks * part / n_parts, to = n_blocks * (part + 1) / n_parts;
-            const char* of_panel = weights + (panel * n_in + k) * Weight::BYTES;
-            for (int64_t block = from; block < to; block++) {
-                const int64_t row = rows * block / n_blocks, end = rows * (block + 1) / n_blocks;
-                // Each block asks for its share of the next panel.
-                const int64_t asked = n * (block - from) / (to - from), ask = n * (block - from + 1) / (to - from);
-                run_rows<Weight>(
-                    end - row,
-                    {x + row * n_in + k, n_in, of_panel, n, of_panel + (n_in + asked) * Weight::BYTES, ask - asked,
-                     out + row * out_stride + panel * PANEL, out_stride, bias ? bias + panel * PANEL : nullptr,
-                     chunk == 0},
-                    std::make_integer_sequence<int, MOST>{});
+            const int64_t first_row = call.rows * from / n_blocks;
+            for (int64_t chunk = 0; chunk < n_chunks; chunk++) {
+                const int64_t k = steps * chunk / n_chunks, n = steps * (chunk + 1) / n_chunks - k;
+                const char* of_panel = call.weights + (panel * steps + k) * Format::BYTES;
+                for (int64_t block = from; block < to; block++) {
+                    const int64_t row = call.rows * block / n_blocks, end = call.rows * (block + 1) / n_blocks;
+                    // Each block asks for its share of the next panel.
+                    const int64_t asked = n * (block - from) / (to - from), ask = n * (block - from + 1) / (to - from);
+                    run_rows<Format>(end - row, call,
+                                     {reinterpret_cast<const typename Format::Step*>(call.x) + row * steps + k, steps,
+                                      of_panel, n, of_panel + (steps + asked) * Format::BYTES, ask - asked,
+                                      partial.data() + (row - first_row) * PANEL, chunk + 1 == n_chunks, row, panel},
+                                     chunk == 0, std::make_integer_sequence<int, MOST>{});
+                }
             }
+        }
+    }
+}
+
+// y += z B, and z, for y from elsewhere.
+template <class T>
+void add_deltas(const Deltas& deltas, const T* x, int64_t n_in, T* y, int64_t n_out, int64_t rows) {
+#pragma omp parallel for schedule(static)
+    for (int64_t row = 0; row < rows; row++) {
+        project(deltas, x + row * n_in, n_in, row);
+        if (!y || !deltas.count[row]) continue;
+        T* const to = y + row * n_out;
+        int64_t column = 0;
+        for (; column + LANES <= n_out; column += LANES)
+            store(to + column, expand<T>(deltas, row, column, load(to + column)));
+        if (column < n_out) {
+            T some[LANES] = {};
+            std::copy(to + column, to + n_out, some);
+            store(some, expand<T>(deltas, row, column, load(some)));
+            std::copy(some, some + (n_out - column), to + column);
+        }
+    }
+}
+
+// Sums of the rows of x (rows, n), with factors, for each of the ranks: out[first + k] += sum over rows of z[k] x. A
+// vector of columns is summed in the order of the rows, whatever the number of threads.
+template <int RANKS, int VECTORS, class T>
+static void outer_block(const float* z, int64_t most, const T* x, int64_t stride, int64_t from, int64_t to, float* out,
+                        int64_t out_stride) {
+    Floats sum[RANKS][VECTORS] = {};
+    for (int64_t row = from; row < to; row++)
+#pragma GCC unroll 8
+        for (int v = 0; v < VECTORS; v++) {
+            const Floats of_x = load(x + row * stride + v * LANES);
+#pragma GCC unroll 4
+            for (int k = 0; k < RANKS; k++) sum[k][v] += z[row * most + k] * of_x;
+        }
+    for (int k = 0; k < RANKS; k++)
+        for (int v = 0; v < VECTORS; v++) {
+            float* const at = out + k * out_stride + v * LANES;
+            store(at, load(at) + sum[k][v]);
+        }
+}
+
+static inline bool same(const Deltas& deltas, int64_t a, int64_t b) {
+    return deltas.first[a] == deltas.first[b] && deltas.count[a] == deltas.count[b];
+}
+
+template <int VECTORS, class T>
+static void outer_columns(const Deltas& deltas, const T* x, int64_t stride, int64_t rows, float* out,
+                          int64_t out_stride) {
+    for (int64_t from = 0, to; from < rows; from = to) {
+        for (to = from + 1; to < rows && same(deltas, from, to); to++) {
+        }
+        float* const of = out + deltas.first[from] * out_stride;
+        int64_t k = 0;
+        const int64_t n = deltas.count[from];
+        for (; k + 4 <= n; k += 4)
+            outer_block<4, VECTORS>(deltas.z + k, deltas.most, x, stride, from, to, of + k * out_stride, out_stride);
+        for (; k < n; k++)
+            outer_block<1, VECTORS>(deltas.z + k, deltas.most, x, stride, from, to, of + k * out_stride, out_stride);
+    }
+}
+
+template <class T>
+void outer(const Deltas& deltas, const T* x, int64_t n, int64_t rows, float* out, int64_t out_stride) {
+    constexpr int VECTORS = 4;
+    const int64_t n_blocks = (n + VECTORS * LANES - 1) / (VECTORS * LANES);
+#pragma omp parallel for schedule(static)
+    for (int64_t block = 0; block < n_blocks; block++) {
+        int64_t column = block * VECTORS * LANES;
+        const int64_t end = std::min(n, column + VECTORS * LANES);
+        if (end - column == VECTORS * LANES) {
+            outer_columns<VECTORS>(deltas, x + column, n, rows, out + column, out_stride);
+            continue;
+        }
+        for (; column + LANES <= end; column += LANES)
+            outer_columns<1>(deltas, x + column, n, rows, out + column, out_stride);
+        if (column < end) {  // less than a vector: copied to where whole ones can be read
+            std::vector<T> some(rows * LANES);
+            for (int64_t row = 0; row < rows; row++) std::copy(x + row * n + column, x + row * n + end, &some[row * LANES]);
+            outer_columns<1>(deltas, some.data(), LANES, rows, out + column, out_stride);
         }
     }
 }
@@ -124,14 +265,22 @@ void multiply(const float* x, const char* weights, const float* bias, float* out
 extern "C" {
 int lanes() { return LANES; }
 
-// x: (rows, n_in); weights: (n_panels, n_in, PANEL), see above; bias: (n_panels * PANEL) or null; out: (rows, >= n_panels
-// * PANEL).
-void multiply_float32(const float* x, const char* weights, const float* bias, float* out, int64_t out_stride,
-                      int64_t rows, int64_t n_panels, int64_t n_in) {
-    multiply<Float32Weight>(x, weights, bias, out, out_stride, rows, n_panels, n_in);
+void multiply_float32(const Call* call) { multiply<Float32>(*call); }
+void multiply_float32_halved(const Call* call) { multiply<Float32Halved>(*call); }
+void multiply_bfloat16(const Call* call) { multiply<Pairs>(*call); }
+
+void add_deltas_float32(const Deltas* deltas, const float* x, int64_t n_in, float* y, int64_t n_out, int64_t rows) {
+    add_deltas(*deltas, x, n_in, y, n_out, rows);
 }
-void multiply_bfloat16(const float* x, const char* weights, const float* bias, float* out, int64_t out_stride,
-                       int64_t rows, int64_t n_panels, int64_t n_in) {
-    multiply<BFloat16Weight>(x, weights, bias, out, out_stride, rows, n_panels, n_in);
+void add_deltas_bfloat16(const Deltas* deltas, const BFloat16* x, int64_t n_in, BFloat16* y, int64_t n_out,
+                         int64_t rows) {
+    add_deltas(*deltas, x, n_in, y, n_out, rows);
+}
+
+void outer_float32(const Deltas* deltas, const float* x, int64_t n, int64_t rows, float* out, int64_t out_stride) {
+    outer(*deltas, x, n, rows, out, out_stride);
+}
+void outer_bfloat16(const Deltas* deltas, const BFloat16* x, int64_t n, int64_t rows, float* out, int64_t out_stride) {
+    outer(*deltas, x, n, rows, out, out_stride);
 }
 }

@@ -10,14 +10,15 @@ import hashlib
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
-from rl_lora.kernels.frozen_linear import may_pack
+from rl_lora.kernels import adapted_linear
+from rl_lora.kernels.frozen_linear import packed_copies
+from rl_lora.kernels.row_deltas import RowDeltas
 from rl_lora.lora.adapter import Adapter, Site
 from rl_lora.lora.layers import LoRAExperts, LoRALinear
 from rl_lora.lora.routing import CurrentRouting, Routing, routing_of
@@ -39,7 +40,7 @@ class AdapterBank:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         self.device = next(model.parameters()).device
-        self.may_pack = may_pack(model)
+        self.copies = packed_copies(model)
         self.sites = {site.name: site for site in find_sites(model)}
         self.language = language_model(model)
         """Path of the part that reads text, with a dot behind, in a model that has others; else empty."""
@@ -48,7 +49,7 @@ class AdapterBank:
         self.adapters: dict[str, Adapter] = {}
         self._current = CurrentRouting()
         self._routed: tuple[tuple[str | None, ...], Routing | None] | None = None
-        self._wrapped: set[str] = set()
+        self._wrapped: dict[str, LoRALinear | LoRAExperts] = {}
 
     def add(
         self,
@@ -156,6 +157,22 @@ class AdapterBank:
         finally:
             self._current.routing = previous
 
+    def deltas(self, dtype: torch.dtype) -> dict[str, RowDeltas]:
+        """What the batch's entries add on each site, for a token each; without the sites where torch adds it."""
+        if not adapted_linear.serves(self.device.type, dtype):
+            return {}
+        in_one = (name for name, m in self._wrapped.items() if isinstance(m, LoRALinear) and m.product is not None)
+        return self._current.deltas_of(in_one, dtype)
+
+    @contextmanager
+    def fixed(self, deltas: Mapping[str, RowDeltas]) -> Iterator[None]:
+        """Inside, these are added, whatever the batch's adapters are."""
+        previous, self._current.fixed = self._current.fixed, deltas
+        try:
+            yield
+        finally:
+            self._current.fixed = previous
+
     def base_hash(self) -> str:
         """SHA-256 over the base's weights, by name: the same before and after training, or something is wrong."""
         digest = hashlib.sha256()
@@ -172,10 +189,10 @@ class AdapterBank:
         parent_path, _, leaf = path.rpartition(".")
         parent = self.model.get_submodule(parent_path)
         base = getattr(parent, leaf)
-        wrapper: nn.Module
+        wrapper: LoRALinear | LoRAExperts
         if site.experts:
             wrapper = LoRAExperts(base, path, self._current)
         else:
-            wrapper = LoRALinear(base, path, self._current, self.may_pack)
+            wrapper = LoRALinear(base, path, self._current, self.copies)
         setattr(parent, leaf, wrapper)
-        self._wrapped.add(path)
+        self._wrapped[path] = wrapper

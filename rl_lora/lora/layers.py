@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rl_lora.kernels import adapted_linear
 from rl_lora.kernels.frozen_linear import FrozenLinear
 from rl_lora.lora.adapter import Adapter, Factors
-from rl_lora.lora.routing import CurrentRouting, Routing
+from rl_lora.lora.routing import MAX_STACKED, CurrentRouting, Routing
 
 
 class _Wrapper(nn.Module):
@@ -34,31 +35,43 @@ class LoRALinear(_Wrapper):
     """A frozen linear layer (nn.Linear, a subclass of it, or Conv1D) and the bank's adapters on it.
 
     Args:
-        may_pack: see `FrozenLinear`.
+        copies: see `FrozenLinear`.
     """
 
-    def __init__(self, base: nn.Module, name: str, current: CurrentRouting, may_pack: bool):
+    def __init__(self, base: nn.Module, name: str, current: CurrentRouting, copies: int):
         super().__init__(base, name, current)
         self.product: FrozenLinear | None = None
         if type(base) is nn.Linear:
-            self.product = FrozenLinear(base.weight, base.bias, may_pack)
+            self.product = FrozenLinear(base.weight, base.bias, copies)
 
     def forward(self, x: Tensor) -> Tensor:
-        routing = self.current.routing
-        # Deltas are added in place, and to no view: a view's gradient would be copied twice.
         x2 = x.reshape(-1, x.shape[-1])  # (N, in)
-        y2: Tensor = (self.product or self.base)(x2)  # (N, out)
-        if routing is not None:
-            self._add_deltas(y2, x2, routing)
+        if self.product is not None and adapted_linear.serves(x2.device.type, x2.dtype):
+            y2 = self._in_one(x2, self.product)
+        else:
+            # Deltas are added in place, and to no view: a view's gradient would be copied twice.
+            y2 = (self.product or self.base)(x2)  # (N, out)
+            if (routing := self.current.routing) is not None:
+                self._add_deltas(y2, x2, routing)
         return y2.view(*x.shape[:-1], y2.shape[-1])
+
+    def _in_one(self, x2: Tensor, product: FrozenLinear) -> Tensor:
+        found = self.current.deltas(self.name, len(x2), x2.dtype)
+        if found is None:
+            return adapted_linear.frozen_linear(x2, product)
+        deltas, stack = found
+        if stack is None:
+            return adapted_linear.adapted_linear(x2, product, deltas, (), ())
+        factors = [x for of_adapter in stack.factors for x in (of_adapter.A, of_adapter.B)]
+        return adapted_linear.adapted_linear(x2, product, deltas, stack.places, factors)
 
     def _add_deltas(self, y2: Tensor, x2: Tensor, routing: Routing) -> None:
         if routing.only_adapter is not None:
             if (factors := routing.only_adapter.factors.get(self.name)) is not None:
                 _add_delta(y2, x2, factors)
             return
-        adapters = [assignment.adapter for assignment in routing.assignments]
-        if not torch.is_grad_enabled() and (stack := self.current.stack(self.name, adapters, x2.dtype)) is not None:
+        stack = None if torch.is_grad_enabled() else self.current.stack(self.name, x2.dtype)
+        if stack is not None and stack.finite and len(stack.A) <= MAX_STACKED:  # 0 * NaN would reach the others' rows
             z = (x2 @ stack.A.t()).masked_fill_(routing.others(stack.ranks, len(x2), x2.device), 0)
             y2.addmm_(z, stack.B)  # zeros add nothing, not even rounding
             return

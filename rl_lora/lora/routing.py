@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rl_lora.lora.adapter import Adapter
+from rl_lora.kernels import packed_gemm
+from rl_lora.kernels.adapted_linear import Ranks
+from rl_lora.kernels.row_deltas import RowDeltas
+from rl_lora.lora.adapter import Adapter, Factors
 
 MAX_STACKED = 128
 """Ranks, over all adapters of a batch, that are multiplied at once, each row's own picked out of them: a few products
@@ -31,6 +35,7 @@ class Routing:
     size: int
     assignments: tuple[Assignment, ...]
     _masks: dict[tuple[int, ...], Tensor] = field(default_factory=dict, compare=False)
+    _rows: dict[tuple[tuple[int, ...], int], tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False)
 
     @property
     def only_adapter(self) -> Adapter | None:
@@ -58,15 +63,34 @@ class Routing:
             self._masks[ranks] = mask
         return self._masks[ranks].repeat_interleave(n_tokens // self.size, 0)
 
+    def rows(self, ranks: tuple[int, ...], n_tokens: int) -> tuple[Tensor, Tensor]:
+        """int64 (n_tokens,), (n_tokens,): where each token's ranks begin in a `Stack`, and how many it has."""
+        if (ranks, n_tokens) not in self._rows:
+            first, count = torch.zeros(2, self.size, dtype=torch.int64)
+            start = 0
+            for assignment, rank in zip(self.assignments, ranks, strict=True):
+                first[assignment.where], count[assignment.where] = start, rank
+                start += rank
+            n = n_tokens // self.size
+            self._rows[ranks, n_tokens] = first.repeat_interleave(n), count.repeat_interleave(n)
+        return self._rows[ranks, n_tokens]
+
 
 @dataclass(frozen=True)
 class Stack:
-    """The A and B of several adapters on one layer side by side: A (K, in), B (K, out) with the scale in it."""
+    """The A and B of several adapters on one layer below one another, in the compute dtype."""
 
     ranks: tuple[int, ...]
-    """Of each adapter; 0 where it does not stand on the layer. K is their sum."""
+    """Of each adapter; 0 where it does not stand on the layer."""
     A: Tensor
+    """(K, in), K at least their sum. Rows may be longer than what is seen of them: see `RowDeltas`."""
     B: Tensor
+    """(K, out), with the scale in it."""
+    factors: tuple[Factors, ...]
+    """Those that it was made from, and where each lies in it."""
+    places: tuple[Ranks, ...]
+    finite: bool
+    """No number is infinite or NaN."""
 
 
 def routing_of(
@@ -95,27 +119,77 @@ class CurrentRouting:
 
     def __init__(self) -> None:
         self.routing: Routing | None = None
+        self.fixed: Mapping[str, RowDeltas] | None = None
+        """By site; where given, they stand in place of the routing's."""
         self._stacks: dict[tuple[str, torch.dtype], tuple[list[Any], Stack | None]] = {}
+        self._deltas: tuple[Routing, Any, dict[str, RowDeltas]] | None = None
 
-    def stack(self, site: str, adapters: Sequence[Adapter], dtype: torch.dtype) -> Stack | None:
-        """The factors of these adapters on one layer, kept until they change; None where there would be too many, or
-        one has diverged.
+    def stack(self, site: str, dtype: torch.dtype, panels: bool = False) -> Stack | None:
+        """The factors of the batch's adapters on one layer, kept until they change; None where none stands there.
 
-        With gradients it is of no use: it is no view of the adapters.
+        With gradients it is of no use by itself: it is no view of the adapters.
+        panels: rows are whole panels in memory.
         """
-        there = [adapter.factors.get(site) for adapter in adapters]
+        assert self.routing is not None
+        there = [assignment.adapter.factors.get(site) for assignment in self.routing.assignments]
         state = [factors and (factors.adapter, factors.adapter.version, factors.A._version) for factors in there]
         if (site, dtype) not in self._stacks or self._stacks[site, dtype][0] != state:
-            found = [factors for factors in there if factors is not None]
-            stack = None
-            if found and sum(len(factors.A) for factors in found) <= MAX_STACKED:
-                A = torch.cat([factors.A for factors in found]).to(dtype)
-                B = torch.cat([factors.scale * factors.B.t() for factors in found]).to(dtype)
-                if bool(A.isfinite().all() & B.isfinite().all()):  # else 0 * NaN would reach the others' rows
-                    stack = Stack(tuple(0 if factors is None else len(factors.A) for factors in there), A, B)
-            self._stacks[site, dtype] = state, stack
+            self._stacks[site, dtype] = state, _stack(there, dtype, panels)
         return self._stacks[site, dtype][1]
+
+    def deltas(self, site: str, n_tokens: int, dtype: torch.dtype) -> tuple[RowDeltas, Stack | None] | None:
+        """What each of so many tokens adds on one layer, and the stack that it comes from; None where none does."""
+        if self.fixed is not None:
+            return None if site not in self.fixed else (self.fixed[site], None)
+        if self.routing is None or (stack := self.stack(site, dtype, True)) is None:
+            return None
+        first, count = self.routing.rows(stack.ranks, n_tokens)
+        return RowDeltas(stack.A, stack.B, first, count, max(stack.ranks)), stack
+
+    def deltas_of(self, sites: Iterable[str], dtype: torch.dtype) -> dict[str, RowDeltas]:
+        """Those of one token an entry, of all sites that have any; kept until the batch or its adapters change."""
+        if self.routing is None:
+            return {}
+        adapters = [assignment.adapter for assignment in self.routing.assignments]
+        state = dtype, [(adapter.version, adapter.flat._version) for adapter in adapters]
+        if self._deltas is None or self._deltas[0] is not self.routing or self._deltas[1] != state:
+            found = {site: self.deltas(site, self.routing.size, dtype) for site in sites}
+            of_sites = {site: of_site[0] for site, of_site in found.items() if of_site is not None}
+            self._deltas = self.routing, state, of_sites
+        return self._deltas[2]
 
     def forget(self) -> None:
         """Let go of the factors of adapters that have been removed."""
         self._stacks.clear()
+        self._deltas = None
+
+
+@torch.no_grad()
+def _stack(there: Sequence[Factors | None], dtype: torch.dtype, panels: bool) -> Stack | None:
+    """there: of each adapter, None where it does not stand on the layer."""
+    found = [factors for factors in there if factors is not None]
+    if not found:
+        return None
+    with torch.inference_mode(False):  # else learning could not keep it for its backward pass
+        below = (
+            torch.cat([factors.A for factors in found]),
+            torch.cat([factors.scale * factors.B.t() for factors in found]),
+        )
+        A, B = (_in_panels(x, dtype) if panels else x.to(dtype) for x in below)
+    ranks = [0 if factors is None else len(factors.A) for factors in there]
+    ends = list(itertools.accumulate(ranks))
+    places = [
+        Ranks(end - n, end, factors.scale)
+        for end, n, factors in zip(ends, ranks, there, strict=True)
+        if factors is not None
+    ]
+    finite = bool(A.isfinite().all() & B.isfinite().all())
+    return Stack(tuple(ranks), A, B, tuple(found), tuple(places), finite)
+
+
+def _in_panels(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """(K, n) in memory of whole panels, and of two rows at least: a program for several then does for one as well."""
+    K, n = x.shape
+    memory = x.new_zeros(max(2, K), packed_gemm.padded(n), dtype=dtype)
+    memory[:K, :n] = x
+    return memory

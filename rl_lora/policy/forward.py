@@ -37,7 +37,7 @@ class AdaptedModel:
         self.bank = AdapterBank(model)
         fuse(model)
         self._rotaries = rotaries_of(model)
-        self.head = Head.of(model, may_pack=self.bank.may_pack)
+        self.head = Head.of(model, copies=self.bank.copies)
         self.backbone = model.base_model
         parameters = inspect.signature(self.backbone.forward).parameters
         names = ("cache", "cache_params")  # in transformers 5.24 and newer; of Mamba, before

@@ -52,11 +52,11 @@ class Head:
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
-    may_pack: bool = False
+    copies: int = 0
     """See `FrozenLinear`."""
 
     @classmethod
-    def of(cls, model: PreTrainedModel, *, may_pack: bool = False) -> Head:
+    def of(cls, model: PreTrainedModel, *, copies: int = 0) -> Head:
         """Read off the model's output embeddings and config: its scales (`SCALES`), its soft cap (`CAPS`), and how many
         tokens it has logits of. Whether that is all, `head_check.py` finds out."""
         linear = model.get_output_embeddings()
@@ -71,7 +71,7 @@ class Head:
             scale *= (getattr(config, name, None) or 1.0) ** (-1 if inverse else 1)
         softcap = next((cap for name in CAPS if (cap := getattr(config, name, None))), None)
         n = getattr(config, "unpadded_vocab_size", None) or len(linear.weight)
-        return cls(linear.weight[:n], None if linear.bias is None else linear.bias[:n], scale, softcap, may_pack)
+        return cls(linear.weight[:n], None if linear.bias is None else linear.bias[:n], scale, softcap, copies)
 
     @functools.cached_property
     def parts(self) -> list[tuple[slice, FrozenLinear]]:
@@ -80,12 +80,16 @@ class Head:
         n = PART if self.weight.device.type == "cpu" else V
         parts = [slice(i, min(i + n, V)) for i in range(0, V, n)]
         return [
-            (part, FrozenLinear(self.weight[part], None if self.bias is None else self.bias[part], self.may_pack))
+            (part, FrozenLinear(self.weight[part], None if self.bias is None else self.bias[part], self.copies))
             for part in parts
         ]
 
     def project(self, hidden: Tensor, out: Tensor) -> Tensor:
         """(N, d) -> (N, V) in the compute dtype, written to `out`: W h + b, all but `finish`."""
+        if hidden.dtype == torch.bfloat16 and hidden.device.type == "cpu" and self.copies:
+            for part, linear in self.parts:
+                linear(hidden, out=out[:, part])
+            return out
         if self.bias is None:
             return torch.mm(hidden, self.weight.t(), out=out)
         return torch.addmm(self.bias, hidden, self.weight.t(), out=out)

@@ -4,14 +4,15 @@ A layer is compiled once (`compiled_layer.py`), for all numbers of rows and prom
 same with other weights share the result, so that it takes seconds, not minutes. This happens on made-up rows, always
 the same ones, so that it comes out alike in every process, and is compared there with the layers themselves.
 
-Not compiled are steps in which a single row or a single prompt is left, batches that mix adapters, and models whose
-layers cannot be traced, such as experts that ask how many tokens they were given.
+What adapters add (`RowDeltas`) is an input, so that all adapters share a compiled layer. Where torch adds it instead,
+as in float16, batches that mix adapters are not compiled. Nor are steps in which a single row or a single prompt is
+left, and models whose layers cannot be traced, such as experts that ask how many tokens they were given.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 from rl_lora.attention.decode_layer import DecodeLayer
 from rl_lora.attention.kv_cache import DecodeCache, KeyValues
 from rl_lora.kernels.native_code import dispatched
+from rl_lora.kernels.row_deltas import RowDeltas
 from rl_lora.kernels.verify import FastPath, require_close
 from rl_lora.lora.adapter import Adapter
 from rl_lora.lora.layers import LoRALinear
@@ -37,6 +39,9 @@ WORTH_COMPILING = 1000
 ROWS, PROMPTS, PROMPT, OWN = 67, 11, 41, 20
 """Of the step that layers are followed in: rows, prompts, tokens of a prompt and of a row. No model has a dimension of
 67, so what has it is known to be one of rows."""
+
+Deltas = Mapping[str, RowDeltas]
+"""By the names of sites."""
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.02, torch.float16: 0.005}
 """Largest mean difference in what a layer computes, in standard deviations, that rounding explains."""
@@ -83,53 +88,66 @@ class CompiledLayers:
         self.compiled: dict[str, CompiledLayer] = {}
         """By the trace of their operations."""
         self.fast_path = FastPath("decoding goes on without compiled layers")
-        self._calls: weakref.WeakKeyDictionary[Any, dict[tuple[bool, ...], dict[nn.Module, LayerCall]]] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._calls: weakref.WeakKeyDictionary[Any, dict[Any, dict[nn.Module, LayerCall]]] = weakref.WeakKeyDictionary()
 
     @contextmanager
     def stepping(self, decode: DecodeCache, adapters: Sequence[str | None]) -> Iterator[None]:
         """Inside, the layers run compiled where this step of `decode`, which has begun, allows it."""
-        calls = self._calls_for(decode, adapters)
+        deltas = self._deltas(adapters)
+        calls = self._calls_for(decode, adapters, deltas)
         if calls is None:
             yield
             return
-        with forwards(list(calls), lambda layer, forward: partial(_run, calls[layer], decode, forward)):
+        with forwards(list(calls), lambda layer, forward: partial(_run, calls[layer], decode, deltas, forward)):
             yield
 
-    def _calls_for(self, decode: DecodeCache, adapters: Sequence[str | None]) -> dict[nn.Module, LayerCall] | None:
+    def _deltas(self, adapters: Sequence[str | None]) -> Deltas:
+        with self.policy.bank.route(adapters):
+            return self.policy.bank.deltas(self.policy.dtype)
+
+    def _calls_for(
+        self, decode: DecodeCache, adapters: Sequence[str | None], deltas: Deltas
+    ) -> dict[nn.Module, LayerCall] | None:
         """What each layer runs; compiled now, if need be."""
         single = decode.single_nodes()
-        if self.fast_path.failed or single is None or any(adapter != adapters[0] for adapter in adapters):
+        if self.fast_path.failed or single is None:
             return None
-        adapter = None if adapters[0] is None else self.policy.bank[adapters[0]]
-        if adapter is not None and self.policy.dtype != adapter.flat.dtype:
-            adapter.cast(self.policy.dtype)  # compiled layers read it as it is now
+        names = list(dict.fromkeys(adapters))
+        adapter = None
+        if any(name is not None and not deltas.keys() >= self.policy.bank[name].factors.keys() for name in names):
+            if len(names) > 1 or names[0] is None:
+                return None
+            adapter = self.policy.bank[names[0]]
+            if self.policy.dtype != adapter.flat.dtype:
+                adapter.cast(self.policy.dtype)  # compiled layers read it as it is now
         of_adapter = self._calls.setdefault(self if adapter is None else adapter, {})
-        if single not in of_adapter:
-            calls = self.fast_path.attempt(lambda: self._prepare(decode, adapter, single))
+        key = single, frozenset(deltas)
+        if key not in of_adapter:
+            calls = self.fast_path.attempt(lambda: self._prepare(decode, names, adapter, single))
             if calls is None:
                 return None
-            of_adapter[single] = calls
-        return of_adapter[single]
+            of_adapter[key] = calls
+        return of_adapter[key]
 
     def _prepare(
-        self, like: DecodeCache, adapter: Adapter | None, single: tuple[bool, ...]
+        self, like: DecodeCache, names: Sequence[str | None], adapter: Adapter | None, single: tuple[bool, ...]
     ) -> dict[nn.Module, LayerCall]:
-        """Follow every layer through a step, compile what is new, and compare.
+        """Follow every layer through a step with adapters of these names, compile what is new, and compare.
+
+        adapter: the one whose factors the layers read by themselves; None where they are inputs.
 
         Raises:
             Mismatch: a compiled layer computes something else.
             ValueError: a layer depends on more than the tensors it is given and weights.
         """
-        adapters = [None if adapter is None else adapter.name] * ROWS
+        adapters = [names[i * len(names) // ROWS] for i in range(ROWS)]
         decode, tokens = _example(like, single, self.policy)
         observed = self._observe(decode, tokens, adapters)
         if not observed:
             raise ValueError("transformers does not say what the model's layers are")
-        weights = self._weights(adapter)
+        weights, deltas = self._weights(adapter), self._deltas(adapters)
         with self.policy.setting(adapters, decode), dispatched():
-            return {layer: self._compile(seen, decode, weights) for layer, seen in observed.items()}
+            return {layer: self._compile(layer, seen, decode, weights, deltas) for layer, seen in observed.items()}
 
     def _observe(self, decode: DecodeCache, tokens: Tensor, adapters: list[str | None]) -> dict[nn.Module, Observed]:
         """What each layer is given in the next step of `decode`."""
@@ -161,11 +179,23 @@ class CompiledLayers:
         packed = [product.packed for product in products if product.packed is not None]
         return {_storage(x) for x in (*model.parameters(), *model.buffers(), *factors, *packed)}
 
-    def _compile(self, seen: Observed, decode: DecodeCache, weights: set[int]) -> LayerCall:
+    def _compile(
+        self, layer: nn.Module, seen: Observed, decode: DecodeCache, weights: set[int], deltas: Deltas
+    ) -> LayerCall:
         """Compile a layer, unless another one with the same operations has been; and compare it with the layer."""
-        alone = _alone(seen.forward, seen.args, seen.kwargs, decode)
+        sites = [m.name for m in layer.modules() if isinstance(m, LoRALinear) and m.name in deltas]
         given, layout = _tensors(seen.args, seen.kwargs), decode.layer(seen.layer)
-        inputs = [*given, *layout.tensors()]
+        inputs = [*given, *layout.tensors(), *_of_sites(deltas, sites)]
+        n = len(given), len(given) + len(layout.tensors())
+
+        def alone(*inputs: Tensor) -> Any:
+            fixed = {
+                site: RowDeltas(A, B, first, count, len(A))
+                for site, A, B, first, count in zip(sites, *(inputs[n[1] + i :: 4] for i in range(4)), strict=True)
+            }
+            with self.policy.bank.fixed(fixed):
+                return _replaced(seen, decode, inputs[: n[0]], DecodeLayer.of(inputs[n[0] : n[1]]))
+
         with OperationTrace(inputs) as trace:
             result = alone(*inputs)
         expected = [*tree_leaves(result), *layout.written()]
@@ -175,9 +205,10 @@ class CompiledLayers:
         text = "\n".join(trace.lines)
         if text not in self.compiled:
             of_rows = [tuple(d for d, n in enumerate(x.shape) if n == ROWS) for x in given]
-            self.compiled[text] = CompiledLayer.of(alone, inputs, [*of_rows, *layout.dynamic()], trace.constants)
+            dynamic = [*of_rows, *layout.dynamic(), *[(0,)] * (4 * len(sites))]
+            self.compiled[text] = CompiledLayer.of(alone, inputs, dynamic, trace.constants)
         compiled = self.compiled[text]
-        call = LayerCall(compiled, seen.layer, [trace.constants[k] for k in compiled.order])
+        call = LayerCall(compiled, seen.layer, sites, [trace.constants[k] for k in compiled.order])
         layout.forget()
         found = [*tree_leaves(compiled.function(*inputs, *call.constants)), *layout.written()]
         for a, b in zip(found, expected, strict=True):
@@ -201,12 +232,15 @@ class LayerCall:
 
     compiled: CompiledLayer
     layer: int
+    """Which of the KV cache it reads."""
+    sites: list[str]
+    """Of its `RowDeltas`."""
     constants: list[Tensor]
 
 
-def _run(call: LayerCall, decode: DecodeCache, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+def _run(call: LayerCall, decode: DecodeCache, deltas: Deltas, forward: Forward, *args: Any, **kwargs: Any) -> Any:
     """In the place of a layer's forward."""
-    inputs = [*_tensors(args, kwargs), *decode.layer(call.layer).tensors()]
+    inputs = [*_tensors(args, kwargs), *decode.layer(call.layer).tensors(), *_of_sites(deltas, call.sites)]
     if not call.compiled.holds(inputs):
         return forward(*args, **kwargs)
     return call.compiled.function(*inputs, *call.constants)
@@ -228,24 +262,24 @@ def _storage(x: Tensor) -> int:
     return id(x) if x.is_mkldnn else x.untyped_storage().data_ptr()  # oneDNN does not say where its memory is
 
 
-def _alone(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], decode: DecodeCache) -> Callable[..., Any]:
-    """A layer's forward as a function of tensors: `_tensors`, and those of its `DecodeLayer`."""
-    n = len(_tensors(args, kwargs))
+def _of_sites(deltas: Deltas, sites: Sequence[str]) -> list[Tensor]:
+    """A, B, first and count of each."""
+    return [x for site in sites for x in (deltas[site].A, deltas[site].B, deltas[site].first, deltas[site].count)]
 
-    def alone(*inputs: Tensor) -> Any:
-        given, layout = list(inputs[:n]), DecodeLayer.of(inputs[n:])
 
-        def replaced(x: Any) -> Any:
-            if isinstance(x, Tensor):
-                return given.pop(0)
-            if isinstance(x, tuple):
-                return tuple(given.pop(0) for _ in x)
-            return layout if x is decode else x
+def _replaced(seen: Observed, decode: DecodeCache, given: Sequence[Tensor], layout: DecodeLayer) -> Any:
+    """A layer's forward with other tensors than those it was seen with, `_tensors`, and another layout."""
+    rest = list(given)
 
-        new = [replaced(x) for x in args]
-        return forward(*new, **{name: replaced(x) for name, x in kwargs.items()})
+    def replaced(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return rest.pop(0)
+        if isinstance(x, tuple):
+            return tuple(rest.pop(0) for _ in x)
+        return layout if x is decode else x
 
-    return alone
+    new = [replaced(x) for x in seen.args]
+    return seen.forward(*new, **{name: replaced(x) for name, x in seen.kwargs.items()})
 
 
 def _example(like: DecodeCache, single: tuple[bool, ...], policy: Policy) -> tuple[DecodeCache, Tensor]:

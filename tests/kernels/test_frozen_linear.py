@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rl_lora.kernels import frozen_linear, native_code, packed_gemm
-from rl_lora.kernels.frozen_linear import MOST_ROWS, FrozenLinear, Operators, _operators, may_pack
+from rl_lora.kernels.frozen_linear import MOST_ROWS, FrozenLinear, Operators, _operators, packed_copies
 from rl_lora.lora.layers import LoRALinear
 from tests.oracles import tiny_policy
 from tests.tiny import tiny_model
@@ -30,7 +30,7 @@ def test_it_is_the_product_whatever_the_number_of_rows(dtype: torch.dtype, biase
     g = torch.Generator().manual_seed(n_out)
     weight = torch.randn(n_out, n_in, generator=g).to(dtype)
     bias = torch.randn(n_out, generator=g).to(dtype) if biased else None
-    layer = FrozenLinear(weight, bias, may_pack=True)
+    layer = FrozenLinear(weight, bias, copies=2)
     for n in (*ROWS, 5):
         x = torch.randn(n, n_in, generator=g).to(dtype)
         with torch.inference_mode():
@@ -45,7 +45,7 @@ def test_it_is_the_product_whatever_the_number_of_rows(dtype: torch.dtype, biase
 
 
 def test_gradients_go_through_it() -> None:
-    layer = FrozenLinear(torch.randn(6, 5), may_pack=True)
+    layer = FrozenLinear(torch.randn(6, 5), copies=2)
     with torch.no_grad():
         layer(torch.ones(3, 5))
     x = torch.randn(3, 5, requires_grad=True)
@@ -55,7 +55,7 @@ def test_gradients_go_through_it() -> None:
 
 
 def test_a_weight_that_was_written_to_is_packed_anew() -> None:
-    layer = FrozenLinear(torch.randn(6, 5), may_pack=True)
+    layer = FrozenLinear(torch.randn(6, 5), copies=2)
     x = torch.randn(3, 5)
     with torch.no_grad():
         layer(x)
@@ -89,18 +89,18 @@ def test_an_operator_that_computes_something_else_is_not_used(
     def twice(x: Tensor, packed: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
         return 2 * F.linear(x, weight, bias)
 
-    def missing() -> None:
+    def missing(dtype: torch.dtype) -> None:
         raise AttributeError("no such operator")
 
-    candidate = {"product": lambda: Operators(lambda weight: weight, twice, 1), "missing": missing}[wrong]
+    candidate = {"product": lambda _: Operators(lambda weight: weight, twice, 1, 512), "missing": missing}[wrong]
     monkeypatch.setattr(frozen_linear, "_ours", candidate)
     monkeypatch.setattr(frozen_linear, "_mkl", missing)
-    layer = FrozenLinear(torch.randn(6, 5), may_pack=True)
+    layer = FrozenLinear(torch.randn(6, 5), copies=2)
     x = torch.randn(3, 5)
     said = pytest.warns(UserWarning, match="a product of 1 rows differs") if wrong == "product" else nullcontext()
     with torch.no_grad(), said:
         assert torch.equal(layer(x), F.linear(x, layer.weight))
-    assert not layer.may_pack
+    assert not layer.copies
 
 
 needs_ours = pytest.mark.skipif(packed_gemm.library() is None, reason="GCC, and AVX2 or AVX-512 are not here")
@@ -116,7 +116,7 @@ def test_a_row_of_a_product_does_not_depend_on_its_neighbours(exact: bool, biase
     weight, bias = torch.randn(n_out, n_in, generator=g), torch.randn(n_out, generator=g) if biased else None
     if exact:
         weight = weight.bfloat16().float()
-    layer = FrozenLinear(weight, bias, may_pack=True)
+    layer = FrozenLinear(weight, bias, copies=2)
     x = torch.randn(MOST_ROWS, n_in, generator=g)
     wide = torch.full((MOST_ROWS, 2 * n_out), torch.nan)
     before = torch.get_num_threads()
@@ -189,7 +189,7 @@ def test_what_is_no_library_is_made_anew(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("changed", ["packed_gemm.cpp", "vectors.h"])
 def test_what_has_changed_is_compiled_anew(changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for name in ("packed_gemm.cpp", "vectors.h"):
+    for name in ("packed_gemm.cpp", "deltas.h", "vectors.h"):
         (tmp_path / name).write_text(packed_gemm.SOURCE.with_name(name).read_text())
     before, same = (native_code.load(tmp_path / "packed_gemm.cpp") for _ in range(2))
     with (tmp_path / changed).open("a") as file:
@@ -205,23 +205,23 @@ def test_what_has_changed_is_compiled_anew(changed: str, tmp_path: Path, monkeyp
 def test_what_does_not_fit_a_weight_is_refused() -> None:
     packed = packed_gemm.pack_weight(torch.randn(4, 5))
     for x in (torch.randn(3, 6), torch.randn(3, 5).double(), torch.randn(5)):
-        with pytest.raises(ValueError, match="expected float32"):
+        with pytest.raises(ValueError, match=r"expected torch\.float32"):
             packed_gemm.multiply(x, packed, 4)
 
 
 def test_weights_are_packed_where_there_is_memory_for_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     needed = sum(4 * m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
-    for free, expected in ((4 * needed, True), (4 * needed - 4, False)):
+    for free, expected in ((4 * needed, 1), (4 * needed - 4, 0), (8 * needed, 2), (100 * needed, 2)):
         monkeypatch.setattr(frozen_linear, "free_bytes", lambda device, free=free: free)
-        assert may_pack(model) == expected
+        assert packed_copies(model) == expected
     with torch.device("meta"):
-        assert not may_pack(torch.nn.Linear(3, 4))
+        assert not packed_copies(torch.nn.Linear(3, 4))
 
 
 def test_layers_of_a_bank_pack() -> None:
     policy = tiny_policy("llama", ["a"])
-    assert policy.bank.may_pack
+    assert policy.bank.copies
     layers = [m for m in policy.model.modules() if isinstance(m, LoRALinear)]
     assert layers
-    assert all(layer.product is not None and layer.product.may_pack for layer in layers)
+    assert all(layer.product is not None and layer.product.copies for layer in layers)

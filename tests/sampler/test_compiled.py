@@ -120,7 +120,7 @@ def test_long_common_beginnings_mixed_batches_and_the_bare_base(monkeypatch: pyt
 
 def test_more_rows_than_products_are_packed_for(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = tiny_policy("llama", ["a"])
-    if not policy.bank.may_pack:
+    if not policy.bank.copies:
         pytest.skip("weights are not packed here")
     counted = Counted(policy, monkeypatch)
     layers = counted.layers
