@@ -60,7 +60,7 @@ class FrozenLinear:
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """(N, in) -> (N, out), in `out` where that is given: it may be of another dtype."""
-        if (operators := self._ready(len(x))) is None:
+        if (operators := self._ready(x.shape[0])) is None:
             return _written(F.linear(x, self.weight, self.bias), out)
         assert self.packed is not None
         if not is_dispatched():
@@ -70,7 +70,7 @@ class FrozenLinear:
 
     def add_deltas(self, x: Tensor, deltas: RowDeltas) -> tuple[Tensor, Tensor]:
         """(N, in) -> (N, out) with the deltas of adapters, and z of those, float32 (N, >= most); no gradients."""
-        if (operators := self._ready(len(x))) is None:
+        if (operators := self._ready(x.shape[0])) is None:
             y = F.linear(x, self.weight, self.bias)
             return y, packed_gemm.add_deltas(x, deltas, y)
         assert self.packed is not None
@@ -137,8 +137,8 @@ for key in ("CPU", "MkldnnCPU"):  # what oneDNN has packed is of the second kind
 torch.library.register_fake(
     "rl_lora::frozen_linear",
     lambda x, _, weight, __, A, *___: (
-        x.new_empty(len(x), len(weight)),
-        x.new_empty(*((0,) if A is None else (len(x), len(A))), dtype=torch.float32),
+        x.new_empty(x.shape[0], weight.shape[0]),  # `len` would be a number to the tracer, not a size that may change
+        x.new_empty(*((0,) if A is None else (x.shape[0], A.shape[0])), dtype=torch.float32),
     ),
     lib=OPERATIONS,
 )

@@ -56,7 +56,7 @@ class LoRALinear(_Wrapper):
         return y2.view(*x.shape[:-1], y2.shape[-1])
 
     def _in_one(self, x2: Tensor, product: FrozenLinear) -> Tensor:
-        found = self.current.deltas(self.name, len(x2), x2.dtype)
+        found = self.current.deltas(self.name, x2.shape[0], x2.dtype)
         if found is None:
             return adapted_linear.frozen_linear(x2, product)
         deltas, stack = found

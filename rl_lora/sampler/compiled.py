@@ -185,12 +185,14 @@ class CompiledLayers:
         """Compile a layer, unless another one with the same operations has been; and compare it with the layer."""
         sites = [m.name for m in layer.modules() if isinstance(m, LoRALinear) and m.name in deltas]
         given, layout = _tensors(seen.args, seen.kwargs), decode.layer(seen.layer)
-        inputs = [*given, *layout.tensors(), *_of_sites(deltas, sites)]
+        # Sites may share a tensor of rows now, and not in another batch: to the tracer each has its own.
+        of_sites = [x.clone() for x in _of_sites(deltas, sites)]
+        inputs = [*given, *layout.tensors(), *of_sites]
         n = len(given), len(given) + len(layout.tensors())
 
         def alone(*inputs: Tensor) -> Any:
             fixed = {
-                site: RowDeltas(A, B, first, count, len(A))
+                site: RowDeltas(A, B, first, count, A.shape[0])
                 for site, A, B, first, count in zip(sites, *(inputs[n[1] + i :: 4] for i in range(4)), strict=True)
             }
             with self.policy.bank.fixed(fixed):

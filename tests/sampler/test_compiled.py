@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rl_lora.config import EpisodeConfig
+from rl_lora.kernels import adapted_linear
 from rl_lora.kernels.frozen_linear import MOST_ROWS
 from rl_lora.policy.policy import Policy
 from rl_lora.sampler.compiled import CompiledLayers, should_compile, unavailable
@@ -98,7 +99,10 @@ def test_compiled_steps_draw_what_the_layers_draw(arch: str, monkeypatch: pytest
     assert_alike(found, expected)
     assert_alike(*both(layers, requests(4, 3, "c")))
     assert [c.logprobs for c in found] != [c.logprobs for c in both(layers, requests(4, 3, "c"))[0]]
-    assert len(layers.compiled) == 2 * kinds  # "a" is of another rank
+    # "a" is of another rank: the same layers where factors are inputs, others where torch adds them.
+    assert len(layers.compiled) == (
+        2 * kinds if arch == "gpt2" and adapted_linear.serves("cpu", policy.dtype) else kinds
+    )
 
 
 def test_long_common_beginnings_mixed_batches_and_the_bare_base(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,11 +115,22 @@ def test_long_common_beginnings_mixed_batches_and_the_bare_base(monkeypatch: pyt
     others = [replace(r, prompt_ids=r.prompt_ids[::-1][-70:] + r.prompt_ids) for r in requests(4, 2, None, begin=70)]
     assert_alike(*both(layers, [*requests(4, 2, None, begin=70), *others]))
     assert counted.ran
+    randomize(policy.bank.add("c", rank=3, targets=["q_proj", "down_proj"]), seed=3)
+    for names, kinds in ((("a", "b"), 3), ((None, "a"), 3), (("c", "b", None, "a"), 3), (("c", None), 4)):
+        counted.ran = 0
+        assert_alike(*both(layers, [request for name in names for request in requests(3, 2, name)]))
+        assert counted.ran
+        assert len(layers.compiled) == kinds  # as many as there are sets of sites with adapters
     counted.ran = 0
-    assert_alike(*both(layers, [*requests(3, 2, "a"), *requests(3, 2, "b")]))
-    assert not counted.ran  # two adapters in a batch, and then
     assert_alike(*both(layers, requests(1, 5, "a")))
-    assert not counted.ran  # a single prompt: both are left to the layers
+    assert not counted.ran  # a single prompt is left to the layers
+
+
+def test_batches_that_mix_adapters_which_torch_adds_are_left_to_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = tiny_policy("gpt2", ["a", "b"])
+    counted = Counted(policy, monkeypatch)
+    assert_alike(*both(counted.layers, [*requests(3, 2, "a"), *requests(3, 2, "b")]))
+    assert not counted.ran
 
 
 def test_more_rows_than_products_are_packed_for(monkeypatch: pytest.MonkeyPatch) -> None:
