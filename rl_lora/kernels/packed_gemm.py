@@ -128,7 +128,7 @@ def add_deltas(x: Tensor, deltas: RowDeltas, y: Tensor | None) -> Tensor:
 
 
 def sums_of_outer(z: Tensor, x: Tensor, deltas: RowDeltas) -> Tensor:
-    """float32 (K, n): sums over the rows of z (N, most) times x (N, n), those of a row for its own ranks."""
+    """float32 (K, n): sums over the rows of z (N, >= most) times x (N, n), those of a row for its own ranks."""
     found = library()
     assert found is not None
     x, n = x.contiguous(), x.shape[1]

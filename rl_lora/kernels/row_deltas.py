@@ -31,6 +31,6 @@ class RowDeltas:
         return RowDeltas(self.B, self.A, self.first, self.count, self.most)
 
     def call(self, z: Tensor) -> array[int]:
-        """`Deltas` in the C++. z: float32 (N, most)."""
+        """`Deltas` in the C++. z: float32 (N, >= most)."""
         of = [self.A.data_ptr(), self.B.data_ptr(), self.A.stride(0), self.B.stride(0)]
-        return array("q", [*of, self.first.data_ptr(), self.count.data_ptr(), z.data_ptr(), self.most])
+        return array("q", [*of, self.first.data_ptr(), self.count.data_ptr(), z.data_ptr(), z.stride(0)])
