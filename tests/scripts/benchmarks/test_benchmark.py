@@ -100,7 +100,8 @@ def test_a_breakdown_knows_products_by_their_weights(tmp_path: Path, rank: int) 
     # Two layers of seven matrices; prompts are read in two passes at most, and five tokens drawn by four steps.
     passes = parts[BASE].n / 14
     assert passes in (4 + 1, 4 + 2)
-    assert parts[ADAPTER].n == 2 * parts[BASE].n, "A and B of every matrix"
+    # A and B of every matrix, where the base's products do not add them on the way.
+    assert parts[ADAPTER].n == (0 if adapted_linear.serves("cpu", torch.float32) else 2 * parts[BASE].n)
     assert parts[HEAD].n == 5
     assert all(part.n > 0 for kind, part in parts.items() if kind != REST)
     assert all(part.seconds > 0 for part in parts.values())
