@@ -121,6 +121,8 @@ class WeightShapes:
     head: set[frozenset[int]]
     """Of the head, and of the pieces it is multiplied in."""
     ranks: set[int]
+    features: set[int]
+    """Inputs and outputs of the layers that adapters stand on."""
 
     @classmethod
     def of(cls, policy: Policy) -> WeightShapes:
@@ -129,7 +131,8 @@ class WeightShapes:
         inside = {frozenset((site.out_features, site.in_features)) for site in policy.bank.sites.values()}
         head = {frozenset(weight.shape) for weight in parts} - inside
         ranks = {rank for adapter in policy.bank.adapters.values() for rank in adapter.ranks.values()}
-        return cls(base - head, head, ranks)
+        features = {n for site in policy.bank.sites.values() for n in (site.in_features, site.out_features)}
+        return cls(base - head, head, ranks, features)
 
 
 def kind_of(
@@ -142,12 +145,13 @@ def kind_of(
         if has_product_inside:  # its own time is that of its Python
             return REST
         return HEAD if weights.head.intersection(matrices) else BASE
-    of_rank = any(weights.ranks & shape for shape in matrices)
+    sizes = frozenset().union(*matrices)
+    of_rank = bool(sizes & weights.ranks and sizes & weights.features)
     if is_any(name, PRODUCTS) or (name == "aten::addcmul_" and of_rank):
         for kind, known in ((HEAD, weights.head), (BASE, weights.base)):
             if known.intersection(matrices):
                 return kind
-        return ADAPTER if weights.ranks else BASE
+        return ADAPTER if of_rank else ELEMENTWISE  # such as the angles of a rotary embedding
     for kind in (VOCABULARY, ATTENTION):
         if any(is_any(caller, OPERATIONS[kind]) for caller in names[1:]):
             return kind
