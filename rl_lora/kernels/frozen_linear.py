@@ -8,6 +8,7 @@ beforehand, made for its compiler's frozen models, and not public. Either is use
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from rl_lora.kernels import packed_gemm
 from rl_lora.kernels.native_code import OPERATIONS, is_dispatched
+from rl_lora.kernels.packed_gemm import Product
 from rl_lora.kernels.row_deltas import RowDeltas
 from rl_lora.kernels.verify import FastPath, require_all_close
 from rl_lora.system.memory import free_bytes
@@ -103,7 +105,7 @@ def _with_deltas(
     operators: Operators, x: Tensor, packed: Tensor, weight: Tensor, bias: Tensor | None, deltas: RowDeltas
 ) -> tuple[Tensor, Tensor]:
     if operators.is_ours:
-        y, z = packed_gemm.multiply(x, packed, len(weight), bias, None, deltas)
+        y, z = packed_gemm.multiply(x, Product(packed, weight.shape[0], bias, deltas))
         assert z is not None
         return y, z
     y = operators.multiply(x, packed, weight, bias, None)
@@ -144,6 +146,62 @@ torch.library.register_fake(
 )
 
 
+def _frozen_linears(
+    x: Tensor,
+    packed: list[Tensor],
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    A: list[Tensor],
+    B: list[Tensor],
+    first: list[Tensor],
+    count: list[Tensor],
+) -> list[Tensor]:
+    operators = _operators(weights[0].dtype)
+    if operators is None or not operators.is_ours or any(p.dtype != packed[0].dtype for p in packed):
+        each = zip(packed, weights, biases, A, B, first, count, strict=True)
+        return [_frozen_linear(x, *of_one)[0] for of_one in each]
+    deltas = map(RowDeltas, A, B, first, count, [a.shape[0] for a in A])
+    products = map(Product, packed, [weight.shape[0] for weight in weights], biases, deltas)
+    return [y for y, _ in packed_gemm.multiply_all(x, list(products))]
+
+
+OPERATIONS.define(
+    "frozen_linears(Tensor x, Tensor[] packed, Tensor[] weights, Tensor?[] biases, Tensor[] A, Tensor[] B, "
+    "Tensor[] first, Tensor[] count) -> Tensor[]"
+)
+for key in ("CPU", "MkldnnCPU"):
+    OPERATIONS.impl("frozen_linears", _frozen_linears, key)
+torch.library.register_fake(
+    "rl_lora::frozen_linears",
+    lambda x, _, weights, *__: [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights],
+    lib=OPERATIONS,
+)
+
+
+def join_products(graph: torch.fx.Graph) -> None:
+    """Make one operation of a traced program's products of the same rows: of queries, keys and values, for example."""
+    alike: dict[torch.fx.Node, list[torch.fx.Node]] = {}
+    for node in graph.nodes:
+        if node.target is torch.ops.rl_lora.frozen_linear.default and None not in node.args[4:]:
+            x, *rest = node.all_input_nodes
+            if all(given.op == "placeholder" for given in rest):
+                alike.setdefault(x, []).append(node)
+    for x, nodes in alike.items():
+        if len(nodes) == 1:
+            continue
+        of_each = [list(column) for column in zip(*(node.args[1:] for node in nodes), strict=True)]
+        with graph.inserting_before(nodes[0]):
+            together = graph.call_function(torch.ops.rl_lora.frozen_linears.default, (x, *of_each))
+            found = [graph.call_function(operator.getitem, (together, i)) for i in range(len(nodes))]
+        for node, result in zip(nodes, found, strict=True):
+            for part in list(node.users):  # the product, and z, which a decode step has no use for
+                if part.args[1] == 0:
+                    part.replace_all_uses_with(result)
+                graph.erase_node(part)
+            graph.erase_node(node)
+    graph.lint()
+
+
 def packed_copies(model: nn.Module) -> int:
     """How many packed copies of all linear layers to make room for, two at most: none but on a CPU with the memory."""
     weights = {layer.weight for layer in model.modules() if isinstance(layer, nn.Linear)}
@@ -176,7 +234,7 @@ def _ours(dtype: torch.dtype) -> Operators | None:
         return None
     return Operators(
         packed_gemm.pack_weight,
-        lambda x, packed, weight, bias, out: packed_gemm.multiply(x, packed, len(weight), bias, out)[0],
+        lambda x, packed, weight, bias, out: packed_gemm.multiply(x, Product(packed, len(weight), bias), out)[0],
         least_rows=1,
         most_rows=MOST_ROWS if dtype == torch.float32 else float("inf"),
         is_ours=True,

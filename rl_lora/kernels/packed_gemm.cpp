@@ -74,27 +74,28 @@ struct Block {
     const char* weights;             // of the chunk
     int64_t steps;                   // of the chunk
     const char* ahead;               // weights that will be wanted next
-    int64_t n_ahead;                 // steps' worth
+    int64_t rate;                    // bytes of them to ask for at a step: evenly, or memory could not follow
     float* partial;                  // (rows, PANEL): sums of the chunks before, which this one's are added to; or null
     bool last;                       // of the chunks
     int64_t row, panel;              // of the first row and output
 };
 
-template <int ROWS, class Format, bool ASK>
-inline __attribute__((always_inline)) void add(Floats (&sum)[ROWS][2], const Block<Format>& block, int64_t from,
-                                               int64_t to) {
+template <int ROWS, class Format, int LINES>
+inline __attribute__((always_inline)) void add(Floats (&sum)[ROWS][2], const Block<Format>& block) {
     const typename Format::Step* x[(ROWS + 2) / 3];  // of every third row: the two behind it are an addition away
 #pragma GCC unroll 16
-    for (int i = 0; i < (ROWS + 2) / 3; i++) x[i] = block.x + 3 * i * block.stride + from;
-    const int64_t stride = block.stride;
+    for (int i = 0; i < (ROWS + 2) / 3; i++) x[i] = block.x + 3 * i * block.stride;
+    const int64_t stride = block.stride, rate = block.rate;
     const char* weights = block.weights;
     const char* ahead = block.ahead;
 #pragma GCC unroll 1
-    for (int64_t k = from; k < to; k++) {
+    for (int64_t k = block.steps; k > 0; k--) {
         typename Format::Weights low, high;
-        Format::read(weights + k * Format::BYTES, low, high);
-        if (ASK)
-            for (int64_t b = 0; b < Format::BYTES; b += 64) __builtin_prefetch(ahead + k * Format::BYTES + b, 0, 2);
+        Format::read(weights, low, high);
+        weights += Format::BYTES;
+#pragma GCC unroll 2
+        for (int line = 0; line < LINES; line++) __builtin_prefetch(ahead + 64 * line, 0, 2);
+        ahead += rate;
 #pragma GCC unroll 16
         for (int m = 0; m < ROWS; m++) {
             const typename Format::Step a = x[m / 3][m % 3 * stride];
@@ -111,8 +112,10 @@ void run(const Call& call, const Block<Format>& block, bool first) {
     Floats sum[ROWS][2];
 #pragma GCC unroll 16
     for (int m = 0; m < ROWS; m++) sum[m][0] = sum[m][1] = Floats{};
-    add<ROWS, Format, true>(sum, block, 0, block.n_ahead);
-    add<ROWS, Format, false>(sum, block, block.n_ahead, block.steps);
+    if (block.rate > 64)
+        add<ROWS, Format, 2>(sum, block);
+    else
+        add<ROWS, Format, 1>(sum, block);
     const float* const bias = call.bias ? call.bias + block.panel * PANEL : nullptr;
 #pragma GCC unroll 16
     for (int m = 0; m < ROWS; m++)
@@ -142,39 +145,54 @@ void run_rows(int64_t rows, const Call& call, const Block<Format>& block, bool f
     of[rows - 1](call, block, first);
 }
 
+// The sum of all chunks of a panel's inputs, for the rows of some blocks.
 template <class Format>
-void multiply(const Call& call) {
+void multiply_panel(const Call& call, int64_t panel, int64_t from, int64_t to, int64_t n_blocks, float* partial) {
     const int64_t steps = call.n_in / Format::INPUTS, n_chunks = (steps + Format::CHUNK - 1) / Format::CHUNK;
-    const int64_t n_blocks = (call.rows + MOST - 1) / MOST;
-    const int64_t wanted = (TASKS * omp_get_max_threads() + call.n_panels - 1) / call.n_panels;
-    const int64_t of_size = (call.rows + TASK_ROWS - 1) / TASK_ROWS;
-    const int64_t n_parts = std::min(n_blocks, std::max(wanted, of_size));  // of the rows
+    const int64_t first_row = call.rows * from / n_blocks;
+    for (int64_t chunk = 0; chunk < n_chunks; chunk++) {
+        const int64_t k = steps * chunk / n_chunks, n = steps * (chunk + 1) / n_chunks - k;
+        const char* of_panel = call.weights + (panel * steps + k) * Format::BYTES;
+        const char* next = of_panel + steps * Format::BYTES;  // each block asks for its share of it
+        const int64_t rate = (Format::BYTES + to - from - 1) / (to - from);
+        for (int64_t block = from; block < to; block++) {
+            const int64_t row = call.rows * block / n_blocks, end = call.rows * (block + 1) / n_blocks;
+            run_rows<Format>(end - row, call,
+                             {reinterpret_cast<const typename Format::Step*>(call.x) + row * steps + k, steps, of_panel, n,
+                              next + (block - from) * n * rate, rate, partial + (row - first_row) * PANEL,
+                              chunk + 1 == n_chunks, row, panel},
+                             chunk == 0, std::make_integer_sequence<int, MOST>{});
+        }
+    }
+}
+
+// Several products with the same rows, in one parallel region.
+template <class Format>
+void multiply(const Call* calls, int64_t n_calls) {
+    const int64_t rows = calls->rows, n_blocks = (rows + MOST - 1) / MOST;
+    const int64_t of_size = (rows + TASK_ROWS - 1) / TASK_ROWS, n_threads = omp_get_max_threads();
 #pragma omp parallel
     {
-        if (call.deltas) {
-            const auto* x = reinterpret_cast<const typename Format::Input*>(call.x);
-#pragma omp for schedule(static)
-            for (int64_t row = 0; row < call.rows; row++) project(*call.deltas, x + row * call.n_in, call.n_in, row);
+        bool any = false;
+        for (const Call* call = calls; call < calls + n_calls; call++) {
+            if (!call->deltas) continue;
+            any = true;
+            const auto* x = reinterpret_cast<const typename Format::Input*>(call->x);
+#pragma omp for schedule(static) nowait
+            for (int64_t row = 0; row < rows; row++) project(*call->deltas, x + row * call->n_in, call->n_in, row);
         }
-        std::vector<float> partial(n_chunks > 1 ? ((n_blocks + n_parts - 1) / n_parts) * MOST * PANEL : 0);
-#pragma omp for schedule(static)
-        for (int64_t task = 0; task < call.n_panels * n_parts; task++) {
-            const int64_t panel = task % call.n_panels, part = task / call.n_panels;
-            const int64_t from = n_blocks * part / n_parts, to = n_blocks * (part + 1) / n_parts;
-            const int64_t first_row = call.rows * from / n_blocks;
-            for (int64_t chunk = 0; chunk < n_chunks; chunk++) {
-                const int64_t k = steps * chunk / n_chunks, n = steps * (chunk + 1) / n_chunks - k;
-                const char* of_panel = call.weights + (panel * steps + k) * Format::BYTES;
-                for (int64_t block = from; block < to; block++) {
-                    const int64_t row = call.rows * block / n_blocks, end = call.rows * (block + 1) / n_blocks;
-                    // Each block asks for its share of the next panel.
-                    const int64_t asked = n * (block - from) / (to - from), ask = n * (block - from + 1) / (to - from);
-                    run_rows<Format>(end - row, call,
-                                     {reinterpret_cast<const typename Format::Step*>(call.x) + row * steps + k, steps,
-                                      of_panel, n, of_panel + (steps + asked) * Format::BYTES, ask - asked,
-                                      partial.data() + (row - first_row) * PANEL, chunk + 1 == n_chunks, row, panel},
-                                     chunk == 0, std::make_integer_sequence<int, MOST>{});
-                }
+        if (any) {
+#pragma omp barrier
+        }
+        std::vector<float> partial(calls->n_in / Format::INPUTS > Format::CHUNK ? rows * PANEL : 0);
+        for (const Call* call = calls; call < calls + n_calls; call++) {
+            const int64_t wanted = (TASKS * n_threads + call->n_panels - 1) / call->n_panels;
+            const int64_t n_parts = std::min(n_blocks, std::max(wanted, of_size));  // of the rows
+#pragma omp for schedule(static) nowait
+            for (int64_t task = 0; task < call->n_panels * n_parts; task++) {
+                const int64_t part = task / call->n_panels;
+                multiply_panel<Format>(*call, task % call->n_panels, n_blocks * part / n_parts,
+                                       n_blocks * (part + 1) / n_parts, n_blocks, partial.data());
             }
         }
     }
@@ -265,9 +283,9 @@ void outer(const Deltas& deltas, const T* x, int64_t n, int64_t rows, float* out
 extern "C" {
 int lanes() { return LANES; }
 
-void multiply_float32(const Call* call) { multiply<Float32>(*call); }
-void multiply_float32_halved(const Call* call) { multiply<Float32Halved>(*call); }
-void multiply_bfloat16(const Call* call) { multiply<Pairs>(*call); }
+void multiply_float32(const Call* calls, int64_t n) { multiply<Float32>(calls, n); }
+void multiply_float32_halved(const Call* calls, int64_t n) { multiply<Float32Halved>(calls, n); }
+void multiply_bfloat16(const Call* calls, int64_t n) { multiply<Pairs>(calls, n); }
 
 void add_deltas_float32(const Deltas* deltas, const float* x, int64_t n_in, float* y, int64_t n_out, int64_t rows) {
     add_deltas(*deltas, x, n_in, y, n_out, rows);

@@ -10,7 +10,9 @@ from __future__ import annotations
 import ctypes
 import functools
 from array import array
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from torch import Tensor
 from rl_lora.kernels import native_code
 from rl_lora.kernels.row_deltas import RowDeltas
 
+FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 SOURCE = Path(__file__).with_suffix(".cpp")
 
 
@@ -29,7 +32,7 @@ def library() -> ctypes.CDLL | None:
         pointer, integer = ctypes.c_void_p, ctypes.c_int64
         for name in ("multiply_float32", "multiply_float32_halved", "multiply_bfloat16"):
             function = getattr(found, name)
-            function.argtypes, function.restype = [pointer], None
+            function.argtypes, function.restype = [pointer, integer], None
         for name in ("add_deltas_float32", "add_deltas_bfloat16"):
             function = getattr(found, name)
             function.argtypes, function.restype = [pointer, pointer, integer, pointer, integer, integer], None
@@ -68,51 +71,68 @@ def pack_weight(weight: Tensor) -> Tensor:
     return panels.permute(0, 3, 1, 2).reshape(-1, n_in, 2 * lanes).contiguous()
 
 
-def multiply(
-    x: Tensor,
-    packed: Tensor,
-    n_out: int,
-    bias: Tensor | None = None,
-    out: Tensor | None = None,
-    deltas: RowDeltas | None = None,
-) -> tuple[Tensor, Tensor | None]:
+class Product(NamedTuple):
+    """One of several products of the same rows."""
+
+    packed: Tensor
+    n_out: int
+    """Rows of W."""
+    bias: Tensor | None = None
+    deltas: RowDeltas | None = None
+
+
+def multiply(x: Tensor, product: Product, out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """x W^T + b, with the deltas of adapters where they are given; and z of those.
 
-    x: (N, in), of the weight's dtype; n_out: rows of W; out: (N, out) of that dtype or float32, rows of which may be
-    further apart.
+    x: (N, in), of the weight's dtype; out: (N, out) of that dtype or float32, rows of which may be further apart.
     """
+    panels, _, width = product.packed.shape[:3]
+    if out is None or (
+        panels * width == product.n_out and out.dtype in (x.dtype, torch.float32) and out.stride(1) == 1
+    ):
+        return multiply_all(x, [product], out)[0]
+    y, z = multiply_all(x, [product])[0]
+    return out.copy_(y), z
+
+
+def multiply_all(
+    x: Tensor, products: Sequence[Product], out: Tensor | None = None
+) -> list[tuple[Tensor, Tensor | None]]:
+    """Several products of the same rows at once, with weights of one form; `out`: where the only one is written."""
     found = library()
     assert found is not None
-    in_pairs = packed.dim() == 4
-    panels, n_in, width = len(packed), packed.shape[1] * (2 if in_pairs else 1), packed.shape[2]
-    dtype = torch.bfloat16 if in_pairs else torch.float32
+    like = products[0].packed
+    in_pairs = like.dim() == 4
+    n_in, width, dtype = like.shape[1] * (2 if in_pairs else 1), like.shape[2], BFLOAT16 if in_pairs else FLOAT32
     if in_pairs and x.shape[1] == n_in - 1:
         x = torch.nn.functional.pad(x, (0, 1))
     if x.dtype != dtype or x.device.type != "cpu" or x.shape[1:] != (n_in,):
         raise ValueError(f"expected {dtype} (N, {n_in}) on the CPU, got {x.dtype} {tuple(x.shape)} on {x.device}")
-    x, whole = x.contiguous(), panels * width == n_out
-    if bias is not None:
-        bias = torch.nn.functional.pad(bias.float(), (0, panels * width - n_out)).contiguous()
-    direct = whole and out is not None and out.dtype in (dtype, torch.float32) and out.stride(1) == 1
-    to = out if direct and out is not None else x.new_empty(len(x), panels * width)
-    if deltas is None:
-        z, of_deltas = None, None
-    else:
-        z = x.new_empty(len(x), deltas.most, dtype=torch.float32)
-        of_deltas = deltas.call(z)
-    call = array("q", [x.data_ptr(), packed.data_ptr(), 0 if bias is None else bias.data_ptr(), to.data_ptr()])
-    call.extend([to.stride(0), to.dtype == torch.float32, len(x), panels, n_in])
-    call.append(0 if of_deltas is None else of_deltas.buffer_info()[0])
-    if in_pairs:
-        found.multiply_bfloat16(call.buffer_info()[0])
-    elif packed.dtype == torch.bfloat16:
-        found.multiply_float32_halved(call.buffer_info()[0])
-    else:
-        found.multiply_float32(call.buffer_info()[0])
-    if to is out:
-        return to, z
-    result = to if whole else to[:, :n_out]
-    return (result.contiguous() if out is None else out.copy_(result)), z
+    x, N = x.contiguous(), x.shape[0]
+    calls, results = array("q"), []
+    kept: list[Any] = []  # what the calls point at
+    for packed, n_out, bias, deltas in products:
+        panels = packed.shape[0]
+        to = x.new_empty(N, panels * width) if out is None else out
+        if bias is not None:
+            bias = torch.nn.functional.pad(bias.float(), (0, panels * width - n_out)).contiguous()
+        z, of_deltas = None, 0
+        if deltas is not None:
+            z = x.new_empty(N, deltas.most, dtype=FLOAT32)
+            of = deltas.call(z)
+            kept.append(of)
+            of_deltas = of.buffer_info()[0]
+        kept.append(bias)
+        calls.extend(
+            (
+                *(x.data_ptr(), packed.data_ptr(), 0 if bias is None else bias.data_ptr(), to.data_ptr()),
+                *(to.stride(0), to.dtype == FLOAT32, N, panels, n_in, of_deltas),
+            )
+        )
+        results.append((to, n_out, z))
+    name = "multiply_bfloat16" if in_pairs else f"multiply_float32{'_halved' * (like.dtype == BFLOAT16)}"
+    getattr(found, name)(calls.buffer_info()[0], len(products))
+    return [(y if y.shape[1] == n_out else y[:, :n_out].contiguous(), z) for y, n_out, z in results]
 
 
 def add_deltas(x: Tensor, deltas: RowDeltas, y: Tensor | None) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from rl_lora.kernels.frozen_linear import join_products
 from rl_lora.system.cache_folder import place_compiler_cache
 
 MOST_SIZES = 1 << 12
@@ -105,6 +106,8 @@ class CompiledLayer:
         with enable_python_dispatcher(), mode:
             graph = make_fx(alone)(*symbolic)
         order = _lift(graph, constants)
+        join_products(graph.graph)
+        graph.recompile()
         # `holds` looks at what it is given; the compiler's own checks, of every tensor in every call, are not needed.
         options = {"size_asserts": False}
         function = compile_graph(graph, [*symbolic, *(fake(constants[k], ()) for k in order)], options=options)
@@ -149,5 +152,4 @@ def _lift(graph: torch.fx.GraphModule, constants: Sequence[Tensor]) -> list[int]
         graph.graph.erase_node(node)
     for name in lifted:
         delattr(graph, name)
-    graph.recompile()
     return order

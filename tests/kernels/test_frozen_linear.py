@@ -206,7 +206,7 @@ def test_what_does_not_fit_a_weight_is_refused() -> None:
     packed = packed_gemm.pack_weight(torch.randn(4, 5))
     for x in (torch.randn(3, 6), torch.randn(3, 5).double(), torch.randn(5)):
         with pytest.raises(ValueError, match=r"expected torch\.float32"):
-            packed_gemm.multiply(x, packed, 4)
+            packed_gemm.multiply(x, packed_gemm.Product(packed, 4))
 
 
 def test_weights_are_packed_where_there_is_memory_for_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
