@@ -24,8 +24,9 @@ OF_THE_USER = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_PROC_BIND", "OMP_PLACES
 """Environment variables that say how threads wait, or where they run: who has set one has chosen."""
 LOOK = 0.1
 """Seconds between two looks at the machine."""
-WEIGHT = 0.2
-"""Of the newest look in the average of what others take."""
+RISING, FALLING = 0.2, 0.5
+"""Of the newest look in the average of what others take: a neighbour is believed to have gone sooner than to have come,
+since waiting asleep costs half as much again for as long as it is wrong."""
 CROWDED, ALONE = 0.3, 0.15
 """Cores that are lacking, on average: from the first on, threads sleep; below the second they stay awake again."""
 STATISTICS = Path("/proc/stat")
@@ -91,7 +92,7 @@ def _watch(team: IdleTeam, cores: set[int]) -> None:
         seconds, all_processes, this_one = (b - a for a, b in zip(before, now, strict=True))
         before, threads = now, torch.get_num_threads()
         newest = max(0.0, threads + (all_processes - this_one) / seconds - len(cores))
-        lacking += WEIGHT * (newest - lacking)
+        lacking += (RISING if newest > lacking else FALLING) * (newest - lacking)
         if 1 < threads <= len(cores) and lacking > CROWDED:
             team.start()
         elif lacking < ALONE:
