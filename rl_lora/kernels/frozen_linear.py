@@ -72,19 +72,17 @@ class FrozenLinear:
 
     def add_deltas(self, x: Tensor, deltas: RowDeltas) -> tuple[Tensor, Tensor]:
         """(N, in) -> (N, out) with the deltas of adapters, and z of those, float32 (N, >= most); no gradients."""
-        if (operators := self._ready(x.shape[0])) is None:
-            y = F.linear(x, self.weight, self.bias)
-            return y, packed_gemm.add_deltas(x, deltas, y)
-        assert self.packed is not None
+        packed = None if self._ready(x.shape[0]) is None else self.packed
         if not is_dispatched():
-            return _with_deltas(operators, x, self.packed, self.weight, self.bias, deltas)
+            return _with_deltas(x, packed, self.weight, self.bias, deltas)
         of = deltas.A, deltas.B, deltas.first, deltas.count
-        return torch.ops.rl_lora.frozen_linear(x, self.packed, self.weight, self.bias, *of)
+        return torch.ops.rl_lora.frozen_linear(x, packed, self.weight, self.bias, *of)
 
     @functools.cached_property
     def turned(self) -> FrozenLinear:
         """x W, as the gradient with respect to x asks for."""
-        return FrozenLinear(self.weight.t(), None, self.copies - 1 if self.weight.dtype == torch.bfloat16 else 0)
+        copies = max(0, self.copies - 1) if self.weight.dtype == torch.bfloat16 else 0
+        return FrozenLinear(self.weight.t(), None, copies)
 
     def _ready(self, n: int) -> Operators | None:
         """What multiplies n rows with the packed weight, after that has been brought up to date; None: torch does."""
@@ -102,8 +100,14 @@ class FrozenLinear:
 
 
 def _with_deltas(
-    operators: Operators, x: Tensor, packed: Tensor, weight: Tensor, bias: Tensor | None, deltas: RowDeltas
+    x: Tensor, packed: Tensor | None, weight: Tensor, bias: Tensor | None, deltas: RowDeltas
 ) -> tuple[Tensor, Tensor]:
+    """packed: None where torch multiplies."""
+    if packed is None:
+        y = F.linear(x, weight, bias)
+        return y, packed_gemm.add_deltas(x, deltas, y)
+    operators = _operators(weight.dtype)
+    assert operators is not None
     if operators.is_ours:
         y, z = packed_gemm.multiply(x, Product(packed, weight.shape[0], bias, deltas))
         assert z is not None
@@ -114,7 +118,7 @@ def _with_deltas(
 
 def _frozen_linear(
     x: Tensor,
-    packed: Tensor,
+    packed: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
     A: Tensor | None,
@@ -122,16 +126,16 @@ def _frozen_linear(
     first: Tensor | None,
     count: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    operators = _operators(weight.dtype)
-    assert operators is not None
     if A is None or B is None or first is None or count is None:
+        operators = _operators(weight.dtype)
+        assert operators is not None and packed is not None
         return operators.multiply(x, packed, weight, bias, None), x.new_empty(0, dtype=torch.float32)
-    return _with_deltas(operators, x, packed, weight, bias, RowDeltas(A, B, first, count, len(A)))
+    return _with_deltas(x, packed, weight, bias, RowDeltas(A, B, first, count, len(A)))
 
 
 # torch's compiler knows the library's operators as made by itself only, and passes no symbolic sizes on to them.
 OPERATIONS.define(
-    "frozen_linear(Tensor x, Tensor packed, Tensor weight, Tensor? bias, Tensor? A, Tensor? B, Tensor? first, "
+    "frozen_linear(Tensor x, Tensor? packed, Tensor weight, Tensor? bias, Tensor? A, Tensor? B, Tensor? first, "
     "Tensor? count) -> (Tensor, Tensor)"
 )
 for key in ("CPU", "MkldnnCPU"):  # what oneDNN has packed is of the second kind
@@ -182,7 +186,7 @@ def join_products(graph: torch.fx.Graph) -> None:
     """Make one operation of a traced program's products of the same rows: of queries, keys and values, for example."""
     alike: dict[torch.fx.Node, list[torch.fx.Node]] = {}
     for node in graph.nodes:
-        if node.target is torch.ops.rl_lora.frozen_linear.default and None not in node.args[4:]:
+        if node.target is torch.ops.rl_lora.frozen_linear.default and None not in (node.args[1], *node.args[4:]):
             x, *rest = node.all_input_nodes
             if all(given.op == "placeholder" for given in rest):
                 alike.setdefault(x, []).append(node)

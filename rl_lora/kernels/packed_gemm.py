@@ -119,7 +119,7 @@ def multiply_all(
         z, of_deltas = None, 0
         if deltas is not None:
             z = x.new_empty(N, deltas.most, dtype=FLOAT32)
-            of = deltas.call(z)
+            of = deltas.call(x, z)
             kept.append(of)
             of_deltas = of.buffer_info()[0]
         kept.append(bias)
@@ -139,9 +139,11 @@ def add_deltas(x: Tensor, deltas: RowDeltas, y: Tensor | None) -> Tensor:
     """y += z B, in place; returns z, float32 (N, most). x: (N, in); y: (N, out), contiguous, or None for z alone."""
     found = library()
     assert found is not None
+    if y is not None and (y.dtype != x.dtype or not y.is_contiguous()):
+        raise ValueError(f"expected a contiguous y of {x.dtype}, got {y.dtype} with strides {y.stride()}")
     x = x.contiguous()
     z = x.new_empty(len(x), deltas.most, dtype=torch.float32)
-    call, run = deltas.call(z), found.add_deltas_bfloat16 if x.dtype == torch.bfloat16 else found.add_deltas_float32
+    call, run = deltas.call(x, z), found.add_deltas_bfloat16 if x.dtype == torch.bfloat16 else found.add_deltas_float32
     to, n_out = (0, 0) if y is None else (y.data_ptr(), y.shape[1])
     run(call.buffer_info()[0], x.data_ptr(), x.shape[1], to, n_out, len(x))
     return z
@@ -153,6 +155,6 @@ def sums_of_outer(z: Tensor, x: Tensor, deltas: RowDeltas) -> Tensor:
     assert found is not None
     x, n = x.contiguous(), x.shape[1]
     out = z.new_zeros(len(deltas.A), padded(n))
-    call, run = deltas.call(z), found.outer_bfloat16 if x.dtype == torch.bfloat16 else found.outer_float32
+    call, run = deltas.call(x, z), found.outer_bfloat16 if x.dtype == torch.bfloat16 else found.outer_float32
     run(call.buffer_info()[0], x.data_ptr(), n, len(x), out.data_ptr(), out.stride(0))
     return out[:, :n]

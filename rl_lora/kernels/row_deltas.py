@@ -30,7 +30,14 @@ class RowDeltas:
         """Those of the gradient with respect to x."""
         return RowDeltas(self.B, self.A, self.first, self.count, self.most)
 
-    def call(self, z: Tensor) -> array[int]:
-        """`Deltas` in the C++. z: float32 (N, >= most)."""
+    def call(self, x: Tensor, z: Tensor) -> array[int]:
+        """`Deltas` in the C++. x: (N, ...), what they are added for or summed with; z: float32 (N, >= most).
+
+        Raises ValueError if x has other rows than the deltas, or another dtype: the C++ would read what is not there.
+        """
+        if len(x) != len(self.first):
+            raise ValueError(f"deltas of {len(self.first)} rows, but x has {len(x)}")
+        if not x.dtype == self.A.dtype == self.B.dtype:
+            raise ValueError(f"x is {x.dtype}, but A and B of the deltas are {self.A.dtype} and {self.B.dtype}")
         of = [self.A.data_ptr(), self.B.data_ptr(), self.A.stride(0), self.B.stride(0)]
         return array("q", [*of, self.first.data_ptr(), self.count.data_ptr(), z.data_ptr(), z.stride(0)])
