@@ -128,7 +128,8 @@ def _frozen_linear(
 ) -> tuple[Tensor, Tensor]:
     if A is None or B is None or first is None or count is None:
         operators = _operators(weight.dtype)
-        assert operators is not None and packed is not None
+        assert operators is not None
+        assert packed is not None
         return operators.multiply(x, packed, weight, bias, None), x.new_empty(0, dtype=torch.float32)
     return _with_deltas(x, packed, weight, bias, RowDeltas(A, B, first, count, len(A)))
 
