@@ -115,8 +115,8 @@ def watched(monkeypatch: pytest.MonkeyPatch, others: list[float], threads: int =
 def test_threads_sleep_soon_after_a_neighbour_comes_and_until_it_has_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     states = watched(monkeypatch, [0.0] * 5 + [1.0] * 10 + [0.0] * 15)
     assert states[:6] == [False] * 6
-    assert all(states[6:20])
-    assert not any(states[22:])
+    assert all(states[6:17])
+    assert not any(states[18:])
 
 
 def test_threads_stay_awake_where_a_core_is_left_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
