@@ -91,7 +91,8 @@ def multiply(x: Tensor, product: Product, out: Tensor | None = None) -> tuple[Te
         panels * width == product.n_out and out.dtype in (x.dtype, torch.float32) and out.stride(1) == 1
     ):
         return multiply_all(x, [product], out)[0]
-    y, z = multiply_all(x, [product])[0]
+    whole = None if out.dtype == x.dtype else x.new_empty(len(x), panels * width, dtype=FLOAT32)  # rounded once
+    y, z = multiply_all(x, [product], whole)[0]
     return out.copy_(y), z
 
 
