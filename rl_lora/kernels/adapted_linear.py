@@ -100,7 +100,11 @@ def _compare(dtype: torch.dtype) -> None:
         x, y = (torch.randn(7, n, generator=g).to(dtype) for n in (n_in, n_out))
         deltas = RowDeltas(A, B, first, count, 7)
         z = (x.double() @ A[:, :n_in].double().t()) * mine
-        y_exact = y.double() + z @ B[:, :n_out].double()
+        added = z @ B[:, :n_out].double()
+        y_exact, weight = y.double() + added, torch.randn(n_out, n_in, generator=g).to(dtype)
+        product = packed_gemm.Product(packed_gemm.pack_weight(weight), n_out, y[0], deltas)
+        in_one, _ = packed_gemm.multiply(x, product)
+        in_one_exact = x.double() @ weight.double().t() + y[0].double() + added
         found = packed_gemm.add_deltas(x, deltas, y)
         outer = packed_gemm.sums_of_outer(found, x, deltas)
         wide = torch.zeros_like(z)
@@ -110,6 +114,7 @@ def _compare(dtype: torch.dtype) -> None:
         for what, ours, exact, tolerance in (
             ("x A^T", wide, z, small[0]),
             ("a sum with deltas", y, y_exact, small[1]),
+            ("a product with deltas", in_one, in_one_exact, small[1]),
             ("a sum of outer products", outer, wide.double().t() @ x.double(), small[0]),
         ):
             limit = tolerance * float(exact.abs().max())

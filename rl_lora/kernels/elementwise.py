@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import record_function
 
@@ -115,6 +116,7 @@ class _RMSNorm(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scales = ctx.saved_tensors
         grad, dx = grad.contiguous(), torch.empty_like(x)
@@ -139,6 +141,7 @@ class _Rotary(torch.autograd.Function):
             return _call_rotary(found, query, key, cos, sin)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dquery: Tensor, dkey: Tensor) -> tuple[Tensor | None, ...]:
         with record_function("rl_lora::rotary"):
             cos, sin = ctx.saved_tensors
@@ -157,6 +160,7 @@ class _Gated(torch.autograd.Function):
             return _call_gated(found, gate, up, gelu)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
         grad, dgate, dup = grad.contiguous(), torch.empty_like(gate), torch.empty_like(up)

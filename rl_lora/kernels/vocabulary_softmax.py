@@ -139,7 +139,7 @@ def _token_logprobs(
     N, V = projected.shape
     if N and not (int(targets.min()) >= 0 and int(targets.max()) < V):
         raise IndexError(f"targets must be tokens from 0 to {V - 1}, got {int(targets.min())} to {int(targets.max())}")
-    targets = targets.contiguous()
+    targets = targets.long().contiguous()
     logprobs, entropies = torch.empty(2, N, dtype=torch.float32)
     scoring = _Scoring(targets.data_ptr(), temperature, logprobs.data_ptr(), entropies.data_ptr(), gradient)
     call = _call(projected, scale, softcap)

@@ -57,8 +57,9 @@ def fuse(model: nn.Module) -> None:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    weights = module._parameters
-    return not module._modules and not module._buffers and set(weights) == {"weight"} and weights["weight"].dim() == 1  # type: ignore[union-attr]
+    weight = module._parameters.get("weight")
+    alone = not module._modules and not module._buffers and len(module._parameters) == 1
+    return alone and weight is not None and weight.dim() == 1  # None: nn.RMSNorm(elementwise_affine=False)
 
 
 def _kind(module: nn.Module) -> tuple[Any, ...]:

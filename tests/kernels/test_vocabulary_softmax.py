@@ -142,6 +142,13 @@ def test_a_target_outside_the_vocabulary_is_refused() -> None:
             token_logprobs(torch.zeros(2, 40), torch.tensor([3, target]), 1.0, gradient=False)
 
 
+@needs_ours
+def test_targets_of_another_integer_type_are_the_same_tokens() -> None:
+    logits, targets = logits_of(torch.float32, 4, 40), torch.tensor([3, 39, 0, 17])
+    found, expected = (token_logprobs(logits, x, 1.0, gradient=False) for x in (targets.int(), targets))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_other_dtypes_and_devices_are_torchs(dtype: torch.dtype) -> None:
     assert not vocabulary_softmax.supports(dtype, torch.device("cpu"))

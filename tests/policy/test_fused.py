@@ -201,6 +201,7 @@ class MLP(nn.Module):
         (RMSNorm("mean"), False),
         (RMSNorm("eps"), False),
         (nn.LayerNorm(32, bias=False), False),
+        (nn.RMSNorm(32, elementwise_affine=False), False),
         (MLP(nn.SiLU()), True),
         (MLP(nn.GELU("tanh")), True),
         (MLP(nn.GELU()), False),
