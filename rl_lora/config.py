@@ -45,7 +45,7 @@ class ModelConfig:
     compile: bool | None = None
     """Compilation of the layers for decoding: fewer and faster operations, after some 10 s at the beginning, with a C++
     compiler (on a GPU: triton). By default for training on a CPU where steps x rollout.max_tokens is 1,000 or more and
-    the compiler is found. Batches that mix adapters decode without it."""
+    the compiler is found. On a GPU, batches that mix adapters decode without it."""
     stop_tokens: list[str] = field(default_factory=list)
     """Tokens that end a reply, in addition to the model's own; every token that contains one of these texts ends it
     too. Base models that never learned to stop need them, e.g. the empty line behind few-shot examples: ["\\n\\n"]."""

@@ -83,9 +83,9 @@ class Stack:
     ranks: tuple[int, ...]
     """Of each adapter; 0 where it does not stand on the layer."""
     A: Tensor
-    """(K, in), K at least their sum. Rows may be longer than what is seen of them: see `RowDeltas`."""
+    """(K, in) with K their sum; in whole panels (>= K, >= in) with zeros behind, as `RowDeltas` has it."""
     B: Tensor
-    """(K, out), with the scale in it."""
+    """(K, out), with the scale in it; as A."""
     factors: tuple[Factors, ...]
     """Those that it was made from, and where each lies in it."""
     places: tuple[Ranks, ...]
@@ -121,7 +121,7 @@ class CurrentRouting:
         self.routing: Routing | None = None
         self.fixed: Mapping[str, RowDeltas] | None = None
         """By site; where given, they stand in place of the routing's."""
-        self._stacks: dict[tuple[str, torch.dtype], tuple[list[Any], Stack | None]] = {}
+        self._stacks: dict[tuple[str, torch.dtype, bool], tuple[list[Any], Stack | None]] = {}
         self._deltas: tuple[Routing, Any, dict[str, RowDeltas]] | None = None
 
     def stack(self, site: str, dtype: torch.dtype, panels: bool = False) -> Stack | None:
@@ -133,9 +133,10 @@ class CurrentRouting:
         assert self.routing is not None
         there = [assignment.adapter.factors.get(site) for assignment in self.routing.assignments]
         state = [factors and (factors.adapter, factors.adapter.version, factors.A._version) for factors in there]
-        if (site, dtype) not in self._stacks or self._stacks[site, dtype][0] != state:
-            self._stacks[site, dtype] = state, _stack(there, dtype, panels)
-        return self._stacks[site, dtype][1]
+        key = site, dtype, panels
+        if key not in self._stacks or self._stacks[key][0] != state:
+            self._stacks[key] = state, _stack(there, dtype, panels)
+        return self._stacks[key][1]
 
     def deltas(self, site: str, n_tokens: int, dtype: torch.dtype) -> tuple[RowDeltas, Stack | None] | None:
         """What each of so many tokens adds on one layer, and the stack that it comes from; None where none does."""
