@@ -13,6 +13,7 @@ from torch import Tensor
 from rl_lora.kernels import adapted_linear, frozen_linear, native_code, packed_gemm
 from rl_lora.kernels.adapted_linear import Ranks
 from rl_lora.kernels.frozen_linear import FrozenLinear, _operators
+from rl_lora.kernels.native_code import dispatched
 from rl_lora.kernels.row_deltas import RowDeltas
 from tests.vectors import VECTORS
 
@@ -324,6 +325,42 @@ def test_builds_for_other_processors(flag: str, monkeypatch: pytest.MonkeyPatch,
     finally:
         for cache in caches:
             cache.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("copies", [0, 2])
+def test_the_operation_is_the_function(dtype: torch.dtype, copies: int) -> None:
+    """With packed weights, and where torch multiplies."""
+    of = layer(dtype, 23, 33, 70, biased=True)
+    of = of._replace(product=FrozenLinear(of.product.weight, of.product.bias, copies))
+    y, dx, factors = of.gradients()
+    with dispatched():
+        assert torch.equal(of.y(), y)
+        again = of.gradients()
+    assert torch.equal(again[1], dx)
+    for found, expected in zip(again[2], factors, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    product, deltas = of.product, of.deltas()
+    assert (product.packed is None) == (copies == 0)
+    given = deltas.A, deltas.B, deltas.first, deltas.count
+    arguments = of.x, product.packed, product.weight, product.bias, *given
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.rl_lora.frozen_linear, arguments, test_utils=checks)
+    if product.packed is not None:
+        several = [[x, x] for x in arguments[1:]]
+        torch.library.opcheck(torch.ops.rl_lora.frozen_linears, (of.x, *several), test_utils=checks)
+
+
+def test_what_does_not_belong_together_is_refused() -> None:
+    of = layer(torch.bfloat16, 6, 33, 70)
+    deltas = of.deltas()
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="deltas of 6 rows, but x has 4"):
+            of.product.add_deltas(of.x[:4], deltas)
+        with pytest.raises(ValueError, match=r"A and B of the deltas are torch\.bfloat16"):
+            packed_gemm.add_deltas(of.x.float(), deltas, None)
+        with pytest.raises(ValueError, match=r"expected a contiguous y of torch\.bfloat16"):
+            packed_gemm.add_deltas(of.x, deltas, torch.zeros(70, 6, dtype=torch.bfloat16).t())
 
 
 def test_deltas_that_are_wrong_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,6 +133,23 @@ def test_what_was_kept_without_gradients_serves_learning() -> None:
 
 
 @needs_ours
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_stack_in_panels_is_another_than_a_plain_one(dtype: torch.dtype) -> None:
+    bank = bank_of_three()
+    with bank.route(["a", "c"]):
+        for _ in range(2):
+            whole, plain = bank._current.stack(UP, dtype, panels=True), bank._current.stack(UP, dtype)
+            assert whole is not None
+            assert plain is not None
+            assert plain.ranks == whole.ranks == (2, 0)
+            assert (plain.A.shape, plain.B.shape) == ((2, 48), (2, 64))
+            for ours, packed in ((plain.A, whole.A), (plain.B, whole.B)):
+                assert packed.shape[1] == packed_gemm.padded(ours.shape[1])
+                assert torch.equal(packed[:2, : ours.shape[1]], ours)
+                assert not packed[:, ours.shape[1] :].any()
+
+
+@needs_ours
 def test_fixed_deltas_stand_in_place_of_the_batchs() -> None:
     bank, x = bank_of_three(), torch.randn(2, 48)
     layer, other = bank.model.get_submodule(SITE), bank.model.get_submodule(UP)
