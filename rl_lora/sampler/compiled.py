@@ -140,7 +140,7 @@ class CompiledLayers:
             Mismatch: a compiled layer computes something else.
             ValueError: a layer depends on more than the tensors it is given and weights.
         """
-        adapters = [names[i * len(names) // ROWS] for i in range(ROWS)]
+        adapters = self._of_rows(names)
         decode, tokens = _example(like, single, self.policy)
         observed = self._observe(decode, tokens, adapters)
         if not observed:
@@ -148,6 +148,15 @@ class CompiledLayers:
         weights, deltas = self._weights(adapter), self._deltas(adapters)
         with self.policy.setting(adapters, decode), dispatched():
             return {layer: self._compile(layer, seen, decode, weights, deltas) for layer, seen in observed.items()}
+
+    def _of_rows(self, names: Sequence[str | None]) -> list[str | None]:
+        """What the made-up rows carry: of the adapters on the same sites one, so that all sites are among them."""
+        bank = self.policy.bank
+        alike = {frozenset[str]() if name is None else frozenset(bank[name].factors): name for name in names}
+        chosen = list(alike.values())
+        if len(chosen) > ROWS:
+            raise ValueError(f"adapters stand on {len(chosen)} different choices of layers, more than {ROWS}")
+        return [chosen[i * len(chosen) // ROWS] for i in range(ROWS)]
 
     def _observe(self, decode: DecodeCache, tokens: Tensor, adapters: list[str | None]) -> dict[nn.Module, Observed]:
         """What each layer is given in the next step of `decode`."""

@@ -14,7 +14,7 @@ from rl_lora.config import EpisodeConfig
 from rl_lora.kernels import adapted_linear
 from rl_lora.kernels.frozen_linear import MOST_ROWS
 from rl_lora.policy.policy import Policy
-from rl_lora.sampler.compiled import CompiledLayers, should_compile, unavailable
+from rl_lora.sampler.compiled import ROWS, CompiledLayers, should_compile, unavailable
 from rl_lora.sampler.compiled_layer import CompiledLayer, OperationTrace
 from rl_lora.sampler.factory import make_sampler
 from rl_lora.sampler.native import NativeSampler
@@ -131,6 +131,17 @@ def test_batches_that_mix_adapters_which_torch_adds_are_left_to_the_layers(monke
     counted = Counted(policy, monkeypatch)
     assert_alike(*both(counted.layers, [*requests(3, 2, "a"), *requests(3, 2, "b")]))
     assert not counted.ran
+
+
+def test_the_made_up_rows_carry_adapters_of_all_sites() -> None:
+    """However many adapters there are: what a compiled layer does not see among them it would not add."""
+    policy = tiny_policy("llama")
+    names = [f"all{i}" for i in range(ROWS + 3)]
+    for name in names:
+        policy.bank.add(name, targets="q_proj")
+    policy.bank.add("other", targets=["q_proj", "down_proj"])
+    carried = CompiledLayers(policy)._of_rows([*names[:5], "other", None, *names[5:]])
+    assert len(carried) == ROWS and len(set(carried)) == 3 and {"other", None} < set(carried)
 
 
 def test_more_rows_than_products_are_packed_for(monkeypatch: pytest.MonkeyPatch) -> None:
