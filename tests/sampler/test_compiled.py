@@ -141,7 +141,9 @@ def test_the_made_up_rows_carry_adapters_of_all_sites() -> None:
         policy.bank.add(name, targets="q_proj")
     policy.bank.add("other", targets=["q_proj", "down_proj"])
     carried = CompiledLayers(policy)._of_rows([*names[:5], "other", None, *names[5:]])
-    assert len(carried) == ROWS and len(set(carried)) == 3 and {"other", None} < set(carried)
+    assert len(carried) == ROWS
+    assert len(set(carried)) == 3
+    assert {"other", None} < set(carried)
 
 
 def test_more_rows_than_products_are_packed_for(monkeypatch: pytest.MonkeyPatch) -> None:
