@@ -20,6 +20,10 @@ MAX_STACKED = 128
 more than needed, in place of two or three operations for each adapter."""
 
 
+MOST_KEPT = 32
+"""Tensors of tokens' ranks that a routing keeps, of so many lengths and sets of ranks."""
+
+
 @dataclass(frozen=True)
 class Assignment:
     """The entries of a batch that carry one adapter: a slice where they are neighbours, else their indices."""
@@ -66,6 +70,8 @@ class Routing:
     def rows(self, ranks: tuple[int, ...], n_tokens: int) -> tuple[Tensor, Tensor]:
         """int64 (n_tokens,), (n_tokens,): where each token's ranks begin in a `Stack`, and how many it has."""
         if (ranks, n_tokens) not in self._rows:
+            if len(self._rows) == MOST_KEPT:
+                self._rows.clear()
             first, count = torch.zeros(2, self.size, dtype=torch.int64)
             start = 0
             for assignment, rank in zip(self.assignments, ranks, strict=True):

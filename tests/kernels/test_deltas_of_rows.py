@@ -13,6 +13,7 @@ from rl_lora.kernels.adapted_linear import serves
 from rl_lora.kernels.frozen_linear import FrozenLinear, join_products
 from rl_lora.kernels.native_code import dispatched
 from rl_lora.kernels.row_deltas import RowDeltas
+from rl_lora.lora.routing import MOST_KEPT, Routing
 
 pytestmark = pytest.mark.skipif(packed_gemm.library() is None, reason="no compiler")
 N_IN, N_OUT = 48, 40
@@ -54,6 +55,14 @@ def test_without_packed_weights_the_tracer_sees_a_product_with_deltas(dtype: tor
 def test_gradients_pack_no_copy_that_has_no_room() -> None:
     weight = torch.randn(N_OUT, N_IN).bfloat16()
     assert [FrozenLinear(weight, copies=n).turned.copies for n in (0, 1, 2)] == [0, 0, 1]
+
+
+def test_a_routing_keeps_the_ranks_of_few_lengths() -> None:
+    routing = Routing(2, ())
+    for n in range(1, 3 * MOST_KEPT):
+        first, count = routing.rows((), 2 * n)
+        assert len(first) == len(count) == 2 * n
+    assert len(routing._rows) <= MOST_KEPT
 
 
 def test_deltas_of_other_rows_or_of_another_dtype_are_refused() -> None:
