@@ -177,12 +177,11 @@ def _stack(there: Sequence[Factors | None], dtype: torch.dtype, panels: bool) ->
     found = [factors for factors in there if factors is not None]
     if not found:
         return None
-    with torch.inference_mode(False):  # else learning could not keep it for its backward pass
-        below = (
-            torch.cat([factors.A for factors in found]),
-            torch.cat([factors.scale * factors.B.t() for factors in found]),
-        )
-        A, B = (_in_panels(x, dtype) if panels else x.to(dtype) for x in below)
+    below = (
+        torch.cat([factors.A for factors in found]),
+        torch.cat([factors.scale * factors.B.t() for factors in found]),
+    )
+    A, B = (_in_panels(x, dtype) if panels else x.to(dtype) for x in below)
     ranks = [0 if factors is None else len(factors.A) for factors in there]
     ends = list(itertools.accumulate(ranks))
     places = [
