@@ -18,8 +18,6 @@ from rl_lora.lora.adapter import Adapter, Factors
 MAX_STACKED = 128
 """Ranks, over all adapters of a batch, that are multiplied at once, each row's own picked out of them: a few products
 more than needed, in place of two or three operations for each adapter."""
-
-
 MOST_KEPT = 32
 """Tensors of tokens' ranks that a routing keeps, of so many lengths and sets of ranks."""
 

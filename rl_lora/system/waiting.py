@@ -2,9 +2,10 @@
 processes.
 
 Threads of GNU's OpenMP, which torch ships, try again and again for some milliseconds before they sleep. Nothing is
-faster on a machine of one's own. Beside another process they take the core from the very thread that they wait for:
-decoding then takes 25 times as long. The library lets them sleep after some microseconds while it has more threads than
-there are cores, so a team of idle threads is kept for as long as others compute. Results do not depend on it.
+faster on a machine of one's own. Beside another process they take the core from the very thread that they wait for,
+and decoding hardly goes on (`benchmark_neighbour.py --as_torch true`). The library lets them sleep after some
+microseconds while it has more threads than there are cores, so a team of idle threads is kept for as long as others
+compute. Results do not depend on it.
 """
 
 from __future__ import annotations
